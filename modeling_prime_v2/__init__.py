@@ -1,0 +1,39 @@
+"""MDM-Prime-v2 for Transformers: masked diffusion language models over binary sub-tokens."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PrimeV2Config": "configuration_prime_v2",
+    "PrimeV2ForMaskedDiffusion": "modeling_prime_v2",
+    "PrimeV2GenerationConfig": "generation_prime_v2",
+    "PrimeV2LogLikelihood": "likelihood_prime_v2",
+    "PrimeV2Model": "modeling_prime_v2",
+    "PrimeV2Output": "modeling_prime_v2",
+    "PrimeV2Tokenizer": "tokenization",
+    "build_tokenizer": "tokenization",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from prime_v2.configuration_prime_v2 import PrimeV2Config as PrimeV2Config
+    from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
+    from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
+    from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion as PrimeV2ForMaskedDiffusion
+    from prime_v2.modeling_prime_v2 import PrimeV2Model as PrimeV2Model
+    from prime_v2.modeling_prime_v2 import PrimeV2Output as PrimeV2Output
+    from prime_v2.tokenization import PrimeV2Tokenizer as PrimeV2Tokenizer
+    from prime_v2.tokenization import build_tokenizer as build_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import prime_v2` alone loads neither torch nor Transformers."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'prime_v2' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"prime_v2.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

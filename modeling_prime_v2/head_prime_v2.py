@@ -1,0 +1,148 @@
+"""Nats of the hidden units from hidden states, in chunks: the (N, V) logits of a training step never exist.
+
+Head product, carry-over filter, log-softmax, digit marginals, loss and gradient are computed for a chunk of tokens at a
+time; the gradient with respect to hidden states and head is formed in the forward pass, since the weight of each token
+is known there (no recomputation, three matrix products in all, as for full logits).
+
+With q the filtered softmax of one token, x its id, w its weight, and m_j = sum of q(v) over C[v, j] = C[x, j]:
+    "token"   nats = -log q(x)                                 d/dz_v = w (q_v - [v = x])
+    "digits"  nats = -sum over hidden j of log m_j             d/dz_v = q_v (w #hidden - sum_j (w / m_j) [C[v,j] = C[x,j]])
+    "prefix"  nats = -log m, m = q(tokens sharing x's digits that are visible after the next reveal)
+              d/dz_v = q_v (w - (w / m) [v shares them])
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the chunk's logits: 32 MiB of float32 on a CPU (near its caches), 512 MiB on an accelerator.
+CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_ACCELERATOR = 2**23, 2**27
+# A marginal below this is recomputed in float64, where the softmax reaches e**-700 before it underflows.
+RARE_MARGINAL = 1e-30
+
+
+@dataclass
+class HiddenTokens:
+    """The N tokens that have a hidden unit, and what is asked of each.
+
+    ids (N,) int64; visible (N, S) bool; weights (N,) float, the factor of each token's nats in the loss;
+    goal (N, S) bool for "prefix", the digits visible after the next reveal.
+    """
+
+    ids: Tensor
+    visible: Tensor
+    weights: Tensor
+    goal: Tensor | None = None
+
+
+def hidden_nats(hidden_states, head_weight, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
+    """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached.
+
+    hidden_states (N, D); head_weight (V, D); table a PrimeV2CodeTable; kind "token", "digits" or "prefix".
+    Under autocast the products run in its dtype; sums, softmax and the head's gradient are float32.
+    """
+    if kind not in ("token", "digits", "prefix"):
+        raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
+    device_type = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    with torch.autocast(device_type, enabled=False):
+        return _ChunkedNats.apply(hidden_states, head_weight, table, tokens, kind, carry_over, dtype)
+
+
+class _ChunkedNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, head_weight, table, tokens, kind, carry_over, dtype):
+        exact = torch.promote_types(dtype, torch.float32)
+        inputs, head = hidden_states.to(dtype), head_weight.to(dtype)
+        need_inputs, need_head = ctx.needs_input_grad[:2]
+        grad_inputs = torch.empty_like(hidden_states) if need_inputs else None
+        grad_head = torch.zeros_like(head_weight, dtype=exact) if need_head else None
+        nats = torch.empty(len(inputs), dtype=exact, device=inputs.device)
+        chunk = _Chunk(table, kind, carry_over, need_inputs or need_head, exact)
+        on_cpu = inputs.device.type == "cpu"
+        elements = CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_ACCELERATOR
+        rows = max(1, elements // head.shape[0])
+        for start in range(0, len(inputs), rows):
+            part = slice(start, start + rows)
+            logits = (inputs[part] @ head.T).to(exact)
+            nats[part], gradient = chunk(logits, tokens, part)
+            if gradient is None:
+                continue
+            gradient = gradient.to(dtype)
+            if need_inputs:
+                grad_inputs[part] = gradient @ head
+            if need_head:
+                grad_head.add_(gradient.T @ inputs[part])
+        ctx.save_for_backward(grad_inputs, grad_head)
+        ctx.head_dtype = head_weight.dtype
+        ctx.mark_non_differentiable(nats)
+        return (nats * tokens.weights).sum(), nats
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_inputs, grad_head = ctx.saved_tensors
+        grad_inputs = None if grad_inputs is None else grad_inputs * grad_loss.to(grad_inputs.dtype)
+        grad_head = None if grad_head is None else (grad_head * grad_loss).to(ctx.head_dtype)
+        return grad_inputs, grad_head, None, None, None, None, None
+
+
+class _Chunk:
+    """Turns a chunk's logits (C, V) into nats (C,) and the gradient of the weighted nats (C, V), None if not needed."""
+
+    def __init__(self, table, kind: str, carry_over: bool, need_gradient: bool, dtype: torch.dtype):
+        self.table, self.kind, self.carry_over, self.need_gradient = table, kind, carry_over, need_gradient
+        self.packed = table.packed_codes()  # (V,)
+        self.columns = table.codes[:-1] + table.base * torch.arange(table.num_subtokens, device=self.packed.device)
+        self.one_hot = table.one_hot(dtype) if kind == "digits" else None
+
+    def __call__(self, logits: Tensor, tokens: HiddenTokens, part: slice) -> tuple[Tensor, Tensor | None]:
+        ids, visible, weights = tokens.ids[part], tokens.visible[part], tokens.weights[part].to(logits.dtype)
+        differs = self.packed ^ self.packed[ids].unsqueeze(1)  # (C, V)
+        if self.carry_over:
+            logits.masked_fill_((differs & self.table.pack_visible(visible).unsqueeze(1)) != 0, -torch.inf)
+        if self.kind == "token":
+            return self._token(logits, ids, weights)
+        if self.kind == "digits":
+            compute, asked = self._digits, (self.columns[ids], ~visible)
+        else:
+            shared = (differs & self.table.pack_visible(tokens.goal[part]).unsqueeze(1)) == 0
+            compute, asked = self._prefix, (shared,)
+        nats, gradient, rare = compute(logits.softmax(-1), weights, *asked)
+        if rare.any():
+            exact = compute(logits[rare].double().softmax(-1), weights[rare].double(), *(each[rare] for each in asked))
+            nats[rare] = exact[0].to(nats.dtype)
+            if gradient is not None:
+                gradient[rare] = exact[1].to(gradient.dtype)
+        return nats, gradient
+
+    def _token(self, logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        log_total = logits.logsumexp(-1, keepdim=True)
+        nats = (log_total - logits.gather(1, ids.unsqueeze(1))).squeeze(1)
+        if not self.need_gradient:
+            return nats, None
+        gradient = logits.sub_(log_total).exp_()
+        gradient.scatter_add_(1, ids.unsqueeze(1), gradient.new_full((len(ids), 1), -1.0))
+        return nats, gradient.mul_(weights.unsqueeze(1))
+
+    def _digits(self, probabilities, weights, columns, hidden) -> tuple[Tensor, Tensor | None, Tensor]:
+        one_hot = self.one_hot.to(probabilities.dtype)
+        marginals = (probabilities @ one_hot).gather(1, columns)  # (C, S), of the token's own digits
+        rare = ((marginals < RARE_MARGINAL) & hidden).any(1)
+        marginals = marginals.clamp(min=torch.finfo(marginals.dtype).tiny)
+        nats = -torch.where(hidden, marginals.log(), 0.0).sum(1)
+        if not self.need_gradient:
+            return nats, None, rare
+        pull = torch.where(hidden, weights.unsqueeze(1) / marginals, 0.0)  # (C, S)
+        pull = marginals.new_zeros(len(weights), one_hot.shape[1]).scatter_(1, columns, pull)
+        push = (weights * hidden.sum(1)).unsqueeze(1)
+        return nats, probabilities.mul_(torch.addmm(push, pull, one_hot.T, alpha=-1.0)), rare
+
+    def _prefix(self, probabilities, weights, shared) -> tuple[Tensor, Tensor | None, Tensor]:
+        mass = (probabilities * shared).sum(1)
+        rare = mass < RARE_MARGINAL
+        mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        if not self.need_gradient:
+            return -mass.log(), None, rare
+        pull = (weights / mass).unsqueeze(1)
+        return -mass.log(), probabilities.mul_(weights.unsqueeze(1) - pull * shared), rare
