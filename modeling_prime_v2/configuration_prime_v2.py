@@ -16,6 +16,18 @@ CHOICES = {
     "reveal_order": ("digit", "token", "nested"),
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_subtokens",
+)
+
 
 @strict
 class PrimeV2Config(PreTrainedConfig):
@@ -113,10 +125,7 @@ class PrimeV2Config(PreTrainedConfig):
         self._validate_objective()
 
     def _validate_sizes(self):
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim max_position_embeddings num_subtokens"
-        ).split():
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -163,8 +172,9 @@ class PrimeV2Config(PreTrainedConfig):
             )
         if self.subtoken_embedding != "sum" and self.hidden_size % digits:
             raise ValueError(
-                f"subtoken_embedding={self.subtoken_embedding!r} needs hidden_size={self.hidden_size} to be a multiple "
-                f"of num_subtokens={digits}; use hidden_size={-(-self.hidden_size // digits) * digits} or 'sum'"
+                f"subtoken_embedding={self.subtoken_embedding!r} needs hidden_size={self.hidden_size} to be a "
+                f"multiple of num_subtokens={digits}; "
+                f"use hidden_size={-(-self.hidden_size // digits) * digits} or 'sum'"
             )
         if self.mask_token_id != self.vocab_size:
             raise ValueError(
@@ -204,5 +214,8 @@ class PrimeV2Config(PreTrainedConfig):
         finally:
             self.__dict__["mask_token_id"] = mask_token_id
 
+
+# So that save_pretrained copies this file and those it imports into the folder.
+PrimeV2Config.register_for_auto_class()
 
 __all__ = ["PrimeV2Config"]

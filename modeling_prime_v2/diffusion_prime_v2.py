@@ -1,6 +1,7 @@
 """Forward process: which units are hidden, with which weight, and which losses are bounds (docs/derivation.md).
 
-A *unit* is what is hidden and revealed: a digit, a whole token, or a stage of digits. With n maskable units the bound is
+A *unit* is what is hidden and revealed: a digit, a whole token, or a stage of digits. With n maskable units the bound
+is
     time form   E_t [ 1/t * sum of the hidden units' nats ],        each unit hidden with probability t, t ~ U(0, 1]
     count form  E_k [ n/k * sum of the hidden units' nats ],        k ~ U{1..n}, a uniform k-subset hidden
 (MDLM, arXiv:2406.07524, eq. 10 for alpha = 1 - t; the count form is the same integral in closed form, LLaDA
@@ -120,9 +121,11 @@ def draw_noise(
 ) -> Noise:
     """Hide units of the maskable tokens: maskable (B, L) bool; keys (B,) int64; levels (B,) float64 in (0, 1).
 
-    A pure function of its arguments; the draw of a token depends on its key and position alone. Above
-    `whole_token_above` the units of a token share one draw.
+    A pure function of its arguments; a row's draws depend on its key, its level and its number of maskable tokens, not
+    on where padding and given tokens lie. Above `whole_token_above` the units of a token share one draw.
     """
+    if form not in ("count", "time"):
+        raise ValueError(f'form={form!r} is not one of "count", "time"')
     noise = _draw(maskable, order, keys, levels, form)
     if whole_token_above is None:
         return noise
@@ -138,10 +141,9 @@ def draw_noise(
 def _draw(maskable: Tensor, order: RevealOrder, keys: Tensor, levels: Tensor, form: str) -> Noise:
     batch, length = maskable.shape
     units = order.units_per_token
-    unit_numbers = torch.arange(length * units, device=maskable.device)
     stream = _WHOLE if order.kind == "token" else _UNITS
-    draws = uniforms(keys.unsqueeze(1), stream, unit_numbers)  # (B, L * U)
     maskable_units = maskable.repeat_interleave(units, dim=1)
+    draws = uniforms(keys.unsqueeze(1), stream, maskable_units.cumsum(1))  # (B, L * U)
     if form == "time":
         levels = levels.clamp(min=T_MIN)
         hidden, weight = draws < levels.unsqueeze(1), 1 / levels

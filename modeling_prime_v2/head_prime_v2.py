@@ -1,12 +1,14 @@
 """Nats of the hidden units from hidden states, in chunks: the (N, V) logits of a training step never exist.
 
-Head product, carry-over filter, log-softmax, digit marginals, loss and gradient are computed for a chunk of tokens at a
-time; the gradient with respect to hidden states and head is formed in the forward pass, since the weight of each token
-is known there (no recomputation, three matrix products in all, as for full logits).
+Head product, carry-over filter, log-softmax, digit marginals, loss and gradient are computed for a chunk of tokens at
+a time; the gradient with respect to hidden states and head is formed in the forward pass, since the weight of each
+token is known there (no recomputation, three matrix products in all, as for full logits).
 
 With q the filtered softmax of one token, x its id, w its weight, and m_j = sum of q(v) over C[v, j] = C[x, j]:
-    "token"   nats = -log q(x)                                 d/dz_v = w (q_v - [v = x])
-    "digits"  nats = -sum over hidden j of log m_j             d/dz_v = q_v (w #hidden - sum_j (w / m_j) [C[v,j] = C[x,j]])
+    "token"   nats = -log q(x)
+              d/dz_v = w (q_v - [v = x])
+    "digits"  nats = -sum over hidden j of log m_j
+              d/dz_v = q_v (w #hidden - sum_j (w / m_j) [C[v, j] = C[x, j]])
     "prefix"  nats = -log m, m = q(tokens sharing x's digits that are visible after the next reveal)
               d/dz_v = q_v (w - (w / m) [v shares them])
 """
@@ -15,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Elements of the chunk's logits: 32 MiB of float32 on a CPU (near its caches), 512 MiB on an accelerator.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_ACCELERATOR = 2**23, 2**27
-# A marginal below this is recomputed in float64, where the softmax reaches e**-700 before it underflows.
-RARE_MARGINAL = 1e-30
+# A marginal below this is recomputed from logarithms: its terms come near 1e-38, where a float32 softmax underflows.
+RARE_MARGINAL = 1e-25
 
 
 @dataclass
@@ -46,16 +49,18 @@ def hidden_nats(hidden_states, head_weight, table, tokens: HiddenTokens, kind: s
         raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
     device_type = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    # Asked here: inside `forward` of an autograd function gradients are always off, and needs_input_grad ignores it.
+    need_gradient = torch.is_grad_enabled()
     with torch.autocast(device_type, enabled=False):
-        return _ChunkedNats.apply(hidden_states, head_weight, table, tokens, kind, carry_over, dtype)
+        return _ChunkedNats.apply(hidden_states, head_weight, table, tokens, kind, carry_over, dtype, need_gradient)
 
 
 class _ChunkedNats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, head_weight, table, tokens, kind, carry_over, dtype):
+    def forward(ctx, hidden_states, head_weight, table, tokens, kind, carry_over, dtype, need_gradient):
         exact = torch.promote_types(dtype, torch.float32)
         inputs, head = hidden_states.to(dtype), head_weight.to(dtype)
-        need_inputs, need_head = ctx.needs_input_grad[:2]
+        need_inputs, need_head = (need_gradient and each for each in ctx.needs_input_grad[:2])
         grad_inputs = torch.empty_like(hidden_states) if need_inputs else None
         grad_head = torch.zeros_like(head_weight, dtype=exact) if need_head else None
         nats = torch.empty(len(inputs), dtype=exact, device=inputs.device)
@@ -77,18 +82,19 @@ class _ChunkedNats(torch.autograd.Function):
         ctx.save_for_backward(grad_inputs, grad_head)
         ctx.head_dtype = head_weight.dtype
         ctx.mark_non_differentiable(nats)
-        return (nats * tokens.weights).sum(), nats
+        return (nats * tokens.weights.to(exact)).sum(), nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
         grad_inputs, grad_head = ctx.saved_tensors
         grad_inputs = None if grad_inputs is None else grad_inputs * grad_loss.to(grad_inputs.dtype)
         grad_head = None if grad_head is None else (grad_head * grad_loss).to(ctx.head_dtype)
-        return grad_inputs, grad_head, None, None, None, None, None
+        return grad_inputs, grad_head, None, None, None, None, None, None
 
 
 class _Chunk:
-    """Turns a chunk's logits (C, V) into nats (C,) and the gradient of the weighted nats (C, V), None if not needed."""
+    """Turns a chunk's logits (C, V) into nats (C,) and the gradient of the weighted nats (C, V) where it is needed."""
 
     def __init__(self, table, kind: str, carry_over: bool, need_gradient: bool, dtype: torch.dtype):
         self.table, self.kind, self.carry_over, self.need_gradient = table, kind, carry_over, need_gradient
@@ -104,16 +110,28 @@ class _Chunk:
         if self.kind == "token":
             return self._token(logits, ids, weights)
         if self.kind == "digits":
-            compute, asked = self._digits, (self.columns[ids], ~visible)
+            columns, hidden = self.columns[ids], ~visible
+            nats, gradient, rare = self._digits(logits.softmax(-1), weights, columns, hidden)
+            groups = ((self.one_hot.T[columns[rare, j]] > 0, hidden[rare, j]) for j in range(columns.shape[1]))
         else:
             shared = (differs & self.table.pack_visible(tokens.goal[part]).unsqueeze(1)) == 0
-            compute, asked = self._prefix, (shared,)
-        nats, gradient, rare = compute(logits.softmax(-1), weights, *asked)
+            nats, gradient, rare = self._prefix(logits.softmax(-1), weights, shared)
+            groups = ((shared[rare], rare[rare]) for _ in range(1))
         if rare.any():
-            exact = compute(logits[rare].double().softmax(-1), weights[rare].double(), *(each[rare] for each in asked))
-            nats[rare] = exact[0].to(nats.dtype)
+            nats[rare], exact = self._from_logarithms(logits[rare], weights[rare], groups)
             if gradient is not None:
-                gradient[rare] = exact[1].to(gradient.dtype)
+                gradient[rare] = exact
+        return nats, gradient
+
+    def _from_logarithms(self, logits: Tensor, weights: Tensor, groups) -> tuple[Tensor, Tensor | None]:
+        """Nats and gradient of any size. groups: (tokens sharing what is asked (C, V), whether it is asked (C,))."""
+        log_total, probabilities = logits.logsumexp(-1), logits.softmax(-1)
+        nats, gradient = torch.zeros_like(log_total), torch.zeros_like(logits) if self.need_gradient else None
+        for shared, asked in groups:
+            within = logits.masked_fill(~shared, -torch.inf)
+            nats += torch.where(asked, log_total - within.logsumexp(-1), 0.0)
+            if gradient is not None:
+                gradient += torch.where(asked, weights, 0.0).unsqueeze(1) * (probabilities - within.softmax(-1))
         return nats, gradient
 
     def _token(self, logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -129,7 +147,7 @@ class _Chunk:
         one_hot = self.one_hot.to(probabilities.dtype)
         marginals = (probabilities @ one_hot).gather(1, columns)  # (C, S), of the token's own digits
         rare = ((marginals < RARE_MARGINAL) & hidden).any(1)
-        marginals = marginals.clamp(min=torch.finfo(marginals.dtype).tiny)
+        marginals = marginals.clamp(min=RARE_MARGINAL)
         nats = -torch.where(hidden, marginals.log(), 0.0).sum(1)
         if not self.need_gradient:
             return nats, None, rare
@@ -141,7 +159,7 @@ class _Chunk:
     def _prefix(self, probabilities, weights, shared) -> tuple[Tensor, Tensor | None, Tensor]:
         mass = (probabilities * shared).sum(1)
         rare = mass < RARE_MARGINAL
-        mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        mass = mass.clamp(min=RARE_MARGINAL)
         if not self.need_gradient:
             return -mass.log(), None, rare
         pull = (weights / mass).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Log-likelihood of sequences and its lower bounds, with standard errors (docs/derivation.md, "Which of them are bounds").
+"""Log-likelihood of sequences and its lower bounds, with standard errors (docs/derivation.md, "Bounds").
 
 The draws of a sequence are a pure function of (seed, its ids, which of them are scored), so a value does not depend on
 padding, on the other sequences of the batch or on their order.
@@ -28,7 +28,7 @@ _SEQUENCE, _DRAW = 11, 12  # stream numbers, see diffusion_prime_v2
 
 @dataclass
 class PrimeV2LogLikelihood(ModelOutput):
-    """Per sequence: `value` (B,) float64 nats, `stderr` (B,) of its Monte Carlo draws, `num_forward` (B,) network rows.
+    """Per sequence: `value` (B,) float64 nats, `stderr` (B,) of its draws, `num_forward` (B,) rows the network ran.
 
     `is_bound`: value is the log-likelihood or, in expectation over the draws, a lower bound of it. Where it is False,
     value may exceed the log-likelihood and must not be turned into a perplexity.
@@ -93,7 +93,7 @@ def log_likelihood(
     try:
         for batch in _batches(rows, tokens_per_pass):
             for row_nats, part in zip(_score(model, batch, order, objective), batch, strict=True):
-                nats[part.sequence].append(row_nats * part.factor)
+                nats[part.sequence].append(row_nats.cpu() * part.factor.cpu())
     finally:
         model.train(was_training)
     value, stderr = _summarise([torch.cat(each) for each in nats], method)
@@ -115,7 +115,9 @@ def _summarise(nats: list[Tensor], method: str) -> tuple[Tensor, Tensor]:
         stderr = torch.stack([stratified_stderr(each) for each in nats]).cpu()
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0])
-        raise ValueError(f"the log-likelihood of row {row} is {float(value[row])}: the network's logits are not finite")
+        raise ValueError(
+            f"the log-likelihood of row {row} is {float(value[row])}: the network's logits are not finite"
+        )
     return value, stderr
 
 
@@ -216,7 +218,5 @@ def _score(model, batch: list[_Rows], order: RevealOrder, objective: str) -> tup
     mask = None if real.all() else real
     hidden_states = model.model(states, mask).last_hidden_state
     weight = torch.ones(len(ids), dtype=torch.double, device=device)
-    _, nats = model.nats_of_hidden(
-        hidden_states, ids, Noise(visible, hidden_count, weight), order, objective, weight
-    )
+    _, nats = model.nats_of_hidden(hidden_states, ids, Noise(visible, hidden_count, weight), order, objective, weight)
     return nats.split([len(part.ids) for part in batch])

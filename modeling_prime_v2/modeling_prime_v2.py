@@ -278,6 +278,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config, order = self.config, RevealOrder.from_config(self.config)
+        check_shapes(input_ids, attention_mask, labels)
         scored = labels != NOT_SCORED
         if attention_mask is not None:
             scored = scored & attention_mask.bool()
@@ -292,10 +293,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         digits = self.code_table.encode(ids)
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
-        if config.loss_weight == "low_variance":
-            weight = torch.ones_like(noise.weight)
-        else:
-            weight = noise.weight
+        weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
         total, _ = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
@@ -314,9 +312,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         elif objective == "subtoken" and order.kind == "nested":
             multiplicity = noise.hidden_count[rows, columns]
             kind, goal = "prefix", order.next_visible(multiplicity)
-        tokens = HiddenTokens(
-            ids[rows, columns], noise.visible[rows, columns], (weight[rows] * multiplicity).float(), goal
-        )
+        tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
         total, nats = hidden_nats(
             hidden_states[rows, columns], self.head_weight(), self.code_table, tokens, kind, self.config.carry_over
         )
@@ -356,6 +352,15 @@ def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) ->
             raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row")
 
 
+def check_shapes(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:
+    """ValueError unless ids, mask and labels are (B, L) alike, with at least one row of one token."""
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
+    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}")
+
+
 def check_labels(input_ids: Tensor, ids: Tensor, scored: Tensor, config) -> None:
     """ValueError unless the batch has a scored token, with labels equal to the input where it is not masked."""
     if torch.compiler.is_compiling():
@@ -371,6 +376,9 @@ def check_labels(input_ids: Tensor, ids: Tensor, scored: Tensor, config) -> None
             f"labels are the clean input ids, not shifted, with -100 where nothing is scored"
         )
 
+
+# So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
+PrimeV2ForMaskedDiffusion.register_for_auto_class("AutoModel")
 
 __all__ = [
     "PrimeV2ForMaskedDiffusion",

@@ -1,0 +1,38 @@
+"""Arithmetic of a training step: the 6 N D rule and a count of the products that really run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense matrix rates of accelerators in bf16, FLOP/s, from their data sheets (without sparsity).
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """{"total", "non_embedding"}: the second leaves out the sub-token embedding and the head."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    non_embedding = sum(each.numel() for each in model.parameters() if id(each) not in outside)
+    return {"total": total, "non_embedding": non_embedding}
+
+
+def six_n_d(num_parameters: int, num_tokens: int) -> int:
+    """FLOPs of training by the 6 N D rule (Kaplan et al., arXiv:2001.08361), N without embeddings."""
+    return 6 * num_parameters * num_tokens
+
+
+def measure_flops(step: Callable[[], torch.Tensor]) -> int:
+    """FLOPs of one forward and backward pass as counted by PyTorch: matrix products and attention alone."""
+    with FlopCounterMode(display=False) as counter:
+        step().backward()
+    return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 rate where it is known, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for key, rate in PEAK_BF16_FLOPS.items() if key in name), None)

@@ -1,0 +1,171 @@
+"""Load a checkpoint and its tokenizer for the command line, with one clear sentence for whatever is wrong with it.
+
+A checkpoint of another model type is refused, so the package's own classes load it and no code of the checkpoint runs.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def load_model_and_tokenizer(
+    path_or_repo: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Any, Any]:
+    """(PrimeV2ForMaskedDiffusion in evaluation mode, PrimeV2Tokenizer) of a folder or a Hub repository.
+
+    device: None takes CUDA where there is one, else the CPU. Apple's MPS has no float64, which likelihoods are summed
+        in, and is used only when asked for.
+    dtype: None is bfloat16 on CUDA and float32 elsewhere; a name such as "float32" or a torch.dtype.
+    Raises ValueError for a path that does not exist, a folder without configuration, weights or tokenizer, a foreign
+    model type, weights that do not fit, and a tokenizer whose code table differs from the model's.
+    """
+    device, dtype = choose_device(device), dtype if dtype is None else choose_dtype(dtype)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    place = _locate(path_or_repo)
+    model = _load_model(place, dtype).to(device).eval()
+    tokenizer = load_tokenizer(place)
+    check_same_table(model, tokenizer, place)
+    return model, tokenizer
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU; ValueError for one that is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here ({_first_line(error)}); use cpu") from None
+    return chosen
+
+
+def choose_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype from itself or its name."""
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point type of torch; use float32 or bfloat16")
+    return chosen
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
+    """A PrimeV2Tokenizer, or any fast tokenizer, of a folder, a tokenizer.json file or a Hub repository.
+
+    Raises ValueError where there is none.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    from prime_v2.tokenization import PrimeV2Tokenizer
+
+    place = str(name_or_path)
+    path = Path(place).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return _loaded(lambda: PreTrainedTokenizerFast(tokenizer_file=str(path)), place, "a tokenizer")
+    _locate(place)
+    made_of = _loaded(lambda: get_tokenizer_config(place), place, "a tokenizer")
+    if made_of.get("tokenizer_class") == PrimeV2Tokenizer.__name__:
+        return _loaded(lambda: PrimeV2Tokenizer.from_pretrained(place), place, "a tokenizer")
+    tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False), place, "a tokenizer")
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {place} is not a fast one; use one that has a tokenizer.json")
+    return tokenizer
+
+
+def check_same_table(model: Any, tokenizer: Any, place: str) -> None:
+    """ValueError unless the tokenizer splits every token into the digits that the model was trained with."""
+    codes, table = model.code_table.codes[:-1].cpu().numpy(), getattr(tokenizer, "code_table", None)
+    if table is None:
+        raise ValueError(f"the tokenizer of {place} has no code table; save the PrimeV2Tokenizer beside the model")
+    if table.shape != codes.shape:
+        difference = f"{tuple(table.shape)} instead of {tuple(codes.shape)}"
+    elif (table != codes).any():
+        different = (table != codes).any(axis=1)
+        difference = f"{int(different.sum())} of {len(codes)} tokens, the first being {int(different.argmax())}"
+    else:
+        return
+    raise ValueError(
+        f"the code table of the tokenizer of {place} differs from the model's ({difference}); "
+        f"use the tokenizer that the model was trained with"
+    )
+
+
+def _locate(path_or_repo: str | os.PathLike[str]) -> str:
+    """The folder, or the name of a Hub repository; ValueError for a path that does not exist or is a file."""
+    place = str(path_or_repo)
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{place} is a file; give the folder of a model")
+    if not place.strip() or place.startswith((".", "~", "/")) or place.count("/") > 1 or path.is_absolute():
+        raise ValueError(f"{place or 'the empty name'} does not exist; give the folder of a model or a Hub repository")
+    return place
+
+
+def _load_model(place: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig
+
+    from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
+
+    if Path(place).is_dir():
+        _check_folder(Path(place))
+    content, _ = _loaded(lambda: PreTrainedConfig.get_config_dict(place), place, "a model")
+    model_type = content.get("model_type")
+    if model_type != PrimeV2Config.model_type:
+        raise ValueError(f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r} is supported")
+    try:
+        model, report = _loaded(
+            lambda: PrimeV2ForMaskedDiffusion.from_pretrained(place, dtype=dtype, output_loading_info=True),
+            place,
+            "a model",
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights of {place} cannot be loaded ({_first_line(error)}); save the model again") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"the weights of {place} lack {len(missing)} tensors of the model, the first being {missing[0]}")
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}; give the folder of a saved model")
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not JSON ({error}); save the model again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} is no configuration; save the model again")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise ValueError(f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); give the folder of a saved model")
+
+
+def _loaded(load, place: str, what: str) -> Any:
+    """load(), with the long message of an OSError cut to a sentence that says what was looked for."""
+    try:
+        return load()
+    except OSError as error:
+        if Path(place).exists():
+            raise ValueError(f"{place} does not hold {what} that can be loaded ({_first_line(error)})") from None
+        raise ValueError(
+            f"{place} is neither a folder here nor {what} that could be loaded from the Hub ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+__all__ = ["choose_device", "choose_dtype", "load_model_and_tokenizer", "load_tokenizer"]

@@ -1,0 +1,118 @@
+"""The picture of a training run: its loss and the held-out bound against the tokens read."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NORMAL_95 = 1.959964  # 97.5% point of the standard normal
+SMOOTHED_SHARE = 0.03  # of the logged steps, the width of the moving average
+
+
+def plot_training(
+    history: Sequence[dict[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    unigram_entropy: float,
+    title: str,
+    loss_is_bound: bool = False,
+) -> Path:
+    """Save a PNG of the training loss (raw and smoothed) and the held-out bound, in nats per token, against tokens.
+
+    history: as the Trainer's `state.log_history`; entries with `loss` and `tokens`, and entries with `eval_bound`,
+        `eval_bound_stderr` (or None) and `tokens`; others are left out.
+    unigram_entropy: of the held-out tokens, in nats, drawn as the line that a model without context cannot go below.
+    loss_is_bound: whether the training loss is one; the label says so.
+    Raises ValueError where nothing can be drawn, or an entry to be drawn has no `tokens`.
+    """
+    losses = _points(history, "loss")
+    bounds = _points(history, "eval_bound")
+    if not losses and not bounds:
+        raise ValueError("the history has neither a loss nor an eval_bound to draw; log at least one step")
+
+    # Not pyplot: no global state, and no window wherever this runs.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    unit, name = _unit(max(entry["tokens"] for entry in [*losses, *bounds]))
+    if losses:
+        tokens = np.array([entry["tokens"] for entry in losses]) / unit
+        values = np.array([entry["loss"] for entry in losses], dtype=float)
+        kind = "a bound" if loss_is_bound else "not a bound"
+        axes.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8, label=f"training loss ({kind})")
+        axes.plot(tokens, _smooth(values), color="tab:blue", linewidth=1.8, label="training loss, smoothed")
+    if bounds:
+        errors = [NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds]
+        axes.errorbar(
+            [entry["tokens"] / unit for entry in bounds],
+            [entry["eval_bound"] for entry in bounds],
+            yerr=errors,
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            capsize=3,
+            label="held-out bound on -log p (95% interval)",
+        )
+    axes.axhline(
+        unigram_entropy,
+        color="0.25",
+        linestyle="--",
+        linewidth=1.2,
+        label=f"unigram entropy of the held-out tokens ({unigram_entropy:.2f})",
+    )
+    axes.set(title=title, xlabel=f"training tokens ({name})", ylabel="nats per token")
+    axes.set_ylim(*_limits(losses, bounds, unigram_entropy))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", framealpha=0.9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def _points(history: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    points = [entry for entry in history if key in entry and math.isfinite(entry[key])]
+    for entry in points:
+        if "tokens" not in entry:
+            raise ValueError(f"the history entry of step {entry.get('step')} has {key} but no tokens")
+    return sorted(points, key=lambda entry: entry["tokens"])
+
+
+def _unit(tokens: float) -> tuple[float, str]:
+    """The divisor and its name for an axis that ends at `tokens`."""
+    for unit, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+        if tokens >= unit:
+            return unit, name
+    return 1.0, "number"
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average. At the start, where a loss falls fast, the window shrinks; at the end it is one-sided."""
+    half = round(SMOOTHED_SHARE * len(values) / 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, index)
+    start, end = index - reach, np.minimum(index + reach + 1, len(values))
+    return (sums[end] - sums[start]) / (end - start)
+
+
+def _limits(losses: list[dict], bounds: list[dict], unigram_entropy: float) -> tuple[float, float]:
+    """Limits of the y axis that show every bound and all but the outermost percent of the raw losses."""
+    values = [unigram_entropy, *(entry["eval_bound"] for entry in bounds)]
+    if losses:
+        raw = np.array([entry["loss"] for entry in losses], dtype=float)
+        values += [*np.percentile(raw, [0.5, 99.5]), _smooth(raw).max()]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+__all__ = ["plot_training"]

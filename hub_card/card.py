@@ -1,0 +1,176 @@
+"""The model card: a README.md whose every number is read from the record of the run."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = "model_card.md.jinja"
+LICENSE_ID = "apache-2.0"
+TAGS = ("prime_v2", "masked-diffusion", "diffusion-language-model", "sub-tokens", "custom_code")
+DEFAULT_RECORD = Path("results") / "train.json"
+# Fields in which the model beside the card must agree with the record's.
+SHAPE = (
+    "model_type vocab_size base num_subtokens shuffle_seed shuffle_ratio shuffle_domain objective reveal_order "
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+).split()
+
+
+def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Path:
+    """Write README.md, the card that the Hub shows, into a folder that holds a model; an earlier one is replaced.
+
+    record: as `make_record` makes it, with `results` of train.py. Raises ValueError for a folder without config.json, a
+    record of another model, and what `render_card` refuses; nothing is written then.
+    """
+    folder = Path(model_dir)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json; give the folder of a saved model") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}); save the model again") from None
+    recorded = look_up(record, "results.config")
+    for name in SHAPE:
+        if name in config and name in recorded and config[name] != recorded[name]:
+            raise ValueError(
+                f"the record is of another model than {folder}: {name} is {recorded[name]!r} there and "
+                f"{config[name]!r} here; give the record of this model"
+            )
+    plot = "loss.png" if (folder / "loss.png").is_file() else None
+    content = render_card(record, model_name=folder.resolve().name, plot=plot)
+    path = folder / "README.md"
+    handle, aside = tempfile.mkstemp(dir=folder, prefix=".README.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def find_record(model_dir: str | os.PathLike[str]) -> Path:
+    """The record that train.py leaves in a run's folder; ValueError where there is none."""
+    path = Path(model_dir) / DEFAULT_RECORD
+    if not path.is_file():
+        raise ValueError(f"{model_dir} has no {DEFAULT_RECORD}; name the record of the run with --record FILE")
+    return path
+
+
+def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = None) -> str:
+    """The card's text. plot: a picture of the training run beside the card.
+
+    Raises ValueError for a value that the record lacks, a number that is not finite, a bound that is none, and a
+    perplexity beside a loss that is not a bound.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment, StrictUndefined
+
+    evaluation = look_up(record, "results.evaluation")
+    for name in ("bound", "token_objective"):
+        check_score(look_up(record, f"results.evaluation.{name}"), f"results.evaluation.{name}")
+        if "mdm" in evaluation:
+            path = f"results.evaluation.mdm.{name}"
+            check_score(look_up(record, path), path)
+    data = ModelCardData(
+        license=LICENSE_ID,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        model_name=model_name,
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"count": _count, "fence": _fence, "pm": _plus_minus, "perplexity": _perplexity}
+    environment.filters |= {"bits": _bits, "number": _number, "scientific": _scientific, "duration": _duration}
+    template = environment.from_string(files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8"))
+    text = template.render(
+        card_data=data.to_yaml(),
+        model_name=model_name,
+        plot=plot,
+        get=lambda path: look_up(record, path),
+        has=lambda path: _has(record, path),
+        columns=[("this model", "results.evaluation")]
+        + ([("plain MDM, same budget", "results.evaluation.mdm")] if "mdm" in evaluation else []),
+    )
+    ModelCard(text)  # raises where the metadata block cannot be read back
+    return text
+
+
+def look_up(record: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path; ValueError, with the path, where it is missing or a number that is not finite."""
+    value: Any = record
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"the record has no {path}; write the card from a record that train.py wrote")
+        value = value[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the record has {path}={value}, which is no result; run the evaluation again")
+    return value
+
+
+def _has(record: dict[str, Any], path: str) -> bool:
+    try:
+        return look_up(record, path) is not None
+    except ValueError:
+        return False
+
+
+def check_score(score: dict[str, Any], path: str) -> None:
+    """ValueError unless a `score_blocks` result is labelled rightly: only a bound has a perplexity."""
+    is_bound = look_up(score, "is_bound") if isinstance(score, dict) and "is_bound" in score else None
+    if not isinstance(is_bound, bool):
+        raise ValueError(f"the record has no {path}.is_bound; write the card from a record that train.py wrote")
+    if path.endswith(".bound") and not is_bound:
+        raise ValueError(f"{path} of the record is not a bound (method {score.get('method')!r}); evaluate a bound")
+    if not is_bound and any(key.startswith(("perplexity", "bits_per_byte")) for key in score):
+        raise ValueError(f"{path} of the record has a perplexity, but is no bound; it must not be reported as one")
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _scientific(value: float) -> str:
+    return f"{value:.2e}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _plus_minus(score: dict[str, Any]) -> str:
+    """Nats per token with the standard error, where there is one."""
+    nats, stderr = look_up(score, "nats_per_token"), look_up(score, "stderr")
+    return f"{nats:.4f}" if stderr is None else f"{nats:.4f} ± {stderr:.4f}"
+
+
+def _perplexity(score: dict[str, Any]) -> str:
+    interval = look_up(score, "perplexity_interval_95")
+    upper = f"≤ {look_up(score, 'perplexity'):.2f}"
+    return upper if interval is None else f"{upper} (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def _bits(score: dict[str, Any]) -> str:
+    return f"≤ {look_up(score, 'bits_per_byte'):.4f}"
+
+
+def _fence(text: str) -> str:
+    """Text as a Markdown code block whose fence no run of back-ticks in it can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}text\n{text}\n{ticks}"
+
+
+__all__ = ["find_record", "render_card", "write_card"]

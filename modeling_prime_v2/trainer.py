@@ -1,0 +1,169 @@
+"""transformers' Trainer for masked diffusion.
+
+The noise is a pure function of the sample number, evaluation is the bound, checkpoints are put in place whole.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from prime_v2.diffusion_prime_v2 import stratified_levels
+from prime_v2.random_prime_v2 import hash64
+from prime_v2.tokenization.packing import collate
+
+_NOISE_KEY = 21  # stream number of the training noise, see diffusion_prime_v2
+
+
+class Collator:
+    """Samples to a batch with the noise's key and level: pure functions of (seed, sample number)."""
+
+    def __init__(self, global_batch: int, seed: int, short_share: float):
+        self.global_batch, self.seed, self.short_share = global_batch, seed, short_share
+
+    def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = collate(samples, global_batch=self.global_batch, seed=self.seed, short_share=self.short_share)
+        numbers = batch.pop("sample_number")
+        batch["noise_keys"] = hash64(self.seed, _NOISE_KEY, numbers)
+        batch["noise_levels"] = stratified_levels(numbers, self.global_batch, self.seed)
+        return batch
+
+
+class DiffusionTrainer(Trainer):
+    """Trainer that evaluates the bound, reports tokens and FLOP/s, and puts checkpoints in place whole."""
+
+    def __init__(
+        self,
+        *args,
+        tokens_per_step: int,
+        global_batch: int,
+        score: Callable[[torch.nn.Module], dict[str, float]],
+        **kwargs,
+    ):
+        """score: model to {"eval_bound", "eval_bound_stderr"}, nats per token on the dev split."""
+        super().__init__(*args, **kwargs)
+        self.tokens_per_step, self.global_batch, self.score = tokens_per_step, global_batch, score
+        self.flops_per_token = 0.0
+        self.clock = (time.time(), 0)
+        self.staging = False
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The valid bound on the dev split, in nats per token, with its standard error; all ranks compute it."""
+        started = time.time()
+        metrics = self.score(self.accelerator.unwrap_model(self.model))
+        self.log(dict(metrics))
+        self.clock = (self.clock[0] + time.time() - started, self.clock[1])
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step = self.state.global_step
+        logs["tokens"] = step * self.tokens_per_step
+        if "loss" in logs:
+            seconds, tokens = time.time() - self.clock[0], (step - self.clock[1]) * self.tokens_per_step
+            self.clock = (time.time(), step)
+            logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+            logs["flops_per_second"] = logs["tokens_per_second"] * self.flops_per_token
+        super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            last = get_last_checkpoint(self.args.output_dir)
+            first = self.state.global_step * self.global_batch
+            raise ValueError(
+                f"the loss is {float(loss)} at step {self.state.global_step} (samples {first} to "
+                f"{first + self.global_batch - 1}); the last good checkpoint is {last or 'none'}"
+            )
+        return loss
+
+    def _get_output_dir(self, trial=None) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, ".incomplete") if self.staging else folder
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Write aside, then rename: a checkpoint folder that exists is complete, whatever stopped the last one."""
+        final = Path(super()._get_output_dir(trial))
+        aside = final / ".incomplete"
+        self.staging = True
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                publish(aside, final, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            last = get_last_checkpoint(str(final))
+            raise ValueError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error.strerror or error}); "
+                f"the last good one is {last or 'none'}; make room and start the same command again"
+            ) from error
+        finally:
+            self.staging = False
+
+
+def publish(aside: Path, final: Path, keep: int | None) -> None:
+    """Move finished checkpoints into place and drop the oldest beyond `keep`."""
+    for folder in aside.iterdir():
+        shutil.rmtree(final / folder.name, ignore_errors=True)
+        os.replace(folder, final / folder.name)
+    aside.rmdir()
+    checkpoints = sorted(final.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
+    for folder in checkpoints[: -keep if keep else 0]:
+        shutil.rmtree(folder)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.received is not None:
+            signal.default_int_handler(number, frame)
+        self.received = number
+        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar with the loss, tokens/s and FLOP/s behind it and a line per evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "
+                f"{logs['flops_per_second'] / 1e9:,.0f} GFLOP/s"
+            )
+        elif "eval_bound" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f} +- "
+                f"{logs['eval_bound_stderr']:.4f} nats/token"
+            )

@@ -1,0 +1,21 @@
+"""What every test needs set before torch and transformers are imported."""
+
+import atexit
+import os
+import tempfile
+
+from hypothesis import settings
+
+# A process of pytest-xdist takes its share of the cores; two that each start a thread a core slow one another down.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
+
+# No network. A cache of its own for each process: nothing is read from or left in the user's, and no two processes
+# write one copied model file at the same time.
+HF_HOME = tempfile.TemporaryDirectory(prefix="prime_v2_hf_home_")
+atexit.register(HF_HOME.cleanup)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HF_HOME.name}
+
+# The same examples in every run; no deadline, since the first call of an operator in torch is a slow one.
+settings.register_profile("prime_v2", derandomize=True, deadline=None)
+settings.load_profile("prime_v2")

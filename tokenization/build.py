@@ -1,0 +1,101 @@
+"""Wrap a fast BPE tokenizer into a PrimeV2Tokenizer: choose the digits, draw the shuffle, store the table."""
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prime_v2.code_table_prime_v2 import base_needed, build_code_table, digits_needed
+from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
+
+# What a wrapped tokenizer keeps of the one it wraps, besides the vocabulary and the special tokens.
+INHERITED = (
+    "name_or_path",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+    "chat_template",
+    "extra_special_tokens",
+)
+
+
+def build_tokenizer(
+    base_tokenizer_or_name: str | os.PathLike[str] | PreTrainedTokenizerBase | Tokenizer,
+    base: int | None = None,
+    num_subtokens: int | None = None,
+    shuffle_seed: int = 0,
+    shuffle_ratio: float = 1.0,
+    shuffle_domain: str = "codes",
+    special_tokens: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> PrimeV2Tokenizer:
+    """A PrimeV2Tokenizer over any fast BPE tokenizer, with the same ids; its mask token gets the next id, V.
+
+    Args:
+        base_tokenizer_or_name: a Hub name or folder, a fast Transformers tokenizer, or a `tokenizers.Tokenizer`.
+        base: digits run over 0..base-1; None means 2, or the smallest base that fits when `num_subtokens` is given.
+        num_subtokens: S, digits a token; None means ceil(log_base V), 1 is plain MDM.
+        shuffle_seed, shuffle_ratio, shuffle_domain: the index shuffle, see `build_code_table`.
+        special_tokens: e.g. `{"eos_token": "<|endoftext|>"}`, over those of the base tokenizer; a token that is not
+            in the vocabulary is added to it and counts towards V. Padding uses EOS where there is no `pad_token`.
+        kwargs: passed to PrimeV2Tokenizer (`mask_token`, `chat_template`, `model_max_length`, ...).
+    """
+    backend, special, inherited = _unwrap(base_tokenizer_or_name)
+    names = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    special.update(special_tokens or {})
+    special.update({name: kwargs.pop(name) for name in names if name in kwargs and name != "mask_token"})
+    unknown = [name for name in special if name not in names]
+    if unknown:
+        raise ValueError(f"special_tokens has {unknown[0]!r}, which is not one of {', '.join(names)}")
+    if special.get("pad_token") is None and special.get("eos_token") is not None:
+        special["pad_token"] = special["eos_token"]
+    mask_token = kwargs.pop("mask_token", special.pop("mask_token", None)) or "<|mask|>"
+
+    backend.add_special_tokens([token for token in special.values() if token is not None])
+    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if backend.token_to_id(str(mask_token)) is not None:
+        raise ValueError(
+            f"mask_token={str(mask_token)!r} is already the token {backend.token_to_id(str(mask_token))} of the base "
+            f"tokenizer; use one outside its vocabulary, e.g. mask_token='<|prime_mask|>'"
+        )
+    for name, value in {"base": base, "num_subtokens": num_subtokens, "shuffle_seed": shuffle_seed}.items():
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ValueError(f"{name}={value!r} must be an integer")
+    if base is None:
+        base = 2 if num_subtokens is None else base_needed(vocab_size, max(1, num_subtokens))
+    if num_subtokens is None:
+        num_subtokens = digits_needed(vocab_size, max(2, base))
+    shuffle = {"shuffle_seed": shuffle_seed, "shuffle_ratio": shuffle_ratio, "shuffle_domain": shuffle_domain}
+    codes = build_code_table(vocab_size, base, num_subtokens, shuffle_seed, shuffle_ratio, shuffle_domain)
+    table = {"vocab_size": vocab_size, "base": base, "num_subtokens": num_subtokens, **shuffle, "codes": codes}
+    return PrimeV2Tokenizer(
+        tokenizer_object=backend, code_table=table, mask_token=mask_token, **special, **{**inherited, **kwargs}
+    )
+
+
+def _unwrap(base_tokenizer: Any) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:
+    """A copy of the `tokenizers` object, the special tokens by name, and the inherited settings of a tokenizer."""
+    if isinstance(base_tokenizer, str | os.PathLike):
+        base_tokenizer = AutoTokenizer.from_pretrained(base_tokenizer)
+    special: dict[str, Any] = {}
+    inherited: dict[str, Any] = {}
+    if isinstance(base_tokenizer, PreTrainedTokenizerBase):
+        special = {name: token for name, token in base_tokenizer.special_tokens_map.items() if name != "mask_token"}
+        inherited = {name: getattr(base_tokenizer, name) for name in INHERITED}
+    backend = getattr(base_tokenizer, "backend_tokenizer", base_tokenizer)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(f"{type(base_tokenizer).__name__} is not a fast tokenizer; use one that has a tokenizer.json")
+    if hasattr(base_tokenizer, "encode_subtokens"):
+        raise ValueError("the tokenizer is a PrimeV2Tokenizer already; pass the one that it was built from")
+    backend = copy.deepcopy(backend)
+    # A call with `truncation=True` leaves its length behind in the object.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, special, inherited
+
+
+__all__ = ["build_tokenizer"]

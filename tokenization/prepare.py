@@ -1,0 +1,118 @@
+"""From a source of text to a tokenizer and packed splits in a run's folder."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from prime_v2.tokenization.bpe import train_bpe
+from prime_v2.tokenization.build import build_tokenizer
+from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
+from prime_v2.tokenization.packing import PackedBlocks, pack_blocks
+from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
+
+EOS_TOKEN = "<|endoftext|>"
+CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
+# Of a streamed data set, so many documents per wanted block are read for the dev and test splits.
+DOCUMENTS_PER_EVAL_BLOCK = 4
+
+
+@dataclass
+class TextOptions:
+    """Where the text comes from and how it is cut: the options of train.py of the same names."""
+
+    data: str
+    data_split: str
+    text_field: str
+    streaming: bool
+    max_documents: int | None
+    tokenizer: str
+    bpe_vocab_size: int
+    block_size: int
+    dev_share: float
+    test_share: float
+    eval_sequences: int
+    test_sequences: int
+    seed: int
+
+
+def documents_of(text: TextOptions, split: str) -> Iterator[str]:
+    """Deduplicated documents of one split (train, dev, test), decided by each document's content and the seed."""
+    documents: Iterable[str] = read_documents(
+        text.data,
+        text_field=text.text_field,
+        split=text.data_split,
+        streaming=text.streaming,
+        max_documents=text.max_documents,
+    )
+    chosen = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
+    return (document for document in deduplicate(documents) if chosen(document) == split)
+
+
+def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """list of texts to list of ids; text that spells a special token stays plain text."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    return encode
+
+
+def prepare_text(
+    text: TextOptions, code_options: dict[str, Any], folder: Path
+) -> tuple[PrimeV2Tokenizer, dict[str, PackedBlocks]]:
+    """Tokenizer and packed splits, kept in `folder`: made by the first process, read by all, not made twice.
+
+    code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). Returns the tokenizer and the splits
+    train (not when streaming), dev and test. Raises ValueError for a bad source, see `read_documents`, `pack_blocks`.
+    """
+    splits = ("dev", "test") if text.streaming else ("train", "dev", "test")
+    with PartialState().main_process_first():
+        if not (folder / "complete").exists():
+            _make(text, code_options, folder, splits)
+    return PrimeV2Tokenizer.from_pretrained(folder / "tokenizer"), {
+        each: PackedBlocks(folder / each) for each in splits
+    }
+
+
+def _make(text: TextOptions, code_options: dict[str, Any], folder: Path, splits: tuple[str, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    source = text
+    if text.data == "docs":  # parsed once, then read for each split
+        source = _cached_docs(text, folder / "docs.jsonl")
+    if text.tokenizer == "bpe":
+        bpe = train_bpe(documents_of(source, "train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
+        tokenizer = build_tokenizer(
+            bpe, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size, **code_options
+        )
+    else:
+        tokenizer = build_tokenizer(text.tokenizer, **code_options)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {text.tokenizer} has no EOS token to put between documents; use one that has")
+    limits = {"dev": text.eval_sequences, "test": text.test_sequences} if text.streaming else {}
+    for split in splits:
+        documents = documents_of(source, split)
+        if split in limits:
+            documents = islice(documents, DOCUMENTS_PER_EVAL_BLOCK * limits[split])
+        pack_blocks(
+            documents,
+            encode_batch(tokenizer),
+            block_size=text.block_size,
+            eos_token_id=tokenizer.eos_token_id,
+            vocab_size=tokenizer.code_table.shape[0],
+            path=folder / split,
+        )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "complete").touch()
+
+
+def _cached_docs(text: TextOptions, path: Path) -> TextOptions:
+    with open(path, "w", encoding="utf-8") as file:
+        for document in read_documents("docs", max_documents=text.max_documents):
+            file.write(json.dumps({"text": document}) + "\n")
+    return TextOptions(**{**vars(text), "data": str(path), "text_field": "text"})

@@ -1,0 +1,206 @@
+"""PrimeV2Tokenizer: a fast BPE tokenizer that also splits its tokens into base-b digits (arXiv:2603.16077).
+
+The code table C (V, S) is data, stored beside the tokenizer in code_table.json, so encoding never depends on how a
+random permutation is drawn. `prime_v2.tokenization.build_tokenizer` makes the table. This file imports nothing of the
+package, since the Hub loads it alone.
+"""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken
+from transformers import TokenizersBackend
+
+CODE_TABLE_FILE = "code_table.json"
+
+
+class PrimeV2Tokenizer(TokenizersBackend):
+    """Behaves as the BPE tokenizer it wraps, plus a mask token with the id V and the digits of every token.
+
+    Args:
+        code_table: `{"base": b, "codes": C, ...}` with C (V, S), integers in 0..b-1 whose rows differ. The other
+            entries (shuffle_seed, ...) say how the table was made and are kept.
+        code_table_file: path of a JSON file with the same content; what `from_pretrained` passes.
+        mask_token: must get the id V, the first one outside the wrapped vocabulary.
+        kwargs: as in TokenizersBackend.
+
+    Attributes:
+        code_table: (V, S) int64 numpy array, the table C.
+        code_table_parameters: dict of vocab_size, base, num_subtokens and the entries that say how the table was made;
+            `PrimeV2Config(**tokenizer.code_table_parameters)` is the configuration that has the same table.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "code_table_file": CODE_TABLE_FILE}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        *,
+        code_table: dict[str, Any] | None = None,
+        code_table_file: str | os.PathLike[str] | None = None,
+        mask_token: str | AddedToken = "<|mask|>",
+        **kwargs: Any,
+    ):
+        if code_table is None:
+            code_table = read_code_table(code_table_file)
+        codes, parameters = check_code_table(code_table)
+        super().__init__(mask_token=mask_token, **kwargs)
+        vocab_size = len(codes)
+        last_id = max(max(self.added_tokens_decoder), self.vocab_size - 1)
+        if self.mask_token_id != vocab_size or last_id != vocab_size:
+            raise ValueError(
+                f"the code table has {vocab_size} tokens, so the mask token must have the last id, {vocab_size}, but "
+                f"{self.mask_token!r} has {self.mask_token_id} and the last id is {last_id}; make the tokenizer with "
+                f"build_tokenizer"
+            )
+        self.code_table_parameters = parameters
+        self._codes_with_mask = np.vstack([codes, np.full_like(codes[:1], parameters["base"])])  # (V + 1, S)
+        packed = _pack(self._codes_with_mask, parameters["base"])
+        self._sorted_packed, self._sorted_ids = np.unique(packed, return_index=True)
+        self.code_table = codes
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Load tokenizer.json whole: the inherited method drops its pre-tokenizer and merges for a class like this."""
+        return kwargs
+
+    def encode_subtokens(self, ids: Any) -> Any:
+        """Token ids (...) in [0, V] to digits (..., S) int64; the mask id V becomes S digits `base` (masked).
+
+        ids: an integer, a (nested) list, a numpy array or a torch tensor. Returns a torch tensor on the same device
+        for a tensor, otherwise a numpy array.
+        """
+        array = _integers(ids, "token ids")
+        last = len(self.code_table)
+        if array.size and (array.min() < 0 or array.max() > last):
+            raise ValueError(
+                f"token ids span [{array.min()}, {array.max()}], but this tokenizer's ids are in [0, {last}], "
+                f"the mask token {last} included"
+            )
+        return _like(ids, self._codes_with_mask[array])
+
+    def decode_subtokens(self, subtoken_ids: Any) -> Any:
+        """Digits (..., S) in [0, base] to token ids (...) int64, the inverse of `encode_subtokens`.
+
+        Raises ValueError for digits that are no token: an unused code, a partly masked token, a digit out of range.
+        """
+        array = _integers(subtoken_ids, "subtoken ids")
+        base, num_subtokens = self.code_table_parameters["base"], self.code_table.shape[1]
+        if not array.ndim or array.shape[-1] != num_subtokens:
+            raise ValueError(
+                f"subtoken ids of shape {array.shape} must have num_subtokens={num_subtokens} as last axis"
+            )
+        if array.size and (array.min() < 0 or array.max() > base):
+            raise ValueError(
+                f"subtoken ids span [{array.min()}, {array.max()}], but a digit of base {base} is in [0, {base - 1}], "
+                f"or {base} when masked"
+            )
+        wanted = _pack(array, base)
+        slot = np.searchsorted(self._sorted_packed, wanted).clip(max=len(self.code_table))
+        unknown = self._sorted_packed[slot] != wanted
+        if unknown.any():
+            digits = array[unknown][0].tolist()
+            raise ValueError(
+                f"the digits {digits} are {'partly masked' if base in digits else 'a code that no token uses'}; only "
+                f"the {len(self.code_table)} codes of the table and the fully masked token can be decoded"
+            )
+        return _like(subtoken_ids, self._sorted_ids[slot])
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Refuse tokens without a code; tokens that exist already may be declared special."""
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        missing = [str(token) for token in tokens if self.backend_tokenizer.token_to_id(str(token)) is None]
+        if missing and "code_table" in self.__dict__:
+            raise ValueError(
+                f"cannot add {missing[0]!r}: the code table holds the {len(self.code_table)} tokens it was built for; "
+                f"add tokens to the base tokenizer and call build_tokenizer again"
+            )
+        return super().add_tokens(tokens, special_tokens=special_tokens)
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        name = CODE_TABLE_FILE if filename_prefix is None else f"{filename_prefix}-{CODE_TABLE_FILE}"
+        path = os.path.join(save_directory, name)
+        content = {**self.code_table_parameters, "codes": self.code_table.tolist()}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file, separators=(",", ":"))
+        return (*files, path)
+
+
+def read_code_table(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The content of a code_table.json, not yet checked."""
+    if path is None:
+        raise ValueError(f"{CODE_TABLE_FILE} is missing beside the tokenizer; make a tokenizer with build_tokenizer")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not JSON ({error}); save the tokenizer again") from error
+
+
+def check_code_table(content: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """C (V, S) int64 and the parameters, from the content of code_table.json; ValueError unless C is injective."""
+    if not isinstance(content, dict) or "base" not in content or "codes" not in content:
+        raise ValueError('the code table must be a mapping with "base" and "codes"; use build_tokenizer to make one')
+    base = content["base"]
+    if isinstance(base, bool) or not isinstance(base, int) or base < 2:
+        raise ValueError(f"code table: base={base!r} must be an integer of at least 2; use 2")
+    codes = _integers(content["codes"], "codes of the code table")
+    if codes.ndim != 2 or not codes.size:
+        raise ValueError(
+            f"code table: codes of shape {codes.shape} must have the two axes (vocab_size, num_subtokens)"
+        )
+    vocab_size, num_subtokens = codes.shape
+    if (base + 1) ** num_subtokens >= 2**63:
+        raise ValueError(f"code table: {num_subtokens} digits of base {base} do not fit in 63 bits; use fewer digits")
+    sizes = {"vocab_size": vocab_size, "base": base, "num_subtokens": num_subtokens}
+    for name, size in sizes.items():
+        if content.get(name, size) != size:
+            raise ValueError(f"code table: {name}={content[name]!r}, but the codes have {name}={size}")
+    if codes.min() < 0 or codes.max() >= base:
+        raise ValueError(
+            f"code table: digits span [{codes.min()}, {codes.max()}], but a digit of base {base} is in [0, {base - 1}]"
+        )
+    distinct = len(np.unique(_pack(codes, base)))
+    if distinct != vocab_size:
+        raise ValueError(
+            f"code table: {vocab_size} tokens share {distinct} codes; every token needs a code of its own"
+        )
+    made_by = {name: value for name, value in content.items() if name != "codes"}
+    return codes, {**sizes, **made_by}
+
+
+def _pack(digits: np.ndarray, base: int) -> np.ndarray:
+    """Digits (..., S) in [0, base] to one int64 (...) each, injective with the masked digit included."""
+    powers = [(base + 1) ** j for j in reversed(range(digits.shape[-1]))]
+    return digits @ np.array(powers, dtype=np.int64)
+
+
+def _integers(values: Any, name: str) -> np.ndarray:
+    """Integers from a number, a (nested) list, a numpy array or a torch tensor, as an int64 array."""
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except ValueError as error:
+        raise ValueError(f"{name} are nested lists of different lengths; pad them to one length") from error
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _like(values: Any, result: np.ndarray) -> Any:
+    """`result` as a torch tensor on the device of `values` when that is one, else unchanged."""
+    return values.long().new_tensor(result) if hasattr(values, "new_tensor") else result
+
+
+# Copies this file beside a saved tokenizer and names it in tokenizer_config.json (`auto_map`).
+PrimeV2Tokenizer.register_for_auto_class("AutoTokenizer")
+
+__all__ = ["PrimeV2Tokenizer"]

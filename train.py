@@ -1,0 +1,495 @@
+"""Train MDM-Prime-v2.
+
+    accelerate launch train.py                                              # CPU: configs/tiny.yaml, a small real run
+    accelerate launch train.py --config configs/owt.yaml                    # one GPU
+    accelerate launch --num_processes 8 train.py --config configs/slimpajama_1b.yaml    # eight GPUs
+
+Options: those of transformers.TrainingArguments and of RunOptions below; `--config FILE.yaml` holds any of them, flags
+go on top, and `--model key=value ...` sets fields of PrimeV2Config. The same command again continues a stopped run.
+"""
+
+import dataclasses
+import difflib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
+from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
+from prime_v2.eval.perplexity import score_blocks
+from prime_v2.eval.plots import plot_training
+from prime_v2.eval.records import make_record, write_json
+from prime_v2.hub_card.card import write_card
+from prime_v2.tokenization.packing import PackedBlocks, StreamedBlocks, TrainingOrder
+from prime_v2.tokenization.prepare import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
+from prime_v2.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
+
+HERE = Path(__file__).resolve().parent
+# Where a run's results also go; changing these continues the same run.
+MACHINE_OPTIONS = {"record", "config"}
+# Of TrainingArguments, what decides the course of a run; a folder whose run differs in one of them is not continued.
+COURSE = (
+    "learning_rate",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass
+class RunOptions:
+    """What TrainingArguments does not hold."""
+
+    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+    data: str = field(
+        default="docs",
+        metadata={"help": "docs, a .txt/.jsonl/.parquet file, a folder of them, or a hub data set name[:config]."},
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
+    text_field: str = field(default="text", metadata={"help": "Field of the text in .jsonl, .parquet, hub data."})
+    streaming: bool = field(default=False, metadata={"help": "Read training text from the hub as it is needed."})
+    max_documents: int | None = field(default=None, metadata={"help": "Read at most so many documents."})
+    tokenizer: str = field(default="bpe", metadata={"help": "Name or folder of a fast tokenizer; bpe trains one."})
+    bpe_vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of tokenizer=bpe, EOS included."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens per training sequence."})
+    global_batch: int | None = field(default=None, metadata={"help": "Sequences per optimiser step, all processes."})
+    short_share: float = field(default=0.0, metadata={"help": "Share of steps cut to a random length."})
+    dev_share: float = field(default=0.02, metadata={"help": "Share of the documents for evaluation in training."})
+    test_share: float = field(default=0.02, metadata={"help": "Share of the documents for the reported bound."})
+    eval_sequences: int = field(default=256, metadata={"help": "Blocks of the dev split per evaluation."})
+    test_sequences: int = field(default=1024, metadata={"help": "Blocks of the test split in the final evaluation."})
+    eval_num_samples: int = field(default=8, metadata={"help": "Noise draws per sequence in evaluations."})
+    num_generated: int = field(default=3, metadata={"help": "Samples generated at the end."})
+    record: str | None = field(default=None, metadata={"help": "A further place for the record of the run (JSON)."})
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def parse_options(arguments: list[str]) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:
+    """Command line (and its YAML file) to options; exits with status 2 and one sentence for a bad one."""
+    parser = HfArgumentParser((RunOptions, TrainingArguments), prog="train.py", description=__doc__)
+    parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of PrimeV2Config.")
+    known = {action.dest for action in parser._actions} - {"help"}
+    config_path = _config_path(arguments)
+    options = read_config(config_path, known, parser)
+    model_options = options.pop("model", None) or {}
+    name = config_path.stem if config_path else "run"
+    defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
+    parser.set_defaults(**defaults | options)
+    run, training, extra, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        flag = unknown[0]
+        near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
+        parser.error(f"unknown option {flag}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    model_options |= _key_values(extra.model, parser)
+    try:
+        check_options(run, training, model_options)
+    except ValueError as error:
+        parser.error(str(error))
+    return run, training, model_options
+
+
+TRAINING_DEFAULTS = {
+    "lr_scheduler_type": "cosine",
+    "learning_rate": 2e-4,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "logging_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    "report_to": "none",
+    "seed": 0,
+    "remove_unused_columns": False,
+    "prediction_loss_only": True,
+    "train_sampling_strategy": "sequential",
+    "ddp_broadcast_buffers": False,
+    "ddp_find_unused_parameters": False,
+    "dataloader_num_workers": 0,
+}
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return Path(arguments[i + 1])
+        if argument.startswith("--config="):
+            return Path(argument.split("=", 1)[1])
+    return HERE / "configs" / "tiny.yaml"
+
+
+def read_config(path: Path, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
+    """The options of a YAML file; exits with status 2 for a missing file, bad YAML or an unknown option."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        parser.error(f"--config {path} does not exist; configs/ holds {', '.join(sorted(_configs()))}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(options, dict):
+        parser.error(f"--config {path} holds no options; write lines such as `learning_rate: 2.0e-4`")
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            parser.error(f"--config {path}: unknown option {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    return options
+
+
+def _configs() -> Iterator[str]:
+    return (str(each.relative_to(HERE)) for each in (HERE / "configs").rglob("*.yaml"))
+
+
+def _key_values(pairs: list[str], parser: HfArgumentParser) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            parser.error(f"--model {pair} is not KEY=VALUE; use e.g. --model num_subtokens=1")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def check_options(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> None:
+    """Check everything that can be checked before data and model exist; ValueError with all problems at once."""
+    problems = []
+    fields = {each.name for each in dataclasses.fields(PrimeV2Config)}
+    for key in model_options:
+        if key not in fields or key in ("vocab_size", "mask_token_id"):
+            near = difflib.get_close_matches(key, fields, n=1)
+            problems.append(
+                f"--model {key} is no field of PrimeV2Config that can be set; try {near or sorted(fields)}"
+            )
+    for name in ("block_size", "eval_num_samples", "eval_sequences", "test_sequences"):
+        if getattr(run, name) < 1:
+            problems.append(f"--{name} {getattr(run, name)} must be at least 1")
+    if not 0 <= run.short_share <= 1:
+        problems.append(f"--short_share {run.short_share} is outside [0, 1]; use 0.01")
+    if not (run.dev_share > 0 and run.test_share > 0 and run.dev_share + run.test_share < 1):
+        problems.append(
+            f"--dev_share {run.dev_share} and --test_share {run.test_share} must be positive and sum below 1; use 0.02"
+        )
+    if training.max_steps < 1:
+        problems.append(f"--max_steps {training.max_steps} must be at least 1; a run's length is counted in steps")
+    if run.streaming and (run.data == "docs" or run.tokenizer == "bpe"):
+        problems.append("--streaming needs a hub data set and a ready tokenizer; use e.g. --tokenizer gpt2")
+    micro = training.per_device_train_batch_size * training.world_size
+    if run.global_batch is None:
+        run.global_batch = micro * training.gradient_accumulation_steps
+    elif run.global_batch % micro:
+        down, up = run.global_batch // micro * micro, -(-run.global_batch // micro) * micro
+        problems.append(
+            f"--global_batch {run.global_batch} is not a multiple of {micro} ({training.world_size} processes x "
+            f"{training.per_device_train_batch_size}); use {' or '.join(str(each) for each in (down, up) if each)}"
+        )
+    else:
+        training.gradient_accumulation_steps = run.global_batch // micro
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def first_blocks(blocks: PackedBlocks, count: int) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
+
+
+def score_dev(model, blocks: torch.Tensor, draws: int) -> dict[str, float]:
+    result = score_blocks(model, blocks, method=bound_method(model), num_samples=draws, seed=0)
+    return {"eval_bound": result["nats_per_token"], "eval_bound_stderr": result["stderr"]}
+
+
+def bound_method(model) -> str:
+    """The bound of the reveal order that the model was trained with."""
+    return {"digit": "subtoken", "token": "token", "nested": "nested"}[model.config.reveal_order]
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the course of the run, JSON-ready."""
+    of_run = {key: value for key, value in dataclasses.asdict(run).items() if key not in MACHINE_OPTIONS}
+    of_training = {key: training.to_dict()[key] for key in COURSE}
+    return json.loads(json.dumps({**of_run, **of_training, "model": model_options}))
+
+
+def check_folder(folder: Path, course: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "run.json").exists():
+        raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
+    found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    differing = [key for key in course if found.get(key) != course[key]]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"--output_dir {folder} holds a run with {key}={found.get(key)!r}, not {course[key]!r}"
+            f"{f' (and {len(differing) - 1} more options differ)' if len(differing) > 1 else ''}; "
+            f"use another folder, or the same options to continue it"
+        )
+    return (folder / "results" / "train.json").exists()
+
+
+def make_model(run: RunOptions, training: TrainingArguments, model_options, tokenizer) -> PrimeV2ForMaskedDiffusion:
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = PrimeV2Config(
+        **{
+            "vocab_size": tokenizer.code_table.shape[0],
+            "max_position_embeddings": run.block_size,
+            **special,
+            **model_options,
+        }
+    )
+    transformers.set_seed(training.seed)
+    return PrimeV2ForMaskedDiffusion(config)
+
+
+def text_options(run: RunOptions, seed: int) -> TextOptions:
+    names = [each.name for each in dataclasses.fields(TextOptions) if each.name != "seed"]
+    return TextOptions(**{name: getattr(run, name) for name in names}, seed=seed)
+
+
+def training_set(run: RunOptions, training: TrainingArguments, tokenizer, data):
+    num_samples = training.max_steps * run.global_batch
+    if not run.streaming:
+        return TrainingOrder(data["train"], num_samples, training.seed)
+    text = text_options(run, training.seed)
+    return StreamedBlocks(
+        lambda _: documents_of(text, "train"),
+        encode_batch(tokenizer),
+        block_size=run.block_size,
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=tokenizer.code_table.shape[0],
+        num_samples=num_samples,
+    )
+
+
+def estimate(trainer: DiffusionTrainer, run: RunOptions) -> dict[str, float]:
+    """Count and time one micro-batch, and print what the run will take."""
+    training, model = trainer.args, trainer.model
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {key: value.to(training.device) for key, value in batch.items()}
+
+    def step() -> torch.Tensor:
+        with trainer.compute_loss_context_manager():
+            return model(**batch).loss
+
+    model.train()
+    measured = measure_flops(step) / batch["input_ids"].numel()
+    started = time.time()
+    float(step())  # waits for an accelerator
+    step().backward()
+    seconds = time.time() - started
+    model.zero_grad(set_to_none=True)
+    tokens = training.max_steps * run.global_batch * run.block_size
+    counts = count_parameters(model)
+    numbers = {
+        "parameters": counts["total"],
+        "parameters_non_embedding": counts["non_embedding"],
+        "steps": training.max_steps,
+        "tokens": tokens,
+        "flops_6nd": six_n_d(counts["non_embedding"], tokens),
+        "flops_measured": measured * tokens,
+    }
+    expected = seconds * 0.75 * tokens / batch["input_ids"].numel() / training.world_size
+    print(
+        f"model: {counts['total']:,} parameters, {counts['non_embedding']:,} without embeddings and head; "
+        f"{model.config.num_subtokens} digits of base {model.config.base} for {model.config.vocab_size:,} tokens\n"
+        f"run: {training.max_steps:,} steps x {run.global_batch} x {run.block_size} = {tokens:,} tokens, "
+        f"{numbers['flops_6nd']:.2e} FLOPs by 6ND, {numbers['flops_measured']:.2e} measured, about "
+        f"{expected / 60:.1f} minutes on {training.world_size} x {training.device.type}",
+        flush=True,
+    )
+    trainer.flops_per_token = measured
+    peak = peak_flops(training.device)
+    if peak:
+        print(f"device: {peak:.2e} FLOP/s of bf16 matrix products at most")
+    return numbers
+
+
+def generate_samples(model, tokenizer, run: RunOptions, seed: int) -> list[str]:
+    model.eval()
+    length = min(run.block_size, 128)
+    return [
+        tokenizer.decode(
+            model.generate(max_new_tokens=length, max_denoising_steps=length, seed=seed + i)[0],
+            skip_special_tokens=True,
+        )
+        for i in range(run.num_generated)
+    ]
+
+
+def final_evaluation(model, run: RunOptions, test: PackedBlocks, seed: int) -> dict[str, Any]:
+    """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
+    blocks = first_blocks(test, run.test_sequences)
+    text_bytes = round(test.bytes_per_token * blocks.numel())
+    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes}
+    return {
+        "bound": score_blocks(model, blocks, method=bound_method(model), **options),
+        "token_objective": score_blocks(model, blocks, method="token_objective", **options),
+    }
+
+
+def print_summary(record: dict[str, Any], folder: Path) -> None:
+    results = record["results"]
+    bound, loss = results["evaluation"]["bound"], results["evaluation"]["token_objective"]
+    interval = bound["perplexity_interval_95"]
+    not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
+    print(
+        f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
+        f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
+        f"  bound             {bound['nats_per_token']:.4f} +- {bound['stderr']:.4f} nats/token, perplexity at most "
+        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte\n"
+        f"  the paper's loss  {loss['nats_per_token']:.4f} +- {loss['stderr']:.4f} nats/token{not_bound}\n"
+    )
+    if results["samples"]:
+        print(f"a sample:\n  {' '.join(results['samples'][0].split())[:600]}\n")
+    print(
+        f"model, tokenizer and card: {folder}/ (AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True))\n"
+        f"record: {folder}/results/train.json   plot: {folder}/loss.png\n"
+        f"more: prime-v2 generate {folder} --watch"
+    )
+
+
+def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers: dict[str, Any], folder: Path) -> None:
+    """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
+    training = trainer.args
+    trainer.save_model(str(folder))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    print("evaluating on the test split ...", flush=True)
+    evaluation = final_evaluation(model, run, data["test"], training.seed)
+    if not trainer.is_world_process_zero():
+        return
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
+    sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
+    results = {
+        "config": model.config.to_diff_dict(),
+        "training": {
+            **numbers,
+            "seconds": sum(
+                run.global_batch * run.block_size * training.logging_steps / each["tokens_per_second"]
+                for each in losses
+            ),
+            "device": training.device.type,
+            "objective": model.config.objective,
+            "loss_is_bound": model(**_one_batch(trainer)).is_bound,
+        },
+        "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
+        "data": {
+            "source": run.data,
+            "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
+            **sizes,
+        },
+        "evaluation": evaluation,
+        "history": trainer.state.log_history,
+        "samples": generate_samples(model, tokenizer, run, training.seed),
+    }
+    record = json.loads(json.dumps(make_record("train", results, seed=training.seed), default=str))
+    entropy = evaluation["bound"]["unigram_entropy"]
+    plot_training(trainer.state.log_history, folder / "loss.png", unigram_entropy=entropy, title=folder.name)
+    write_card(folder, record)
+    for path in filter(None, (run.record, folder / "results" / "train.json")):  # the last one marks the run finished
+        write_json(path, record)
+    print_summary(record, folder)
+
+
+@torch.no_grad()
+def _one_batch(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
+    batch = next(iter(trainer.get_train_dataloader()))
+    return {key: value[:1].to(trainer.args.device) for key, value in batch.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    folder = Path(training.output_dir)
+    course = course_of(run, training, model_options)
+    new = not folder.exists()
+    try:
+        if check_folder(folder, course):
+            print(f"{folder} holds this run, finished; for another, give a new --output_dir")
+            print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
+            return 0
+        if PartialState().is_main_process:
+            write_json(folder / "run.json", course)
+        PartialState().wait_for_everyone()
+        code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
+        tokenizer, data = prepare_text(text_options(run, training.seed), code_options, folder / "data")
+        model = make_model(run, training, model_options, tokenizer)
+    except Exception as error:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        return refuse(error)
+    stop = StopOnSignal()
+    trainer = DiffusionTrainer(
+        model=model,
+        args=training,
+        tokens_per_step=run.global_batch * run.block_size,
+        global_batch=run.global_batch,
+        score=partial(score_dev, blocks=first_blocks(data["dev"], run.eval_sequences), draws=run.eval_num_samples),
+        train_dataset=training_set(run, training, tokenizer, data),
+        eval_dataset=None,
+        data_collator=Collator(run.global_batch, training.seed, run.short_share),
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
+    last = get_last_checkpoint(str(folder))
+    try:
+        numbers = estimate(trainer, run)
+        if last:
+            print(f"continuing from {last}")
+        trainer.clock = (time.time(), int(last.rsplit("-", 1)[1]) if last else 0)
+        trainer.train(resume_from_checkpoint=last)
+        if stop.received is not None:
+            print(f"stopped at step {trainer.state.global_step}; the same command continues from there")
+            return 128 + stop.received
+        finish(trainer, run, tokenizer, data, numbers, folder)
+    except ValueError as error:
+        return refuse(error)
+    return 0
+
+
+def refuse(error: Exception) -> int:
+    """One sentence for bad input, exit status 2; anything else is a fault of ours and keeps its traceback."""
+    known = isinstance(error, ValueError | OSError) or type(error).__name__.startswith("StrictDataclass")
+    if not known:
+        raise error
+    text = str(error).split("ValueError: ")[-1].split("TypeError: ")[-1]
+    print(f"train.py: error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
