@@ -1,0 +1,148 @@
+"""Wheel, source distribution and installed package, each built from a copy of the checkout, without the network."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {  # where each package's files lie in the checkout
+    "prime_v2": "modeling_prime_v2",
+    "prime_v2/tokenization": "tokenization",
+    "prime_v2/eval": "eval",
+    "prime_v2/hub_card": "hub_card",
+}
+
+# Prints, as one JSON line, where each module of the installed package was imported from.
+PROBE = """
+import importlib.metadata, importlib.util, json, pkgutil
+import prime_v2
+names = ["prime_v2", *(m.name for m in pkgutil.walk_packages(prime_v2.__path__, "prime_v2."))]
+files = {name: importlib.import_module(name).__file__ for name in names if not name.endswith("__main__")}
+strays = [name for name in ("eval", "hub_card", "modeling_prime_v2", "tokenization") if importlib.util.find_spec(name)]
+(command,) = importlib.metadata.entry_points(group="console_scripts", name="prime-v2")
+print(json.dumps({"files": files, "strays": strays, "command": callable(command.load())}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command; what it printed is in the failure when it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(source: Path, out: Path, kind: str) -> Path:
+    """One distribution, `kind` wheel or sdist, by the setuptools of this environment."""
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+def wheel_files(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that a build leaves nothing in the checkout and finds nothing left there by an earlier one."""
+    copy = tmp_path_factory.mktemp("checkout") / "prime-v2"
+    leave = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results", "runs")
+    return shutil.copytree(ROOT, copy, ignore=leave)
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(checkout, tmp_path_factory.mktemp("sdist"), "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(checkout, tmp_path_factory.mktemp("wheel"), "wheel")
+
+
+def test_wheel_holds_every_file_of_the_package_folders_and_nothing_else(checkout: Path, wheel: Path):
+    """A new sub-package or kind of data file that setup.cfg does not name fails here."""
+    expected = {
+        f"{package}/{path.relative_to(checkout / folder).as_posix()}"
+        for package, folder in FOLDERS.items()
+        for path in (checkout / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    held = {name for name in wheel_files(wheel) if not PurePosixPath(name).parts[0].endswith(".dist-info")}
+    assert held == expected
+    assert "prime_v2/py.typed" in held
+
+
+def test_wheel_states_version_licence_and_python(wheel: Path):
+    (metadata,) = (text.decode() for name, text in wheel_files(wheel).items() if name.endswith("/METADATA"))
+    assert {"Name: prime-v2", "Version: 0.1.0", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"} <= set(
+        metadata.splitlines()
+    )
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_files(wheel))
+
+
+def test_source_distribution_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    from_sdist = wheel_files(build(unpacked, tmp_path / "wheel", "wheel"))
+    assert from_sdist == wheel_files(wheel)
+
+
+def test_installed_wheel_imports_every_module_and_puts_only_prime_v2_into_site_packages(wheel: Path, tmp_path: Path):
+    """In an environment that sees this one's dependencies by a path file, but not its editable install."""
+    home = tmp_path / "environment"
+    venv.create(home, symlinks=True)
+    python = home / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
+    assert {path.name for path in site_packages.iterdir()} == {"prime_v2", "prime_v2-0.1.0.dist-info"}
+
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # The last line alone: importing must print nothing before it.
+    (line,) = run(python, "-I", "-c", PROBE, cwd=tmp_path).splitlines()
+    probe = json.loads(line)
+    assert probe["strays"] == []
+    assert probe["command"]
+    modules = {path.relative_to(site_packages) for path in (site_packages / "prime_v2").rglob("*.py")}
+    assert {Path(file).relative_to(site_packages) for file in probe["files"].values()} == {
+        path for path in modules if path.name != "__main__.py"
+    }
+
+
+def test_every_import_is_a_declared_dependency():
+    """Not one that only comes along with another: that one may drop it."""
+    options = ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    declared = re.findall(r"^[\w.-]+", options["options"]["install_requires"], re.MULTILINE)
+    declared = {name.lower().replace("_", "-") for name in declared}
+
+    imported = set()
+    for path in (path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    imported -= sys.stdlib_module_names | {"prime_v2"}
+
+    providers = packages_distributions()
+    undeclared = {
+        name
+        for name in imported
+        if not declared & {provider.lower().replace("_", "-") for provider in providers.get(name, [])}
+    }
+    assert undeclared == set()
