@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -64,7 +64,9 @@ COURSE = (
 class RunOptions:
     """What TrainingArguments does not hold."""
 
-    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file with any of these options, or FILE.yaml:ENTRY."}
+    )
     data: str = field(
         default="docs",
         metadata={"help": "docs, a .txt/.jsonl/.parquet file, a folder of them, or a hub data set name[:config]."},
@@ -90,15 +92,22 @@ class RunOptions:
 # ---------------------------------------------------------------------------------------------------- options
 
 
+class Parser(HfArgumentParser):
+    """HfArgumentParser that answers a bad option with one sentence, not with all of its options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse_options(arguments: list[str]) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:
     """Command line (and its YAML file) to options; exits with status 2 and one sentence for a bad one."""
-    parser = HfArgumentParser((RunOptions, TrainingArguments), prog="train.py", description=__doc__)
+    parser = Parser((RunOptions, TrainingArguments), prog="train.py", description=__doc__)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of PrimeV2Config.")
     known = {action.dest for action in parser._actions} - {"help"}
-    config_path = _config_path(arguments)
-    options = read_config(config_path, known, parser)
+    config_path, entry = _config_path(arguments)
+    options = read_config(config_path, entry, known, parser)
     model_options = options.pop("model", None) or {}
-    name = config_path.stem if config_path else "run"
+    name = entry or config_path.stem
     defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
     parser.set_defaults(**defaults | options)
     run, training, extra, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -132,19 +141,23 @@ TRAINING_DEFAULTS = {
     "ddp_broadcast_buffers": False,
     "ddp_find_unused_parameters": False,
     "dataloader_num_workers": 0,
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
-def _config_path(arguments: list[str]) -> Path | None:
+def _config_path(arguments: list[str]) -> tuple[Path, str]:
+    """The YAML file and, for FILE.yaml:NAME, the name of its entry."""
+    given = str(HERE / "configs" / "tiny.yaml")
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
-            return Path(arguments[i + 1])
-        if argument.startswith("--config="):
-            return Path(argument.split("=", 1)[1])
-    return HERE / "configs" / "tiny.yaml"
+            given = arguments[i + 1]
+        elif argument.startswith("--config="):
+            given = argument.split("=", 1)[1]
+    file, separator, entry = given.rpartition(":")
+    return (Path(file), entry) if separator and file.endswith(".yaml") else (Path(given), "")
 
 
-def read_config(path: Path, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
+def read_config(path: Path, entry: str, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
     """The options of a YAML file; exits with status 2 for a missing file, bad YAML or an unknown option."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -154,6 +167,11 @@ def read_config(path: Path, known: set[str], parser: HfArgumentParser) -> dict[s
         parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(options, dict):
         parser.error(f"--config {path} holds no options; write lines such as `learning_rate: 2.0e-4`")
+    if entry:
+        entries = {key: value for key, value in options.items() if not key.startswith(".")}
+        if entry not in entries:
+            parser.error(f"--config {path} has no entry {entry}; it has {', '.join(entries)}")
+        options = entries[entry]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -270,7 +288,9 @@ def make_model(run: RunOptions, training: TrainingArguments, model_options, toke
         }
     )
     transformers.set_seed(training.seed)
-    return PrimeV2ForMaskedDiffusion(config)
+    model = PrimeV2ForMaskedDiffusion(config)
+    model.generation_config.update(**special)
+    return model
 
 
 def text_options(run: RunOptions, seed: int) -> TextOptions:
@@ -306,7 +326,7 @@ def estimate(trainer: DiffusionTrainer, run: RunOptions) -> dict[str, float]:
     model.train()
     measured = measure_flops(step) / batch["input_ids"].numel()
     started = time.time()
-    float(step())  # waits for an accelerator
+    step().detach().item()  # waits for an accelerator
     step().backward()
     seconds = time.time() - started
     model.zero_grad(set_to_none=True)
@@ -384,6 +404,7 @@ def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers:
     """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
     training = trainer.args
     trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are in the record
     model = trainer.accelerator.unwrap_model(trainer.model)
     print("evaluating on the test split ...", flush=True)
     evaluation = final_evaluation(model, run, data["test"], training.seed)
@@ -430,6 +451,7 @@ def _one_batch(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    transformers.utils.logging.disable_progress_bar()  # one bar, ours
     run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments)
     folder = Path(training.output_dir)
     course = course_of(run, training, model_options)
@@ -457,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
         global_batch=run.global_batch,
         score=partial(score_dev, blocks=first_blocks(data["dev"], run.eval_sequences), draws=run.eval_num_samples),
         train_dataset=training_set(run, training, tokenizer, data),
-        eval_dataset=None,
+        eval_dataset=data["dev"],
         data_collator=Collator(run.global_batch, training.seed, run.short_share),
         processing_class=tokenizer,
         callbacks=[stop],

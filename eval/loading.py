@@ -12,6 +12,7 @@ import torch
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_model_and_tokenizer(
@@ -71,7 +72,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     path = Path(place).expanduser()
     if path.is_file() and path.suffix == ".json":
         return _loaded(lambda: PreTrainedTokenizerFast(tokenizer_file=str(path)), place, "a tokenizer")
-    _locate(place)
+    place = _locate(place)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{place} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model")
     made_of = _loaded(lambda: get_tokenizer_config(place), place, "a tokenizer")
     if made_of.get("tokenizer_class") == PrimeV2Tokenizer.__name__:
         return _loaded(lambda: PrimeV2Tokenizer.from_pretrained(place), place, "a tokenizer")
@@ -102,13 +105,15 @@ def check_same_table(model: Any, tokenizer: Any, place: str) -> None:
 def _locate(path_or_repo: str | os.PathLike[str]) -> str:
     """The folder, or the name of a Hub repository; ValueError for a path that does not exist or is a file."""
     place = str(path_or_repo)
+    if not place.strip():
+        raise ValueError("the name is empty; give a folder, or the name of a Hub repository")
     path = Path(place).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ValueError(f"{place} is a file; give the folder of a model")
-    if not place.strip() or place.startswith((".", "~", "/")) or place.count("/") > 1 or path.is_absolute():
-        raise ValueError(f"{place or 'the empty name'} does not exist; give the folder of a model or a Hub repository")
+        raise ValueError(f"{place} is a file; give a folder")
+    if place.startswith((".", "~", "/")) or place.count("/") > 1 or path.is_absolute():
+        raise ValueError(f"{place} does not exist; give a folder, or the name of a Hub repository")
     return place
 
 
@@ -123,18 +128,28 @@ def _load_model(place: str, dtype: torch.dtype) -> Any:
     content, _ = _loaded(lambda: PreTrainedConfig.get_config_dict(place), place, "a model")
     model_type = content.get("model_type")
     if model_type != PrimeV2Config.model_type:
-        raise ValueError(f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r} is supported")
+        raise ValueError(
+            f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r} is supported"
+        )
     try:
         model, report = _loaded(
-            lambda: PrimeV2ForMaskedDiffusion.from_pretrained(place, dtype=dtype, output_loading_info=True),
+            lambda: PrimeV2ForMaskedDiffusion.from_pretrained(
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            ),
             place,
             "a model",
         )
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights of {place} cannot be loaded ({_first_line(error)}); save the model again") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"the weights of {place} lack {len(missing)} tensors of the model, the first being {missing[0]}")
+        raise ValueError(
+            f"the weights of {place} cannot be loaded ({_first_line(error)}); save the model again"
+        ) from None
+    for key, fault in (("missing_keys", "lack"), ("mismatched_keys", "have other shapes for")):
+        names = sorted(each if isinstance(each, str) else each[0] for each in report[key])
+        if names:
+            raise ValueError(
+                f"the weights of {place} {fault} {len(names)} tensors that {CONFIG_FILE} asks for, the first being "
+                f"{names[0]}; save the model again"
+            )
     return model
 
 
@@ -152,10 +167,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def _loaded(load, place: str, what: str) -> Any:
-    """load(), with the long message of an OSError cut to a sentence that says what was looked for."""
+    """load(), with what missing and damaged files raise turned into a sentence that says what was looked for."""
     try:
         return load()
-    except OSError as error:
+    except Exception as error:
+        damage = (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError)
+        # The tokenizers library raises a plain Exception.
+        if not isinstance(error, damage) and type(error) is not Exception:
+            raise
         if Path(place).exists():
             raise ValueError(f"{place} does not hold {what} that can be loaded ({_first_line(error)})") from None
         raise ValueError(
@@ -165,7 +184,9 @@ def _loaded(load, place: str, what: str) -> Any:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if not lines or isinstance(error, KeyError):
+        return " ".join([type(error).__name__, *lines[:1]])
+    return lines[0].rstrip(".")
 
 
 __all__ = ["choose_device", "choose_dtype", "load_model_and_tokenizer", "load_tokenizer"]

@@ -34,12 +34,13 @@ def score_blocks(
 
     method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of the text that all blocks cover.
     Keys of the result:
-        method, is_bound; num_tokens, num_sequences, num_samples (draws a sequence, 0 for "chain"), num_forward (network
-            rows in all)
+        method, is_bound; num_tokens, num_sequences, num_samples (draws a sequence, 0 for "chain"), num_forward (rows
+            that the network ran)
         nats_per_token: -log p, or its upper bound where `is_bound`; otherwise it may be below -log p
         stderr: standard error of nats_per_token over sequences taken as independent, which covers the choice of text
             and the draws; None for one sequence
-        monte_carlo_stderr: of the draws alone, the text being fixed; None for one draw
+        monte_carlo_stderr: of the draws alone, the text being fixed; rather too large than too small, and with few
+            draws it may exceed stderr (`stratified_stderr`); None for one draw
         unigram_entropy: entropy in nats of the token frequencies of these very tokens (plug-in)
     and only where `is_bound`:
         perplexity, perplexity_interval_95 (from `stderr`, None without one)
@@ -60,7 +61,7 @@ def score_text(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """As `score_blocks`, over documents of text: every token of them is scored once, bits per byte are over their bytes.
+    """As `score_blocks`, over documents of text: every token is scored once, bits per byte are over the text's bytes.
 
     The documents are joined by EOS and cut into windows of max_position_embeddings tokens, each scored on its own; the
     last one may be shorter. The EOS between documents are scored as well, and add no bytes. Adds `num_documents`.

@@ -95,7 +95,7 @@ def _unit(tokens: float) -> tuple[float, str]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average. At the start, where a loss falls fast, the window shrinks; at the end it is one-sided."""
+    """Moving average, centred. At the start, where a loss falls fast, it narrows; at the end it is one-sided."""
     half = round(SMOOTHED_SHARE * len(values) / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -15,16 +15,28 @@ TAGS = ("prime_v2", "masked-diffusion", "diffusion-language-model", "sub-tokens"
 DEFAULT_RECORD = Path("results") / "train.json"
 # Fields in which the model beside the card must agree with the record's.
 SHAPE = (
-    "model_type vocab_size base num_subtokens shuffle_seed shuffle_ratio shuffle_domain objective reveal_order "
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
-).split()
+    "model_type",
+    "vocab_size",
+    "base",
+    "num_subtokens",
+    "shuffle_seed",
+    "shuffle_ratio",
+    "shuffle_domain",
+    "objective",
+    "reveal_order",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     """Write README.md, the card that the Hub shows, into a folder that holds a model; an earlier one is replaced.
 
-    record: as `make_record` makes it, with `results` of train.py. Raises ValueError for a folder without config.json, a
-    record of another model, and what `render_card` refuses; nothing is written then.
+    record: as `make_record` makes it, with `results` of train.py. Raises ValueError for a folder without config.json,
+    a record of another model, and what `render_card` refuses; nothing is written then.
     """
     folder = Path(model_dir)
     try:
@@ -85,7 +97,9 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
         tags=list(TAGS),
         model_name=model_name,
     )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters |= {"count": _count, "fence": _fence, "pm": _plus_minus, "perplexity": _perplexity}
     environment.filters |= {"bits": _bits, "number": _number, "scientific": _scientific, "duration": _duration}
     template = environment.from_string(files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8"))

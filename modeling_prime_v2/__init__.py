@@ -9,6 +9,7 @@ _EXPORTS = {
     "PrimeV2Config": "configuration_prime_v2",
     "PrimeV2ForMaskedDiffusion": "modeling_prime_v2",
     "PrimeV2GenerationConfig": "generation_prime_v2",
+    "PrimeV2GenerationOutput": "generation_prime_v2",
     "PrimeV2LogLikelihood": "likelihood_prime_v2",
     "PrimeV2Model": "modeling_prime_v2",
     "PrimeV2Output": "modeling_prime_v2",
@@ -20,6 +21,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from prime_v2.configuration_prime_v2 import PrimeV2Config as PrimeV2Config
     from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
+    from prime_v2.generation_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
     from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
     from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion as PrimeV2ForMaskedDiffusion
     from prime_v2.modeling_prime_v2 import PrimeV2Model as PrimeV2Model

@@ -48,6 +48,11 @@ def build_code_table(
         raise ValueError(
             f"vocab_size={vocab_size}, base={base}, num_subtokens={num_subtokens}: these must be at least 1, 2 and 1"
         )
+    if num_subtokens * (base + 1).bit_length() > 62:
+        raise ValueError(
+            f"num_subtokens={num_subtokens} digits of base {base} do not pack into 62 bits; "
+            f"use num_subtokens={digits_needed(vocab_size, base)}"
+        )
     if vocab_size > capacity:
         raise ValueError(
             f"vocab_size={vocab_size} does not fit in num_subtokens={num_subtokens} digits of base {base} "

@@ -57,6 +57,7 @@ class PrimeV2Config(PreTrainedConfig):
     """
 
     model_type = "prime_v2"
+    keys_to_ignore_at_inference = ["is_bound"]  # Trainer gathers outputs over the processes, tensors alone
 
     vocab_size: int = 50257
     base: int | None = None
@@ -79,7 +80,6 @@ class PrimeV2Config(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
-    hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
@@ -96,7 +96,9 @@ class PrimeV2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.base is None:
-            self.base = 2 if self.num_subtokens is None else base_needed(self.vocab_size, max(1, self.num_subtokens))
+            self.base = (
+                2 if self.num_subtokens is None else base_needed(max(1, self.vocab_size), max(1, self.num_subtokens))
+            )
         if self.num_subtokens is None:
             self.num_subtokens = digits_needed(self.vocab_size, max(2, self.base))
         if self.intermediate_size is None:
@@ -129,7 +131,7 @@ class PrimeV2Config(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads and self.head_dim * heads != self.hidden_size:
+        if self.hidden_size % heads and self.head_dim == self.hidden_size // heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
                 f"use hidden_size={-(-self.hidden_size // heads) * heads}"

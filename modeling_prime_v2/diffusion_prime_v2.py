@@ -33,6 +33,10 @@ class RevealOrder:
     num_subtokens: int
     stage_digits: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        if self.kind not in ("digit", "token", "nested"):
+            raise ValueError(f'kind={self.kind!r} is not one of "digit", "token", "nested"')
+
     @classmethod
     def from_config(cls, config, kind: str | None = None) -> "RevealOrder":
         kind = kind or config.reveal_order
@@ -71,12 +75,18 @@ class RevealOrder:
 class Noise:
     """One draw of the forward process for B sequences.
 
-    visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t.
+    visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t;
+    maskable (B, L) bool, tokens that could have been hidden.
     """
 
     visible: Tensor
     hidden_count: Tensor
     weight: Tensor
+    maskable: Tensor
+
+    def rows(self, part: slice) -> "Noise":
+        """The draws of some of the sequences."""
+        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part])
 
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:
@@ -135,6 +145,7 @@ def draw_noise(
         torch.where(above[:, None, None], whole.visible, noise.visible),
         torch.where(above[:, None], whole.hidden_count * order.units_per_token, noise.hidden_count),
         torch.where(above, whole.weight, noise.weight),
+        maskable,
     )
 
 
@@ -154,4 +165,4 @@ def _draw(maskable: Tensor, order: RevealOrder, keys: Tensor, levels: Tensor, fo
         hidden = ranks < count.unsqueeze(1)
         weight = num_units / count.clamp(min=1).double()  # 0 for a row with nothing to mask
     hidden = (hidden & maskable_units).view(batch, length, units)
-    return Noise(order.visible_digits(hidden), hidden.sum(-1), weight)
+    return Noise(order.visible_digits(hidden), hidden.sum(-1), weight, maskable)

@@ -103,7 +103,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
 
 
 def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> PrimeV2GenerationConfig:
-    """Options of one call: keywords, else `generation_config`, else the model's, else its config's, else `DEFAULTS`."""
+    """Options of a call: keywords, else `generation_config`, else the model's, else its config's, else `DEFAULTS`."""
     merged: dict[str, Any] = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}
     for config in (model.generation_config, generation_config):
         if config is not None:
@@ -119,12 +119,12 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
         options.seed = int(torch.randint(2**62, ()))
     eos, vocab_size = options.eos_token_id, model.config.vocab_size
     options.eos_token_id = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if options.pad_token_id is None and options.eos_token_id:
-        options.pad_token_id = options.eos_token_id[0]
     named = [("bos_token_id", options.bos_token_id), ("pad_token_id", options.pad_token_id)]
     for name, token in named + [("eos_token_id", each) for each in options.eos_token_id]:
         if token is not None and token >= vocab_size:
             raise ValueError(f"{name}={token} is no token of this model; use an id in [0, {vocab_size - 1}], or None")
+    if options.pad_token_id is None and options.eos_token_id:
+        options.pad_token_id = options.eos_token_id[0]
     return options
 
 

@@ -1,9 +1,9 @@
 """Sampling: the ancestral reverse process on sub-tokens, run only at the steps at which a sequence reveals something.
 
-For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each step with
-equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all units
-are drawn first. A step that reveals nothing leaves the state, hence the network's output, as it was: each sequence runs
-the network at its own non-empty steps alone, which samples the same distribution with fewer passes.
+For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each of them
+with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all
+units are drawn first. A step that reveals nothing leaves the state, hence the network's output, as it was: each
+sequence runs the network at its own non-empty steps alone, the same distribution with fewer passes.
 """
 
 import time
@@ -387,7 +387,7 @@ class _ReverseProcess:
 def _process(
     logits: Tensor,
     consistent: Tensor,
-    processors: LogitsProcessorList,
+    processors: Any,
     context: Tensor | None,
     base: int,
     states: Tensor,
@@ -415,7 +415,7 @@ def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.
             "every token; check the weights and the processors"
         )
     if top_p < 1:
-        ordered, index = probabilities.sort(-1, descending=True, stable=True)
+        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p
         probabilities = probabilities.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), 0.0)
     return probabilities

@@ -78,19 +78,31 @@ class _ChunkedNats(torch.autograd.Function):
             if need_inputs:
                 grad_inputs[part] = gradient @ head
             if need_head:
-                grad_head.add_(gradient.T @ inputs[part])
-        ctx.save_for_backward(grad_inputs, grad_head)
-        ctx.head_dtype = head_weight.dtype
+                _add_product(grad_head, gradient.T, inputs[part])
+        ctx.gradients, ctx.head_dtype = (grad_inputs, grad_head), head_weight.dtype
         ctx.mark_non_differentiable(nats)
         return (nats * tokens.weights.to(exact)).sum(), nats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        grad_inputs, grad_head = ctx.saved_tensors
-        grad_inputs = None if grad_inputs is None else grad_inputs * grad_loss.to(grad_inputs.dtype)
-        grad_head = None if grad_head is None else (grad_head * grad_loss).to(ctx.head_dtype)
+        """Scales the gradients in place (the head's is as large as the head), so that they can be used once."""
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of this loss was already taken; compute the loss again")
+        (grad_inputs, grad_head), ctx.gradients = ctx.gradients, None
+        if grad_inputs is not None:
+            grad_inputs.mul_(grad_loss.to(grad_inputs.dtype))
+        if grad_head is not None:
+            grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
         return grad_inputs, grad_head, None, None, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second tensor of its size where the dtypes allow it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class _Chunk:
@@ -108,6 +120,7 @@ class _Chunk:
         if self.carry_over:
             logits.masked_fill_((differs & self.table.pack_visible(visible).unsqueeze(1)) != 0, -torch.inf)
         if self.kind == "token":
+            del differs
             return self._token(logits, ids, weights)
         if self.kind == "digits":
             columns, hidden = self.columns[ids], ~visible

@@ -124,23 +124,25 @@ def _summarise(nats: list[Tensor], method: str) -> tuple[Tensor, Tensor]:
 def stratified_stderr(draws: Tensor) -> Tensor:
     """Standard error of the mean of K draws (K,), one from each of K equal strata in order; NaN for one draw.
 
-    Half the mean squared difference of neighbours estimates the variance within a stratum; the drift from one stratum
-    to the next only adds to it (collapsed strata, Cochran, "Sampling Techniques", 1977, section 5A.12).
+    Half the squared difference of neighbouring strata estimates the variance within them; the drift from one stratum to
+    the next only adds to it (collapsed strata, Cochran, "Sampling Techniques", 1977, section 5A.12). The two outer
+    strata have one neighbour, whose difference counts twice so that every stratum has the same weight.
     """
     if len(draws) < 2:
         return draws.new_full((), torch.nan)
-    return (draws.diff().square().mean() / 2 / len(draws)).sqrt()
+    squares = draws.diff().square()
+    return ((squares.sum() + squares[0] + squares[-1]) / 4).sqrt() / len(draws)
 
 
 def _unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, ids (L,), scored (L,) bool) without padding, longest first so that a pass holds rows of like length."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
+    for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     scored = real if prompt_mask is None else real & ~prompt_mask.bool()
-    for name, mask in (("attention_mask", real), ("prompt_mask", scored)):
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
     if not scored.any(1).all():
         row = int((~scored.any(1)).nonzero()[0])
         raise ValueError(f"row {row} has no token to score (all of it is prompt or padding); drop that row")
@@ -174,7 +176,7 @@ def _chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> _Rows:
     hidden = scored & (torch.arange(len(ids), device=ids.device) >= targets.unsqueeze(1))  # (R, L)
     asked = torch.arange(len(ids), device=ids.device) == targets.unsqueeze(1)
     ones = torch.ones(len(targets), dtype=torch.double, device=ids.device)
-    noise = Noise(~hidden.unsqueeze(-1), asked.long(), ones)
+    noise = Noise(~hidden.unsqueeze(-1), asked.long(), ones, asked)
     return _Rows(ids.expand(len(targets), -1), noise, ones, sequence)
 
 
@@ -191,7 +193,7 @@ def _batches(parts: Iterator[_Rows], tokens_per_pass: int) -> Iterator[list[_Row
                 batch, rows, longest = [], 0, 0
                 continue
             piece = slice(done, done + room)
-            noise = Noise(part.noise.visible[piece], part.noise.hidden_count[piece], part.noise.weight[piece])
+            noise = part.noise.rows(piece)
             batch.append(_Rows(part.ids[piece], noise, part.factor[piece], part.sequence))
             rows, done = rows + len(batch[-1].ids), done + len(batch[-1].ids)
     if batch:
@@ -213,10 +215,12 @@ def _score(model, batch: list[_Rows], order: RevealOrder, objective: str) -> tup
     ids = join([part.ids for part in batch], 0)
     visible = join([part.noise.visible.expand(-1, -1, num_subtokens) for part in batch], True)
     hidden_count = join([part.noise.hidden_count for part in batch], 0)
+    maskable = join([part.noise.maskable.expand(len(part.ids), -1) for part in batch], False)
     real = join([torch.ones_like(part.ids) for part in batch], 0)
     states = torch.where(visible, model.encode(ids), model.config.base)
     mask = None if real.all() else real
     hidden_states = model.model(states, mask).last_hidden_state
     weight = torch.ones(len(ids), dtype=torch.double, device=device)
-    _, nats = model.nats_of_hidden(hidden_states, ids, Noise(visible, hidden_count, weight), order, objective, weight)
+    noise = Noise(visible, hidden_count, weight, maskable)
+    _, nats = model.nats_of_hidden(hidden_states, ids, noise, order, objective, weight)
     return nats.split([len(part.ids) for part in batch])

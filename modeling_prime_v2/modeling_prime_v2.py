@@ -12,8 +12,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -49,8 +47,37 @@ class PrimeV2Output(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class PrimeV2RMSNorm(LlamaRMSNorm):
-    """Llama's RMSNorm."""
+class PrimeV2RMSNorm(nn.RMSNorm):
+    """RMSNorm, PyTorch's own kernel: it keeps its input for the backward pass and nothing else."""
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping the two inputs and nothing else for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = grad * nn.functional.silu(gate)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up
+
+
+class PrimeV2MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: PrimeV2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 class PrimeV2SubtokenEmbedding(nn.Module):
@@ -116,7 +143,7 @@ class PrimeV2Layer(GradientCheckpointingLayer):
     def __init__(self, config: PrimeV2Config, layer_idx: int):
         super().__init__()
         self.self_attn = PrimeV2Attention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
+        self.mlp = PrimeV2MLP(config)
         self.input_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -300,12 +327,17 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         return total / num_items_in_batch, outputs
 
     def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
-        """Weighted nats of the tokens that have a hidden unit.
+        """Weighted nats of the tokens that have a hidden unit (the others have none).
+
+        Without carry-over the paper's loss has a term for each token, those with every digit visible included.
 
         hidden_states (B, L, D); ids (B, L) clean; weight (B,). Returns the weighted sum, differentiable, and the
         unweighted nats of each sequence (B,), float64, detached.
         """
-        rows, columns = noise.hidden_count.nonzero(as_tuple=True)
+        asked = noise.hidden_count > 0
+        if objective == "token" and not self.config.carry_over and self.config.num_subtokens > 1:
+            asked = noise.maskable
+        rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None
         if objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"

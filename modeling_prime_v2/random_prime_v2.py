@@ -42,8 +42,8 @@ def hash64(*keys: int | Tensor, device: torch.device | str | None = None) -> Ten
 
 
 def uniforms(*keys: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Float64 uniforms in the open interval (0, 1), a pure function of the keys (see `hash64`); 53 random bits."""
-    return (_shift_right(hash64(*keys, device=device), 11).double() + 0.5) * 2.0**-53
+    """Float64 uniforms in the open interval (0, 1), a pure function of the keys (see `hash64`); 52 random bits."""
+    return (_shift_right(hash64(*keys, device=device), 12).double() + 0.5) * 2.0**-52
 
 
 def permutation(num: int, *keys: int) -> Tensor:

@@ -21,7 +21,7 @@ from prime_v2.diffusion_prime_v2 import stratified_levels
 from prime_v2.random_prime_v2 import hash64
 from prime_v2.tokenization.packing import collate
 
-_NOISE_KEY = 21  # stream number of the training noise, see diffusion_prime_v2
+_NOISE_KEY = 31  # stream number of the training noise, see diffusion_prime_v2
 
 
 class Collator:

@@ -1,15 +1,15 @@
 """Distributions and networks small enough to enumerate, and plain-loop forms of what the package computes fast."""
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
 from prime_v2.configuration_prime_v2 import PrimeV2Config
 from prime_v2.diffusion_prime_v2 import Noise, RevealOrder
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 
 def small_config(**changes) -> PrimeV2Config:
@@ -37,7 +37,7 @@ def all_sequences(vocab_size: int, length: int) -> Tensor:
 
 
 def correlated_law(vocab_size: int, length: int, seed: int = 0) -> Tensor:
-    """A law on `all_sequences`, (V**L,) float64, positive; exp of normals, so tokens and digits depend on one another."""
+    """A law on `all_sequences`, (V**L,) float64, positive; exp of normals, so tokens and digits are dependent."""
     weights = torch.randn(vocab_size**length, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     return (1.5 * weights).softmax(0)
 
@@ -90,7 +90,7 @@ def nats_of_all_masks(model, ids: Tensor, order: RevealOrder, objective: str) ->
     rows = ids.repeat_interleave(len(masks), dim=0)  # (B * M, L)
     weight = torch.ones(len(rows), dtype=torch.double)
     visible = order.visible_digits(hidden).repeat(batch, 1, 1)
-    noise = Noise(visible, hidden.sum(-1).repeat(batch, 1), weight)
+    noise = Noise(visible, hidden.sum(-1).repeat(batch, 1), weight, torch.ones_like(rows, dtype=torch.bool))
     states = torch.where(visible, model.encode(rows), model.config.base)
     hidden_states = model.model(states).last_hidden_state
     _, nats = model.nats_of_hidden(hidden_states, rows, noise, order, objective, weight)
@@ -107,7 +107,7 @@ def count_form(nats: Tensor, counts: Tensor) -> Tensor:
 def time_form(nats: Tensor, counts: Tensor, num_points: int = 12) -> Tensor:
     """(B, M) nats of all masks to (B,): the integral over t of 1/t times the mean over the masks drawn at t.
 
-    Midpoint rule on the integrand's own degree would do; Gauss-Legendre with 12 points is exact to degree 23.
+    The integrand is a polynomial in t of degree n - 1; Gauss-Legendre with 12 points is exact to degree 23.
     """
     units = int(counts.max())
     points, weights = gauss_legendre(num_points)
@@ -129,20 +129,25 @@ def gauss_legendre(num_points: int) -> tuple[Tensor, Tensor]:
 class AnyOrder:
     """The law that a network defines when units are revealed one at a time in a random order, by recursion.
 
-    A state is the number of hidden units of each token ("token", "nested") or the set of hidden digits ("digit"). Uses
-    the model's logits and plain sums alone: neither the chunked head nor `RevealOrder`.
+    A state is the tuple of each token's visible digits. Uses the model's logits and plain sums alone: neither the
+    chunked head nor `RevealOrder`'s methods.
     """
 
-    def __init__(self, model, order: RevealOrder):
-        self.model, self.order = model, order
-        self.base = model.config.base
-        self.codes = model.code_table.codes[:-1]
-
-    def of(self, ids: Tensor) -> tuple[float, float]:
-        """(-log of the likelihood, mean over orders of -log of the likelihood in that order) of one sequence (L,)."""
-        self.digits, self.ids, self.known = self.model.encode(ids), ids, {}
-        probability, nats = self._from(((0,) * self.order.num_subtokens,) * len(ids))
-        return -math.log(probability), nats
+    def __init__(self, model, order: RevealOrder, ids: Tensor):
+        """The logits of all sequences, ids (B, L), under all sets of visible digits, in one forward pass."""
+        self.order, self.ids, self.codes = order, ids, model.code_table.codes[:-1]
+        shape = (ids.shape[1], order.num_subtokens)
+        sets = list(itertools.product([0, 1], repeat=shape[0] * shape[1]))
+        visible = torch.tensor(sets, dtype=torch.bool).view(-1, 1, *shape)
+        states = torch.where(visible, model.encode(ids), model.config.base)  # (2**(L * S), B, L, S)
+        with torch.no_grad():
+            logits = model(subtoken_ids=states.flatten(0, 1)).logits
+        self.probabilities = logits.double().softmax(-1).unflatten(0, states.shape[:2])
+        self.row_of = {each: row for row, each in enumerate(sets)}
+        self.known = {}
+        start = ((0,) * shape[1],) * shape[0]
+        probability, self.bound = self._from(start)
+        self.nats = -probability.log()  # (B,); bound (B,) is the mean over orders of -log p(x given the order)
 
     def _reveals(self, state: tuple) -> Iterator[tuple[int, tuple, float]]:
         """(token, its visible digits afterwards, chance) for each unit that may be revealed next."""
@@ -161,23 +166,21 @@ class AnyOrder:
         for i, after, count in found:
             yield i, after, count / total
 
-    def _from(self, state: tuple) -> tuple[float, float]:
-        """(Mean over orders of the probability, of its -log) of revealing all that is hidden in `state`."""
+    def _from(self, state: tuple) -> tuple[Tensor, Tensor]:
+        """(Mean over orders of the probability, of its -log) of revealing all that is hidden in `state`, (B,) each."""
         if all(map(all, state)):
-            return 1.0, 0.0
+            return torch.ones(len(self.ids), dtype=torch.double), torch.zeros(len(self.ids), dtype=torch.double)
         if state not in self.known:
-            visible = torch.tensor(state, dtype=torch.bool)
-            states = torch.where(visible, self.digits, self.base)
-            with torch.no_grad():
-                probabilities = self.model(subtoken_ids=states[None]).logits[0].double().softmax(-1)  # (L, V)
+            q = self.probabilities[self.row_of[sum(state, ())]]  # (B, L, V)
             probability = nats = 0.0
             for i, after, chance in self._reveals(state):
-                asked = [j for j, shown in enumerate(after) if shown and (self.model.config.carry_over or not state[i][j])]
-                agrees = (self.codes[:, asked] == self.codes[self.ids[i], asked]).all(1)
-                step = float(probabilities[i][agrees].sum())
+                # A digit from its own marginal, a stage as the whole prefix: the same where carry-over filters.
+                new = [j for j in range(len(after)) if after[j] and not (state[i][j] and self.order.kind == "digit")]
+                agrees = (self.codes[:, new] == self.codes[self.ids[:, i], None][..., new]).all(-1)  # (B, V)
+                step = (q[:, i] * agrees).sum(1)
                 rest = self._from((*state[:i], after, *state[i + 1 :]))
-                probability += chance * step * rest[0]
-                nats += chance * (rest[1] - math.log(step))
+                probability = probability + chance * step * rest[0]
+                nats = nats + chance * (rest[1] - step.log())
             self.known[state] = probability, nats
         return self.known[state]
 

@@ -168,7 +168,7 @@ def test_one_subtoken_without_shuffle_is_plain_masked_diffusion():
         ({"shuffle_ratio": float("nan")}, r"shuffle_ratio=nan is outside \[0, 1\]"),
         ({"shuffle_domain": "ids"}, 'shuffle_domain=\'ids\' is not one of "codes", "vocab"'),
         (
-            {"num_subtokens": 40},
+            {"num_subtokens": 30},
             f'is more than {MAX_SHUFFLED_CODES}; use shuffle_domain="vocab", which permutes 9 ids',
         ),
     ],

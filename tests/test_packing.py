@@ -279,9 +279,11 @@ def test_impossible_streams_are_refused():
     with pytest.raises(ValueError, match="pass 0 over the stream has no documents"):
         next(iter(stream_blocks(lambda number: [])))
     documents = iter(["x" * 40])  # an iterator instead of a fresh one per pass
-    with pytest.raises(ValueError, match="pass 1 over the stream has no documents; give one that can be read again"):
+    with pytest.raises(
+        ValueError, match="pass 1 over the stream has no documents; give a source that can be read again"
+    ):
         list(stream_blocks(lambda number: documents))
-    with pytest.raises(ValueError, match="a stream cannot be shared by 2 workers; use 0 or 1"):
+    with pytest.raises(ValueError, match="a stream cannot be shared by 2 workers; use dataloader_num_workers=1"):
         list(DataLoader(stream_blocks(lambda number: ["x" * 40]), num_workers=2))
 
 

@@ -80,7 +80,7 @@ def build_tokenizer(
 def _unwrap(base_tokenizer: Any) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:
     """A copy of the `tokenizers` object, the special tokens by name, and the inherited settings of a tokenizer."""
     if isinstance(base_tokenizer, str | os.PathLike):
-        base_tokenizer = AutoTokenizer.from_pretrained(base_tokenizer)
+        base_tokenizer = _load(base_tokenizer)
     special: dict[str, Any] = {}
     inherited: dict[str, Any] = {}
     if isinstance(base_tokenizer, PreTrainedTokenizerBase):
@@ -96,6 +96,17 @@ def _unwrap(base_tokenizer: Any) -> tuple[Tokenizer, dict[str, Any], dict[str, A
     backend.no_truncation()
     backend.no_padding()
     return backend, special, inherited
+
+
+def _load(name: str | os.PathLike[str]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"no tokenizer could be loaded from {os.fspath(name)!r} ({reason}); use a Hub name or a folder with a "
+            f"tokenizer.json"
+        ) from error
 
 
 __all__ = ["build_tokenizer"]

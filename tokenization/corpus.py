@@ -282,6 +282,9 @@ def _module_files(source: str) -> list[Path]:
     return [paths[name] for name in names if paths[name].is_file()]
 
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def _docstrings(path: Path) -> Iterator[str]:
     """Dedented docstrings of the module, its classes and their methods, in the order of the file."""
     source = path.read_bytes()
@@ -289,15 +292,14 @@ def _docstrings(path: Path) -> Iterator[str]:
     if all(match.end() - match.start() < MIN_DOCSTRING_CHARACTERS for match in _TRIPLE_QUOTED.finditer(source)):
         return
     tree = _parse(source)
-    nodes: list[ast.AST] = [] if tree is None else [tree]
+    nodes: list[_Documented] = [] if tree is None else [tree]
     while nodes:
         node = nodes.pop()
         docstring = ast.get_docstring(node)
         if docstring and len(docstring) >= MIN_DOCSTRING_CHARACTERS and _is_encodable(docstring):
             yield docstring
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inner = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            nodes += [child for child in reversed(node.body) if isinstance(child, inner)]
+            nodes += [child for child in reversed(node.body) if isinstance(child, _Documented)]
 
 
 def _parse(source: bytes) -> ast.Module | None:

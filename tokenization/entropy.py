@@ -95,7 +95,7 @@ def _probabilities(counts: Any, vocab_size: int) -> np.ndarray:
     values = np.asarray(counts, dtype=np.float64)
     if values.shape != (vocab_size,):
         raise ValueError(
-            f"counts has shape {values.shape}, but the vocabulary has {vocab_size} tokens; use one a token"
+            f"counts of shape {values.shape}, but the vocabulary has {vocab_size} tokens; give one count each"
         )
     if not (values >= 0).all() or not 0 < values.sum() < math.inf:
         raise ValueError("counts must be finite, not negative and not all zero; use a text with at least one token")

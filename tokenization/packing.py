@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -144,8 +144,8 @@ def pack_blocks(
             "vocab_size": vocab_size,
             "eos_token_id": eos_token_id,
         }
-        with open(aside_json, "w", encoding="utf-8") as file:
-            json.dump(info, file, indent=1)
+        with open(aside_json, "wb") as file:
+            file.write(json.dumps(info, indent=1).encode())
             _sync(file)
         # Between the two renames there must be no JSON, or it would describe the other file.
         _info_path(path).unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def _refuse_short_text(num_documents: int, num_tokens: int, block_size: int) -> 
     )
 
 
-def _sync(file) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 

@@ -42,7 +42,11 @@ class TextOptions:
 
 
 def documents_of(text: TextOptions, split: str) -> Iterator[str]:
-    """Deduplicated documents of one split (train, dev, test), decided by each document's content and the seed."""
+    """Documents of one split (train, dev, test), decided by each document's content and the seed, without repeats.
+
+    A stream is not deduplicated, since the digests of a hub-scale set would fill the memory; equal documents are on
+    the same side of the split all the same.
+    """
     documents: Iterable[str] = read_documents(
         text.data,
         text_field=text.text_field,
@@ -51,14 +55,15 @@ def documents_of(text: TextOptions, split: str) -> Iterator[str]:
         max_documents=text.max_documents,
     )
     chosen = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
-    return (document for document in deduplicate(documents) if chosen(document) == split)
+    documents = documents if text.streaming else deduplicate(documents)
+    return (document for document in documents if chosen(document) == split)
 
 
 def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list[int]]]:
     """list of texts to list of ids; text that spells a special token stays plain text."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     return encode
 

@@ -7,6 +7,7 @@ package, since the Hub loads it alone.
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,23 @@ class PrimeV2Tokenizer(TokenizersBackend):
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Refuse tokens without a code; tokens that exist already may be declared special."""
-        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        self._refuse_new([new_tokens] if isinstance(new_tokens, str | AddedToken) else new_tokens)
+        return super().add_tokens(new_tokens, special_tokens=special_tokens)
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As `add_tokens`; refused before a name is assigned."""
+        for value in special_tokens_dict.values():
+            self._refuse_new([value] if isinstance(value, str | AddedToken) else value)
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+
+    def _refuse_new(self, tokens: Iterable[Any]) -> None:
         missing = [str(token) for token in tokens if self.backend_tokenizer.token_to_id(str(token)) is None]
+        # While the tokenizer is being made, its mask token is new.
         if missing and "code_table" in self.__dict__:
             raise ValueError(
                 f"cannot add {missing[0]!r}: the code table holds the {len(self.code_table)} tokens it was built for; "
                 f"add tokens to the base tokenizer and call build_tokenizer again"
             )
-        return super().add_tokens(tokens, special_tokens=special_tokens)
 
     def _save_pretrained(
         self,

@@ -1,0 +1,283 @@
+"""The command `prime-v2`. Each sub-command imports what it needs when it runs, so that `--help` answers at once.
+
+Bad input (ValueError, OSError, a configuration that Transformers refuses, a wrong option) ends with one sentence on
+stderr and exit status 2; any other exception is a fault of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+PROGRAM = "prime-v2"
+
+
+class _BadInput(Exception):
+    """A sentence about the input of a command, ready to print."""
+
+
+class _Command(TyperCommand):
+    """A sub-command whose refusals name it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            sentence = bad_input(error)
+            if sentence is None:
+                raise
+            raise _BadInput(f"{ctx.command_path}: error: {sentence}") from error
+
+
+class _Group(TyperGroup):
+    """Ends the process with the statuses above, under typer's test runner as well."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            status = super().main(args, PROGRAM, complete_var, False, windows_expand_args, **extra)
+        except _BadInput as error:
+            status = _fail(str(error))
+        except Exception as error:
+            # Typer's own refusals (an unknown option, a value of the wrong kind); where they live differs by version.
+            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+                raise
+            status = self._usage_error(error)
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
+
+    @staticmethod
+    def _usage_error(error: Any) -> int:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        place = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
+        return _fail(f"{place}: error: {_sentence(error.format_message())}; see {place} --help")
+
+
+def _fail(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 2
+
+
+def bad_input(error: Exception) -> str | None:
+    """One sentence for an error that the input caused, None for any other."""
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        return _sentence(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    if isinstance(error, ValueError | OSError):
+        return _sentence(str(error))
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, StrictDataclassError):
+        inner = error.__cause__ or error
+        return _sentence(str(inner).split("ValueError: ")[-1].split("TypeError: ")[-1])
+    return None
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=_Group,
+    help="MDM-Prime-v2: sample from masked diffusion language models over sub-tokens, and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False):
+    if version:
+        from prime_v2 import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+class Method(StrEnum):
+    """Methods of `log_likelihood`."""
+
+    subtoken = "subtoken"
+    token = "token"
+    nested = "nested"
+    chain = "chain"
+    token_objective = "token_objective"
+
+
+class ShuffleDomain(StrEnum):
+    """What the index shuffle permutes."""
+
+    codes = "codes"
+    vocab = "vocab"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its name on the Hub.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Text: a .txt, .jsonl or .parquet file, a folder of them, a Hub data set name[:config], or docs (the "
+        "documentation of the installed Python packages).",
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Split of a Hub data set [default: test for ppl, train for entropy]. For other sources train, dev or "
+        "test: the documents that train.py puts there [default: all documents].",
+    ),
+]
+TextField = Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")]
+MaxDocuments = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read at most N documents.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda if there is one]")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Type of the weights [default: bfloat16 on cuda, else float32]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
+    ),
+]
+
+
+@app.command(cls=_Command, short_help="Draw samples from a model.")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text that the sample starts with.")] = "",
+    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Text that follows the sample (infilling).")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = None,
+    max_denoising_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps; more of them draw fewer tokens at once.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the samples repeatable.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to draw.")] = 1,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw samples from a model. Options left out take the values of its generation_config.json."""
+    from prime_v2.eval.commands_generate import run_generate
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "max_denoising_steps": max_denoising_steps,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    run_generate(model, prompt, suffix, options, num_samples, watch, as_json, device, dtype)
+
+
+@app.command(cls=_Command, short_help="Bound the likelihood, perplexity and bits per byte of text.")
+def ppl(
+    model: Model,
+    source: Source,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            metavar="NAME",
+            help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
+            "token_objective: the paper's loss, no bound.",
+            show_default="the bound of the order that the model was trained with",
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Noise draws per sequence.")] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    split: Split = None,
+    text_field: TextField = "text",
+    max_documents: MaxDocuments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Bound the likelihood of text: nats per token, perplexity, bits per byte, each with its error."""
+    from prime_v2.eval.commands_score import TextSource, run_ppl
+
+    text = TextSource(source, split, text_field, max_documents)
+    chosen = None if method is None else method.value
+    run_ppl(model, text, chosen, num_samples, seed, device, dtype, as_json, output)
+
+
+@app.command(cls=_Command, short_help="Sub-token entropy of text (the paper's Table 1).")
+def entropy(
+    source: Source,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="NAME_OR_DIR", help="Any fast tokenizer: a folder, a tokenizer.json, a Hub name.")
+    ],
+    shuffle_seed: Annotated[int, typer.Option(metavar="N", help="Seed of the index shuffle.")] = 0,
+    shuffle_domain: Annotated[
+        ShuffleDomain, typer.Option(help="Permute all base^S codes, or the ids of the vocabulary.")
+    ] = ShuffleDomain.codes,
+    split: Split = None,
+    text_field: TextField = "text",
+    max_documents: MaxDocuments = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Sub-token entropy of a text for each number of sub-tokens, unshuffled and shuffled (the paper's Table 1)."""
+    from prime_v2.eval.commands_score import TextSource, run_entropy
+
+    text = TextSource(source, split, text_field, max_documents)
+    run_entropy(text, tokenizer, shuffle_seed, shuffle_domain.value, as_json, output)
+
+
+@app.command(cls=_Command, short_help="Write a model's card from the record of its run.")
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run or of a saved model.")],
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Record of the run.", show_default="DIR/results/train.json"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model's card (README.md), every number of it read from the record of its run."""
+    import json
+
+    from prime_v2.eval.records import read_record
+    from prime_v2.hub_card.card import find_record, write_card
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder of a run or of a saved model")
+    path = write_card(folder, read_record(record or find_record(folder)))
+    print(json.dumps({"card": str(path)}) if as_json else f"wrote {path}")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # text that the terminal's encoding lacks must not end the command
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""What `generate` promises about seeds, batches, padding, infilling, EOS, hooks, options and bad input."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_networks import ORDERS, one_thread, prompts, small_model  # noqa: F401 (one_thread is an autouse fixture)
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TextDiffusionStreamer,
+)
+
+from prime_v2.generation_prime_v2 import (
+    PrimeV2GenerationConfig,
+    PrimeV2GenerationOutput,
+    draw_by_inverse_cdf,
+    to_probabilities,
+)
+from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
+
+# -- Seeds, batches, padding -----------------------------------------------------------------------------------------
+
+
+def test_a_seed_reproduces_and_another_one_differs():
+    model, prompt = small_model(), prompts(3, 4)
+    first = model.generate(prompt, max_new_tokens=12, seed=7)
+    assert torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=7))
+    assert not torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=8))
+
+
+def test_without_a_seed_torch_s_generator_decides():
+    model, prompt, drawn = small_model(), prompts(2, 4), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(prompt, max_new_tokens=12))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[2], model.generate(prompt, max_new_tokens=12))
+
+
+def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
+    model, prompt = small_model(), prompts(1, 4)
+    rows = model.generate(prompt.repeat(3, 1), max_new_tokens=12, seed=7)
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+    assert torch.equal(rows[:1], model.generate(prompt, max_new_tokens=12, seed=7))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_other_rows_their_order_and_padding_on_any_side_change_nothing(order):
+    model = small_model(num_subtokens=6, **ORDERS[order] | ({"stage_digits": [2, 6]} if order == "nested" else {}))
+    lengths, full = [5, 3, 1, 4], prompts(4, 5)
+    alone = [
+        model.generate(full[i : i + 1, :n], max_new_tokens=9, seed=7, max_denoising_steps=10)[0, n:]
+        for i, n in enumerate(lengths)
+    ]
+    for side in ("left", "right", "both"):
+        ids, mask = torch.full((4, 7), 49), torch.zeros(4, 7, dtype=torch.long)
+        for i, n in enumerate(lengths):
+            start = {"left": 7 - n, "right": 0, "both": 1}[side]
+            ids[i, start : start + n], mask[i, start : start + n] = full[i, :n], 1
+        for turn in ([0, 1, 2, 3], [3, 1, 0, 2]):
+            out = model.generate(ids[turn], mask[turn], max_new_tokens=9, seed=7, max_denoising_steps=10)
+            assert torch.equal(out[:, :7], ids[turn]), "the padded prompt comes back as it was"
+            for row, i in enumerate(turn):
+                assert torch.equal(out[row, 7:], alone[i])
+
+
+def test_ids_outside_the_vocabulary_may_stand_in_padding():
+    model = small_model()
+    ids, mask = torch.tensor([[-1, 999, 50, 3]]), torch.tensor([[0, 0, 0, 1]])
+    out = model.generate(ids, mask, max_new_tokens=5, seed=0)
+    assert torch.equal(out[:, :4], ids)
+    assert torch.equal(out[:, 4:], model.generate(ids[:, 3:], max_new_tokens=5, seed=0)[:, 1:])
+
+
+def test_drawing_in_chunks_changes_nothing(monkeypatch):
+    model, prompt = small_model(), prompts(3, 4)
+    whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4)
+    monkeypatch.setattr("prime_v2.generation_prime_v2.DRAW_ELEMENTS", 100)
+    assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4))
+
+
+def test_drawing_resolves_probabilities_that_float32_cannot():
+    """p = (1 - 1e-12, 1e-12): float32 rounds a draw of 1 - 5e-13 to 1 and the first probability as well."""
+    probabilities = to_probabilities(torch.tensor([[0.0, math.log(1e-12)]] * 2, dtype=torch.double))
+    assert probabilities.dtype == torch.double
+    draws = torch.tensor([1 - 2e-12, 1 - 5e-13], dtype=torch.double)
+    assert draw_by_inverse_cdf(probabilities, draws).tolist() == [0, 1]
+
+
+def test_a_draw_never_takes_a_token_of_probability_zero():
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.double)
+    for draw in (5e-324, 0.3, 1 - 2**-53, 1.0):
+        ids = draw_by_inverse_cdf(probabilities, torch.tensor([draw], dtype=torch.double))
+        assert probabilities[0, ids] > 0
+
+
+def test_generating_leaves_the_mode_the_input_and_the_options_of_the_model_as_they_were():
+    model, prompt = small_model(attention_dropout=0.5).train(), prompts(2, 4)
+    before, options = prompt.clone(), model.generation_config.to_dict()
+    first = model.generate(prompt, max_new_tokens=8, seed=0)
+    assert model.training and torch.equal(prompt, before) and model.generation_config.to_dict() == options
+    assert torch.equal(first, model.eval().generate(prompt, max_new_tokens=8, seed=0)), "no dropout while sampling"
+
+
+# -- Layout, infilling, EOS ------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_suffix_are_kept_in_order_and_new_tokens_are_in_the_vocabulary():
+    model, prompt, suffix = small_model(), prompts(2, 4), prompts(2, 3, seed=2)
+    out = model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0)
+    assert torch.equal(out[:, :4], prompt) and torch.equal(out[:, 12:], suffix) and out.shape == (2, 15)
+    assert out.min() >= 0 and out.max() < 50
+    assert model.generate(prompt, suffix_ids=suffix, max_length=15, seed=0).tolist() == out.tolist()
+
+
+def test_a_suffix_may_be_padded():
+    model, prompt, suffix = small_model(), prompts(1, 4), prompts(1, 2, seed=2)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
+    padded = model.generate(prompt, mask, torch.cat([suffix, torch.tensor([[49]])], 1), max_new_tokens=8, seed=0)
+    assert torch.equal(padded[:, :-1], model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0))
+
+
+def test_masked_tokens_of_a_prompt_are_filled_in_where_they_stand():
+    model, ids = small_model(), torch.tensor([[3, 50, 7, 50, 9]])
+    out = model.generate(ids, max_length=5, seed=0)
+    assert out.shape == (1, 5) and out[0, [0, 2, 4]].tolist() == [3, 7, 9] and out.max() < 50
+    assert model.generate(ids, max_new_tokens=2, seed=0).shape == (1, 7)
+
+
+def test_without_a_prompt_generation_starts_fresh_or_with_bos():
+    model = small_model()
+    assert model.generate(max_new_tokens=5, seed=0).shape == (1, 5)
+    out = model.generate(max_new_tokens=5, seed=0, bos_token_id=4)
+    assert out.shape == (1, 6) and out[0, 0] == 4
+    assert model.generate(suffix_ids=prompts(3, 2), max_new_tokens=5, seed=0).shape == (3, 7)
+
+
+def test_the_default_length_is_what_the_context_leaves():
+    model = small_model()
+    assert model.generate(prompts(1, 4), seed=0).shape == (1, 32)
+
+
+class Favour:
+    """A logits processor that makes some tokens likelier, and keeps what it was given."""
+
+    def __init__(self, tokens, by):
+        self.tokens, self.by, self.seen = tokens, by, []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append((input_ids, scores.shape))
+        scores[:, self.tokens] += self.by
+        return scores
+
+
+@pytest.mark.parametrize("order", ["digit", "token"])
+def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same_tokens(order):
+    model, prompt = small_model(reveal_order=order), prompts(40, 2)
+    options = {"max_new_tokens": 12, "seed": 0, "max_denoising_steps": 64, "return_dict_in_generate": True}
+    favour = LogitsProcessorList([Favour([7, 8], 4.0)])
+    free = model.generate(prompt, logits_processor=favour, **options)
+    stopped = model.generate(prompt, logits_processor=favour, eos_token_id=[7, 8], pad_token_id=3, **options)
+    for row, kept in zip(free.sequences[:, 2:].tolist(), stopped.sequences[:, 2:].tolist(), strict=True):
+        eos = min((row + [7]).index(7), (row + [8]).index(8))
+        assert kept == row[: eos + 1] + [3] * (11 - eos)
+    assert (stopped.num_forward <= free.num_forward).all()
+    assert stopped.num_forward.sum() < free.num_forward.sum()
+    assert (stopped.tokens_per_forward < 12).all()
+
+
+def test_eos_comes_from_the_model_config_pads_by_itself_and_none_turns_it_off():
+    model = small_model(eos_token_id=7)
+    favour = LogitsProcessorList([Favour([7], 30.0)])
+    options = {"max_new_tokens": 6, "seed": 0, "logits_processor": favour}
+    suffix = prompts(1, 2)
+    assert model.generate(suffix_ids=suffix, **options)[0].tolist() == [7] * 6 + suffix[0].tolist()
+    assert model.generate(pad_token_id=1, **options)[0].tolist() == [7] + [1] * 5
+    assert model.generate(pad_token_id=1, eos_token_id=None, **options)[0].tolist() == [7] * 6
+
+
+# -- Temperature, top-p, processors, criteria, streamer --------------------------------------------------------------
+
+
+def test_low_temperature_and_low_top_p_give_the_likeliest_token():
+    model, prompt = small_model(reveal_order="token"), prompts(3, 4)
+    masked = torch.cat([prompt, torch.full((3, 5), 50)], 1)
+    likeliest = model(masked).logits[:, 4:].argmax(-1)
+    options = {"max_new_tokens": 5, "max_denoising_steps": 1}
+    for seed, narrow in enumerate(({"temperature": 1e-6}, {"temperature": 1e-300}, {"top_p": 1e-9})):
+        assert torch.equal(model.generate(prompt, seed=seed, **options, **narrow)[:, 4:], likeliest)
+    assert not torch.equal(model.generate(prompt, seed=0, **options)[:, 4:], likeliest)
+
+
+def test_temperature_and_top_p_match_a_naive_computation():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = -torch.inf
+    for temperature, top_p in ((1.0, 1.0), (0.7, 0.8), (2.0, 0.35)):
+        got = to_probabilities(logits, temperature, top_p)
+        for row, probabilities in zip(logits.tolist(), got.tolist(), strict=True):
+            weights = [math.exp(each / temperature) for each in row]
+            expected = [each / sum(weights) for each in weights]
+            kept, mass = set(), 0.0
+            for v in sorted(range(9), key=lambda v: -expected[v]):
+                if mass < top_p:
+                    kept.add(v)
+                mass += expected[v]
+            for v in range(9):
+                assert math.isclose(probabilities[v], expected[v] if v in kept else 0.0, rel_tol=1e-12)
+
+
+def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabulary():
+    model, prompt = small_model(), prompts(3, 4)
+    favour = Favour([0], 0.0)
+    banned = SuppressTokensLogitsProcessor(list(range(25, 50)))
+    ids = torch.cat([torch.full((3, 1), 49), prompt], 1)
+    mask = (torch.arange(5) > 0).long().repeat(3, 1)
+    out = model.generate(ids, mask, max_new_tokens=10, seed=0, logits_processor=[banned, favour])
+    assert out[:, 5:].max() < 25
+    for seen, shape in favour.seen:
+        assert seen.shape[1] == 15 and shape == (len(seen), 50)
+        assert seen.min() >= 0 and seen.max() < 50
+        assert {tuple(row) for row in seen[:, 1:5].tolist()} <= {tuple(row) for row in prompt.tolist()}
+        assert torch.equal(seen[:, 0], seen[:, 1]), "padding copies its neighbour"
+
+
+@pytest.mark.parametrize(
+    "processor", [RepetitionPenaltyLogitsProcessor(2.0), NoRepeatNGramLogitsProcessor(1), Favour([0], 1e9)]
+)
+def test_a_token_partly_revealed_survives_processors_that_change_their_mind(processor):
+    """`NoRepeatNGram(1)` bans every token seen so far, and may ban all that a partly visible token can become."""
+    model = small_model(12)
+    out = model.generate(prompts(4, 2, 12), max_new_tokens=8, seed=0, logits_processor=[processor])
+    assert out.min() >= 0 and out.max() < 12
+
+
+def test_stopping_criteria_finish_their_rows_with_one_more_pass():
+    model, prompt, seen = small_model(), prompts(2, 4), []
+
+    def second_row(ids, scores):
+        seen.append(ids)
+        return torch.tensor([False, True])
+
+    options = {"max_new_tokens": 10, "max_denoising_steps": 50, "seed": 0, "return_dict_in_generate": True}
+    free = model.generate(prompt, **options)
+    out = model.generate(prompt, stopping_criteria=StoppingCriteriaList([second_row]), **options)
+    assert out.num_forward.tolist() == [int(free.num_forward[0]), 2]
+    assert torch.equal(out.sequences[0], free.sequences[0]) and out.sequences.max() < 50
+    assert len(seen) == out.num_forward.max() and seen[0].shape == (2, 14)
+    assert (seen[0] == 50).any() and (seen[1][1] < 50).all()
+    out = model.generate(prompt, stopping_criteria=[MaxTimeCriteria(0.0)], **options)
+    assert out.num_forward.tolist() == [2, 2]
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(("put", value))
+
+    def put_draft(self, value):
+        self.calls.append(("draft", value))
+
+    def end(self):
+        self.calls.append(("end", None))
+
+
+def test_a_streamer_gets_prompt_drafts_and_result():
+    model, prompt, recorder = small_model(), prompts(1, 4), Recorder()
+    out = model.generate(
+        prompt, suffix_ids=prompts(1, 2), max_new_tokens=8, seed=0, streamer=recorder, return_dict_in_generate=True
+    )
+    kinds = [kind for kind, _ in recorder.calls]
+    assert kinds == ["put", *["draft"] * int(out.num_forward), "put", "end"]
+    assert torch.equal(recorder.calls[0][1], prompt)
+    assert torch.equal(recorder.calls[-2][1], out.sequences[:, 4:])
+    for _, draft in recorder.calls[1:-2]:
+        assert draft.shape == (1, 10) and ((draft == 50) | (draft == out.sequences[:, 4:])).all()
+    assert (recorder.calls[1][1] == 50).any() and torch.equal(recorder.calls[-3][1], out.sequences[:, 4:])
+
+
+def test_a_streamer_without_padding_or_masks_in_what_is_settled():
+    model, recorder = small_model(), Recorder()
+    ids, mask = torch.tensor([[9, 9, 3, 50, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
+    out = model.generate(ids, mask, max_new_tokens=2, seed=0, streamer=recorder)
+    assert recorder.calls[0][1].tolist() == [[3]] and torch.equal(recorder.calls[-2][1], out[:, 3:])
+
+
+def test_transformers_own_diffusion_streamer_prints_the_result(capsys):
+    class Tokenizer:
+        def decode(self, ids, **kwargs):
+            return "".join(f"<{int(each)}>" for each in ids)
+
+    out = small_model().generate(prompts(1, 2), max_new_tokens=3, seed=0, streamer=TextDiffusionStreamer(Tokenizer()))
+    printed = capsys.readouterr().out
+    assert "<50>" in printed and "\033[33m" in printed
+    assert printed.rstrip().endswith("".join(f"<{each}>" for each in out[0].tolist()[2:]))
+
+
+# -- Options and bad input -------------------------------------------------------------------------------------------
+
+
+def test_the_call_wins_over_its_config_over_the_model_s_over_the_default():
+    model = small_model()
+    model.generation_config = PrimeV2GenerationConfig(max_new_tokens=3, seed=5, return_dict_in_generate=True)
+    assert model.generate().sequences.shape == (1, 3)
+    assert torch.equal(model.generate().sequences, model.generate().sequences), "the model's seed"
+    config = PrimeV2GenerationConfig(max_length=6, return_dict_in_generate=False)
+    assert model.generate(generation_config=config).shape == (1, 6)
+    assert model.generate(generation_config=config, max_new_tokens=2).shape == (1, 2)
+    assert model.generate(generation_config=GenerationConfig(max_new_tokens=4)).sequences.shape == (1, 4)
+    assert model.generate(max_new_tokens=None).sequences.shape == (1, 32)
+
+
+def test_the_output_is_a_model_output():
+    out = small_model().generate(max_new_tokens=2, seed=0, return_dict_in_generate=True)
+    assert isinstance(out, PrimeV2GenerationOutput)
+    assert list(out) == ["sequences", "num_forward", "network_seconds", "sampling_seconds", "tokens_per_forward"]
+
+
+def test_saving_and_loading_keeps_the_generation_config(tmp_path):
+    model = small_model()
+    model.generation_config = PrimeV2GenerationConfig(
+        max_new_tokens=6, temperature=0.5, eos_token_id=[7, 8], seed=3, return_dict_in_generate=False
+    )
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "generation_config.json").read_text())
+    del stored["transformers_version"]
+    assert stored == {
+        "max_new_tokens": 6,
+        "temperature": 0.5,
+        "eos_token_id": [7, 8],
+        "seed": 3,
+        "return_dict_in_generate": False,
+    }
+    loaded = PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path)
+    remote = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    for each in (loaded, remote):
+        assert each.generation_config.to_dict() == model.generation_config.to_dict() | {
+            "transformers_version": each.generation_config.to_dict()["transformers_version"]
+        }
+        assert torch.equal(each.generate(), model.generate())
+    given = PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path, generation_config=PrimeV2GenerationConfig(seed=4))
+    assert given.generation_config.seed == 4 and given.generation_config.max_new_tokens is None
+
+
+def test_a_folder_without_generation_config_loads_and_one_with_a_broken_file_does_not(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path).generate(max_new_tokens=2).shape == (1, 2)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"top_k": 5}')
+    with pytest.raises(ValueError, match="top_k=5 is not an option"):
+        PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path)
+
+
+BAD_OPTIONS = [
+    ({"temperature": 0}, r"temperature=0 must be positive and finite; use 1\.0"),
+    ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
+    ({"temperature": math.nan}, "temperature=nan must be positive"),
+    ({"temperature": math.inf}, "temperature=inf must be positive and finite"),
+    ({"temperature": "hot"}, "temperature='hot' must be a number"),
+    ({"top_p": 0}, r"top_p=0 is outside \(0, 1\]; use 1\.0"),
+    ({"top_p": 1.5}, r"top_p=1\.5 is outside \(0, 1\]"),
+    ({"top_p": math.nan}, "top_p=nan is outside"),
+    ({"top_p": True}, "top_p=True must be a number"),
+    ({"max_denoising_steps": 0}, "max_denoising_steps=0 must be an integer of at least 1; use 256"),
+    ({"max_denoising_steps": 2.5}, r"max_denoising_steps=2\.5 must be an integer"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1; use 256"),
+    ({"max_new_tokens": True}, "max_new_tokens=True must be an integer"),
+    ({"max_length": -3}, "max_length=-3 must be an integer of at least 1"),
+    ({"seed": 1.5}, r"seed=1\.5 must be an integer"),
+    ({"return_dict_in_generate": "yes"}, "return_dict_in_generate='yes' must be True or False"),
+    ({"eos_token_id": [1, "a"]}, r"eos_token_id=\[1, 'a'\] must be a token id"),
+    ({"pad_token_id": -1}, "pad_token_id=-1 must be a token id"),
+    ({"top_k": 5}, "top_k=5 is not an option of this model's generate.*the nearest is top_p"),
+    ({"max_steps": 5}, "max_steps=5 is not an option.*the nearest is max_denoising_steps"),
+    ({"num_beams": 5}, "num_beams=5 is not an option"),
+    ({"do_sample": True}, "do_sample=True is not an option"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
+def test_bad_options_are_refused_by_the_config_and_by_the_call(options, message):
+    with pytest.raises(ValueError, match=message):
+        PrimeV2GenerationConfig(**options)
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(prompts(1, 2), **options)
+
+
+def test_a_plain_config_s_unsupported_option_and_an_attribute_set_later_are_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="top_k=5 is not an option"):
+        model.generate(generation_config=GenerationConfig(top_k=5))
+    model.generation_config.top_kk = 5
+    with pytest.raises(ValueError, match="top_kk=5 is not an option"):
+        model.generate()
+
+
+IDS = torch.tensor([[1, 2, 3]])
+BAD_INPUTS = [
+    ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\)"),
+    ({"input_ids": torch.empty(0, 3, dtype=torch.long)}, r"input_ids has shape \(0, 3\)"),
+    ({"input_ids": torch.tensor([[1, 51]])}, r"token ids span \[1, 51\]"),
+    ({"input_ids": torch.tensor([[-1, 3]])}, r"token ids span \[-1, 3\]"),
+    ({"input_ids": torch.tensor([[0.5]])}, "token ids must be integers"),
+    ({"input_ids": IDS, "attention_mask": torch.zeros(1, 3)}, "row 0 of attention_mask is padding alone"),
+    ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
+    ({"attention_mask": torch.ones(1, 4)}, "attention_mask was given without input_ids"),
+    ({"input_ids": IDS, "suffix_ids": torch.tensor([[1], [2]])}, r"suffix_ids has shape \(2, 1\)"),
+    ({"input_ids": IDS, "max_new_tokens": 40}, "43 tokens, but max_position_embeddings=32; use max_new_tokens=29"),
+    ({"input_ids": IDS, "suffix_ids": IDS, "max_new_tokens": 40}, "use max_new_tokens=26"),
+    ({"input_ids": IDS, "max_length": 40}, "use max_length=32"),
+    ({"input_ids": IDS, "max_length": 3}, "max_length=3 leaves no room .* use max_length=32"),
+    ({"input_ids": IDS.repeat(1, 11)}, "cut the prompt or the suffix to 31 tokens together"),
+    ({"input_ids": IDS, "eos_token_id": 50}, r"eos_token_id=50 is no token of this model; use an id in \[0, 49\]"),
+    ({"input_ids": IDS, "pad_token_id": 77}, "pad_token_id=77 is no token of this model"),
+    ({"bos_token_id": 77}, "bos_token_id=77 is no token of this model"),
+    ({"input_ids": IDS.repeat(2, 1), "streamer": Recorder()}, "a streamer takes one sequence, but the batch has 2"),
+    (
+        {"input_ids": IDS, "max_new_tokens": 2, "logits_processor": [lambda ids, scores: scores - torch.inf]},
+        "a position has no possible token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=[message[:40] for _, message in BAD_INPUTS])
+def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(**arguments)
+
+
+def test_a_streamer_that_wants_logits_is_refused():
+    recorder = Recorder()
+    recorder._takes_logits = True
+    with pytest.raises(ValueError, match="this streamer wants the logits of drafts"):
+        small_model().generate(IDS, streamer=recorder)
+
+
+def test_a_network_that_is_not_finite_is_reported():
+    model = small_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the network's logits are not finite"):
+        model.generate(IDS, max_new_tokens=2)
+
+
+def test_options_do_not_come_from_a_model_config():
+    with pytest.raises(NotImplementedError, match="PrimeV2Config holds no generation options"):
+        PrimeV2GenerationConfig.from_model_config(small_model().config)

@@ -1,0 +1,243 @@
+"""Sums over sequences, their errors, and what may be said of them: eval/perplexity.py."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2LogLikelihood, build_tokenizer
+from prime_v2.eval.perplexity import _ratio_stderr, encode_documents, score_blocks, score_text
+from prime_v2.tokenization.bpe import train_bpe
+
+TEXT = ["the quick brown fox jumps over the lazy dog", "naïve café — ünïcode €", "a <|endoftext|> in a text"]
+NEVER_WITHOUT_BOUND = ("perplexity", "perplexity_interval_95", "bits_per_byte", "bits_per_byte_interval_95")
+
+
+def make_model(**options) -> PrimeV2ForMaskedDiffusion:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    return PrimeV2ForMaskedDiffusion(PrimeV2Config(**{"vocab_size": 16, "initializer_range": 0.5, **shape, **options}))
+
+
+@pytest.fixture(scope="module")
+def model() -> PrimeV2ForMaskedDiffusion:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(train_bpe(TEXT, 270), special_tokens={"eos_token": "<|endoftext|>"})
+
+
+def draw(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(16, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_nats_per_token_are_those_of_the_sequences_scored_one_by_one(model):
+    blocks = draw(9, 6)
+    alone = [model.log_likelihood(row.unsqueeze(0), num_samples=4, seed=3) for row in blocks]
+    result = score_blocks(model, blocks, num_samples=4, seed=3)
+    # float32 sums in another order.
+    assert result["nats_per_token"] == pytest.approx(-sum(float(each.value) for each in alone) / 54, rel=1e-5)
+    errors = math.sqrt(sum(float(each.stderr) ** 2 for each in alone)) / 54
+    assert result["monte_carlo_stderr"] == pytest.approx(errors, rel=1e-4)
+    assert (result["num_tokens"], result["num_sequences"], result["num_samples"]) == (54, 9, 4)
+    assert result["num_forward"] == 9 * 4
+    assert (result["method"], result["is_bound"]) == ("subtoken", True)
+
+
+def test_a_network_that_knows_nothing_has_the_nats_of_the_uniform_distribution():
+    """V = 2**S, so that the marginals of the digits are uniform too, and every draw gives log V exactly."""
+    model = make_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for method in ("subtoken", "token", "chain"):
+        result = score_blocks(model, draw(5, 8), method=method, text_bytes=100)
+        assert result["nats_per_token"] == pytest.approx(math.log(16), rel=1e-6)
+        assert result["perplexity"] == pytest.approx(16, rel=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(5 * 8 * 4 / 100, rel=1e-6)
+        assert result["stderr"] == pytest.approx(0, abs=1e-6)
+
+
+def test_stderr_of_equal_blocks_is_that_of_a_mean(model):
+    blocks = draw(20, 5)
+    per_token = -model.log_likelihood(blocks, num_samples=8).value.numpy() / 5
+    result = score_blocks(model, blocks)
+    assert result["stderr"] == pytest.approx(per_token.std(ddof=1) / math.sqrt(20), rel=1e-4)
+    low, high = result["perplexity_interval_95"]
+    assert low == pytest.approx(math.exp(result["nats_per_token"] - 1.959964 * result["stderr"]))
+    assert high == pytest.approx(math.exp(result["nats_per_token"] + 1.959964 * result["stderr"]))
+
+
+def test_stderr_of_unequal_sequences_agrees_with_the_jackknife():
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(5, 20, size=200).astype(float)
+    nats = lengths * 3 + generator.normal(size=200) * lengths
+    without = (nats.sum() - nats) / (lengths.sum() - lengths)
+    jackknife = math.sqrt(199 / 200 * ((without - without.mean()) ** 2).sum())
+    # The two differ in order 1 / N.
+    assert _ratio_stderr(torch.from_numpy(nats), torch.from_numpy(lengths)) == pytest.approx(jackknife, rel=0.02)
+
+
+class GaussianModel:
+    """Its nats a token are 5, plus a normal effect of the text and the mean of normal draws, each with variance 1."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def log_likelihood(self, ids, method, num_samples, seed):
+        count, length = ids.shape
+        text, *draws = torch.randn(1 + num_samples, count, generator=self.generator, dtype=torch.double)
+        draws = torch.stack(draws)
+        return PrimeV2LogLikelihood(
+            value=-length * (5 + text + draws.mean(0)),
+            stderr=length * draws.std(0) / math.sqrt(num_samples),
+            num_forward=torch.full((count,), num_samples),
+            num_scored=torch.full((count,), length),
+            is_bound=True,
+        )
+
+
+def test_errors_cover_the_text_and_the_draws():
+    """1000 scores of 12 sequences: their z-scores are Student's t with 11 degrees of freedom, of variance 11/9.
+
+    Seeded; for another seed it fails with a chance below 1e-4: the standard error of the measured variance is
+    11/9 * sqrt((kurtosis - 1) / 1000) = 0.066, kurtosis 3 + 6/7.
+    """
+    model = GaussianModel()
+    results = [score_blocks(model, draw(12, 4), num_samples=3) for _ in range(1000)]
+    scores = [(each["nats_per_token"] - 5) / each["stderr"] for each in results]
+    assert np.var(scores) == pytest.approx(11 / 9, abs=0.27)
+    # The draws alone: variance 1 / (3 draws x 12 sequences), text effects left out; a mean of 1000 is within 3%.
+    mean_square = np.mean([each["monte_carlo_stderr"] ** 2 for each in results])
+    assert mean_square == pytest.approx(1 / 36, rel=0.03)
+
+
+def test_what_is_not_a_bound_has_no_perplexity(model):
+    result = score_blocks(model, draw(4, 6), method="token_objective", text_bytes=50)
+    assert result["is_bound"] is False
+    assert not any(name in result for name in NEVER_WITHOUT_BOUND)
+    assert not any("perplexity" in name or "bits" in name for name in result)
+
+
+def test_the_papers_loss_is_a_bound_for_whole_tokens():
+    model = make_model(num_subtokens=1)
+    blocks = draw(4, 6)
+    loss, bound = (score_blocks(model, blocks, method=name) for name in ("token_objective", "subtoken"))
+    assert loss["is_bound"]
+    assert loss["perplexity"] == pytest.approx(bound["perplexity"], rel=1e-6)
+
+
+def test_unigram_entropy_is_that_of_these_tokens(model):
+    blocks = draw(3, 5)
+    counts = Counter(blocks.flatten().tolist())
+    expected = -sum(n / 15 * math.log(n / 15) for n in counts.values())
+    assert score_blocks(model, blocks)["unigram_entropy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["subtoken", "token_objective", "chain"])
+def test_result_is_json_even_for_one_sequence_and_one_draw(model, method):
+    result = score_blocks(model, draw(1, 4), method=method, num_samples=1, text_bytes=9)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["stderr"] is None
+    if method == "chain":
+        assert (result["monte_carlo_stderr"], result["num_samples"], result["num_forward"]) == (0.0, 0, 4)
+    else:
+        assert result["monte_carlo_stderr"] is None
+    assert result.get("perplexity_interval_95") is None
+
+
+def test_an_absurd_model_still_gives_numbers_that_json_holds():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    result = score_blocks(model, draw(3, 4), method="chain")
+    assert result["nats_per_token"] > 700
+    json.dumps(result, allow_nan=False)
+
+
+def test_arrays_and_lazy_blocks_score_as_tensors_do(model):
+    class Lazy:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    blocks = draw(5, 4)
+    expected = score_blocks(model, blocks)
+    assert score_blocks(model, blocks.numpy().astype(np.uint16)) == expected
+    assert score_blocks(model, Lazy(blocks.numpy())) == expected
+
+
+def test_progress_counts_sequences_up_to_all_of_them(model):
+    seen = []
+    score_blocks(model, draw(20, 16), num_samples=128, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (20, 20)
+    assert len(seen) > 1
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options", "message"),
+    [
+        (torch.empty(0, 4, dtype=torch.long), {}, r"blocks has shape \(0, 4\)"),
+        ([], {}, r"blocks has shape \(0, 0\)"),
+        (torch.zeros(4, dtype=torch.long), {}, r"give \(N, L\) token ids"),
+        (torch.zeros(2, 3), {}, "token ids must be integers"),
+        (draw(2, 3), {"text_bytes": 0}, "text_bytes=0 must be at least 1"),
+        (draw(2, 3), {"num_samples": 0}, "num_samples=0 must be at least 1"),
+        (draw(2, 3), {"method": "guess"}, "method='guess' is not one of"),
+        (draw(2, 3) + 14, {}, r"a likelihood is defined for ids in \[0, 15\]"),
+        (draw(2, 17), {}, "max_position_embeddings=16"),
+    ],
+)
+def test_bad_blocks_are_refused(model, blocks, options, message):
+    with pytest.raises(ValueError, match=message):
+        score_blocks(model, blocks, **options)
+
+
+def test_text_is_scored_once_token_by_token_in_windows(tokenizer):
+    model = make_model(vocab_size=270)
+    ids = []
+    for text in TEXT:
+        ids += [tokenizer.eos_token_id] if ids else []
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(ids) % 16  # so that there is a shorter last window
+    windows = [ids[i : i + 16] for i in range(0, len(ids), 16)]
+    nats = -sum(float(model.log_likelihood(torch.tensor([each]), num_samples=8).value) for each in windows)
+
+    result = score_text(model, tokenizer, iter(TEXT))
+    text_bytes = sum(len(text.encode()) for text in TEXT)
+    assert (result["num_tokens"], result["num_sequences"], result["num_documents"]) == (len(ids), len(windows), 3)
+    assert result["text_bytes"] == text_bytes
+    assert result["nats_per_token"] == pytest.approx(nats / len(ids), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_documents_are_joined_by_eos_and_what_spells_it_stays_text(tokenizer):
+    ids, num_documents, text_bytes = encode_documents(tokenizer, TEXT)
+    assert (ids == tokenizer.eos_token_id).sum() == 2
+    assert tokenizer.decode(ids) == "<|endoftext|>".join(TEXT)
+    assert (num_documents, text_bytes) == (3, sum(len(text.encode()) for text in TEXT))
+
+
+def test_text_without_tokens_or_separator_is_refused(tokenizer):
+    model = make_model(vocab_size=270)
+    for documents in ([], [""]):
+        with pytest.raises(ValueError, match=rf"no token to score \({len(documents)} documents\)"):
+            score_text(model, tokenizer, documents)
+    without_eos = build_tokenizer(train_bpe(TEXT, 270))
+    with pytest.raises(ValueError, match="no eos_token to put between documents"):
+        score_text(model, without_eos, TEXT)
+    assert score_text(model, without_eos, TEXT[:1])["num_documents"] == 1
+    model.config.eos_token_id = [3, 4]
+    ids, _, _ = encode_documents(without_eos, ["a", "b"], model.config.eos_token_id)
+    assert ids[1] == 3

@@ -1,0 +1,223 @@
+"""train.py from end to end on a few steps: records, resume, refusals, interruption."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    *"--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2".split(),
+    *"--save_steps 2 --eval_steps 3 --logging_steps 1 --eval_sequences 4 --test_sequences 4".split(),
+    *"--eval_num_samples 2 --num_generated 1 --dev_share 0.2 --test_share 0.2".split(),
+]
+MODEL = "--model hidden_size=32 num_hidden_layers=1 num_attention_heads=2 intermediate_size=64".split()
+
+
+@pytest.fixture(scope="module")
+def train():
+    """train.py as a module (nothing in the package imports it)."""
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_script"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = "the a one two red blue cat dog tree house runs sleeps sees finds and or but under over near".split()
+    lines = []
+    for i in range(60):
+        chosen = [words[(i * 7 + j * j * (i % 5 + 1)) % len(words)] for j in range(40 + i)]
+        lines.append(json.dumps({"text": " ".join(chosen) + "."}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(train, text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]) == 0
+    return folder
+
+
+def run_script(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_a_run_leaves_a_complete_hub_folder_a_record_a_plot_and_a_card(finished):
+    record = json.loads((finished / "results" / "train.json").read_text())
+    bound = record["results"]["evaluation"]["bound"]
+    assert bound["is_bound"] and bound["perplexity"] == pytest.approx(
+        torch.tensor(bound["nats_per_token"]).exp().item()
+    )
+    assert "perplexity" not in record["results"]["evaluation"]["token_objective"]
+    assert record["results"]["training"]["tokens"] == 6 * 4 * 16
+    assert f"{bound['nats_per_token']:.3f}"[:4] in (finished / "README.md").read_text()
+    for name in ("config.json", "model.safetensors", "code_table.json", "modeling_prime_v2.py", "loss.png"):
+        assert (finished / name).stat().st_size > 0
+    assert not list(finished.glob("*.bin"))  # no pickle in the hub folder
+
+
+def test_the_same_command_again_prints_the_results_and_changes_nothing(train, text, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY, *MODEL]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_run_stopped_by_ctrl_c_continues_to_the_same_weights(train, text, finished, tmp_path, monkeypatch, capsys):
+    """Stopped after step 3 by the signal, resumed by the same command: bit-identical to the unbroken run."""
+    folder = tmp_path / "run"
+    arguments = ["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]
+    step = train.DiffusionTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.DiffusionTrainer, "training_step", interrupted)
+        # A second Ctrl-C in the same step (its other micro-batch) would stop at once: send only one.
+        handle = train.StopOnSignal._handle
+        patched.setattr(train.StopOnSignal, "_handle", lambda self, *each: self.received or handle(self, *each))
+        assert train.main(arguments) == 128 + signal.SIGINT
+    assert "the same command continues" in capsys.readouterr().out
+    assert (folder / "checkpoint-3").exists() and not (folder / "results").exists()
+    assert train.main(arguments) == 0
+    expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_micro_batches_and_noise_do_not_depend_on_the_accumulation_split(train, text, finished, tmp_path):
+    """Four sequences a step as 2 x 2 or as 1 x 4: the same noise and data, so the same weights but for rounding."""
+    folder = tmp_path / "run"
+    split = ["--per_device_train_batch_size", "1"]
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *split, *MODEL]) == 0
+    expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
+    for name in expected:
+        # Adam's first steps divide by the gradient's size, so float32 rounding moves a weight by up to ~1e-4.
+        torch.testing.assert_close(expected[name], found[name], atol=1e-3, rtol=0)
+
+
+def test_another_run_in_the_folder_is_refused(train, text, finished, capsys):
+    before = (finished / "model.safetensors").read_bytes()
+    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY, "--seed", "1", *MODEL]) == 2
+    assert "holds a run with seed=0, not 1" in capsys.readouterr().err
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path), *TINY, *MODEL]) == 2
+    assert "is not empty and holds no run; use a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate?"),
+        (["--config", "nothing.yaml"], "--config nothing.yaml does not exist; configs/ holds configs/"),
+        (["--global_batch", "3", "--per_device_train_batch_size", "2"], "is not a multiple of 2 .*; use 2 or 4"),
+        (["--model", "hiden_size=3"], "--model hiden_size is no field of PrimeV2Config .*hidden_size"),
+        (["--model", "hidden_size"], "--model hidden_size is not KEY=VALUE"),
+        (
+            ["--short_share", "2", "--block_size", "0"],
+            "--block_size 0 must be at least 1; --short_share 2.0 is outside",
+        ),
+        (["--max_steps", "0"], "--max_steps 0 must be at least 1"),
+        (["--streaming"], "--streaming needs a hub data set"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_exit_status_2(train, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert pytest.importorskip("re").search(message, lines[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"", "is empty"), (b"ab\0cd" * 100, "byte"), (None, "does not exist|no such|cannot|neither")]
+)
+def test_bad_text_is_refused_and_leaves_nothing(train, content, message, capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert train.main(["--data", str(path), "--output_dir", str(tmp_path / "run"), *TINY, *MODEL]) == 2
+    error = capsys.readouterr().err
+    assert pytest.importorskip("re").search(message, error) and error.startswith("train.py: error:")
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_models_are_refused_by_name_and_leave_nothing(train, text, capsys, tmp_path):
+    options = ["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY]
+    assert train.main([*options, "--model", "base=2", "num_subtokens=3"]) == 2
+    assert "does not fit in num_subtokens=3 digits of base 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_in_a_checkpoint_keeps_the_last_good_one(train, text, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    save = train.DiffusionTrainer.save_model
+
+    def full(self, output_dir=None, **kwargs):
+        if self.state.global_step == 4:
+            Path(output_dir).mkdir(parents=True)
+            (Path(output_dir) / "model.safetensors").write_bytes(b"torn")
+            raise OSError(28, "No space left on device")
+        return save(self, output_dir, **kwargs)
+
+    monkeypatch.setattr(train.DiffusionTrainer, "save_model", full)
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint of step 4 could not be written (No space left on device)" in error and "checkpoint-2" in error
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (folder / ".incomplete").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(train, text, tmp_path, monkeypatch, capsys):
+    step = train.DiffusionTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(train.DiffusionTrainer, "compute_loss", broken)
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY, *MODEL]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "the loss is nan at step 3 (samples 12 to 15); the last good checkpoint is" in error
+        and "checkpoint-2" in error
+    )
+
+
+def test_help_runs_as_a_script_and_sigterm_saves(text, tmp_path):
+    assert "--bpe_vocab_size" in run_script("--help").stdout
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder), *TINY]
+    command += ["--max_steps", "100000", "--save_steps", "100000", "--eval_steps", "100000", *MODEL]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    seen = ""
+    while "loss" not in seen:  # the progress bar shows a loss: training runs
+        seen += process.stderr.read(1)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in out and list(folder.glob("checkpoint-*"))
