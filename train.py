@@ -382,7 +382,7 @@ def final_evaluation(model, run: RunOptions, test: PackedBlocks, seed: int) -> d
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     results = record["results"]
     bound, loss = results["evaluation"]["bound"], results["evaluation"]["token_objective"]
-    interval = bound["perplexity_interval_95"]
+    interval = bound["perplexity_interval_95"] or [bound["perplexity"]] * 2
     not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
     print(
         f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
@@ -414,7 +414,7 @@ def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers:
     sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
     sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
     results = {
-        "config": model.config.to_diff_dict(),
+        "config": model.config.to_dict(),
         "training": {
             **numbers,
             "seconds": sum(
@@ -436,11 +436,16 @@ def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers:
         "samples": generate_samples(model, tokenizer, run, training.seed),
     }
     record = json.loads(json.dumps(make_record("train", results, seed=training.seed), default=str))
-    entropy = evaluation["bound"]["unigram_entropy"]
-    plot_training(trainer.state.log_history, folder / "loss.png", unigram_entropy=entropy, title=folder.name)
-    write_card(folder, record)
     for path in filter(None, (run.record, folder / "results" / "train.json")):  # the last one marks the run finished
         write_json(path, record)
+    plot_training(
+        trainer.state.log_history,
+        folder / "loss.png",
+        unigram_entropy=evaluation["bound"]["unigram_entropy"],
+        title=folder.name,
+        loss_is_bound=results["training"]["loss_is_bound"],
+    )
+    write_card(folder, record)
     print_summary(record, folder)
 
 

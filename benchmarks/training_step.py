@@ -146,16 +146,18 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(
         f"training step, V = {options.vocab_size:,}, S = {options.num_subtokens}, D = {options.hidden_size}, "
-        f"{options.layers} layers, {options.batch} x {options.length} tokens, objective {options.objective}, {device.type}"
+        f"{options.layers} layers, {options.batch} x {options.length} tokens, objective {options.objective}, "
+        f"{device.type}"
     )
     for kind in seconds:
         print(
-            f"  {kind:7} {results['seconds_median'][kind]:7.3f} s  {results['tokens_per_second'][kind]:9,.0f} tokens/s "
-            f"{memory[kind]:8,.0f} MiB"
+            f"  {kind:7} {results['seconds_median'][kind]:7.3f} s  {results['tokens_per_second'][kind]:9,.0f} "
+            f"tokens/s {memory[kind]:8,.0f} MiB"
         )
     low, high = results["time_ratio_range"]
     print(
-        f"  time ratio {results['time_ratio']:.3f} ({low:.3f} to {high:.3f})   memory ratio {results['memory_ratio']:.3f}"
+        f"  time ratio {results['time_ratio']:.3f} ({low:.3f} to {high:.3f})   "
+        f"memory ratio {results['memory_ratio']:.3f}"
     )
     if options.output:
         print(f"  record: {write_json(options.output, make_record('training_step', results, seed=options.seed))}")

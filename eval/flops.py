@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 # Dense matrix rates of accelerators in bf16, FLOP/s, from their data sheets (without sparsity).
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """{"total", "non_embedding"}: the second leaves out the sub-token embedding and the head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}

@@ -89,7 +89,7 @@ def log_likelihood(
         rows = (_sampled_rows(ids, scored, i, order, num_samples, seed) for i, ids, scored in sequences)
     was_training = model.training
     model.eval()
-    nats = [[] for _ in range(len(input_ids))]
+    nats: list[list[Tensor]] = [[] for _ in range(len(input_ids))]
     try:
         for batch in _batches(rows, tokens_per_pass):
             for row_nats, part in zip(_score(model, batch, order, objective), batch, strict=True):
@@ -124,8 +124,8 @@ def _summarise(nats: list[Tensor], method: str) -> tuple[Tensor, Tensor]:
 def stratified_stderr(draws: Tensor) -> Tensor:
     """Standard error of the mean of K draws (K,), one from each of K equal strata in order; NaN for one draw.
 
-    Half the squared difference of neighbouring strata estimates the variance within them; the drift from one stratum to
-    the next only adds to it (collapsed strata, Cochran, "Sampling Techniques", 1977, section 5A.12). The two outer
+    Half the squared difference of neighbouring strata estimates the variance within them; the drift from one stratum
+    to the next only adds to it (collapsed strata, Cochran, "Sampling Techniques", 1977, section 5A.12). The two outer
     strata have one neighbour, whose difference counts twice so that every stratum has the same weight.
     """
     if len(draws) < 2:
@@ -182,7 +182,8 @@ def _chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> _Rows:
 
 def _batches(parts: Iterator[_Rows], tokens_per_pass: int) -> Iterator[list[_Rows]]:
     """Groups rows, splitting those of one sequence where needed, so that rows x longest stays within the limit."""
-    batch, rows, longest = [], 0, 0
+    batch: list[_Rows] = []
+    rows = longest = 0
     for part in parts:
         done = 0
         while done < len(part.ids):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,15 +156,16 @@ class Progress(ProgressCallback):
     """Trainer's progress bar with the loss, tokens/s and FLOP/s behind it and a line per evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not state.is_world_process_zero or not logs:
+        bar: Any = self.training_bar
+        if bar is None or not logs:  # only the first process has a bar
             return
         if "loss" in logs:
-            self.training_bar.set_postfix_str(
+            bar.set_postfix_str(
                 f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "
                 f"{logs['flops_per_second'] / 1e9:,.0f} GFLOP/s"
             )
         elif "eval_bound" in logs:
-            self.training_bar.write(
+            bar.write(
                 f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f} +- "
                 f"{logs['eval_bound_stderr']:.4f} nats/token"
             )

@@ -120,7 +120,7 @@ def network(request):
 
 @pytest.mark.parametrize("kind", ["digit", "token", "nested"])
 def test_each_bound_of_a_random_network_is_above_its_exact_any_order_likelihood(network, kind):
-    """By recursion over the sets of visible units, from the logits: the bound is the mean over orders of -log p(x | order),
+    """By recursion over the sets of visible units: the bound is the mean over orders of -log p(x given the order),
     and Jensen's inequality puts it above -log of the mean."""
     ids = all_sequences(network.config.vocab_size, 2)
     order = RevealOrder.from_config(network.config, kind)

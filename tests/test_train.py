@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    *"--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2".split(),
-    *"--save_steps 2 --eval_steps 3 --logging_steps 1 --eval_sequences 4 --test_sequences 4".split(),
-    *"--eval_num_samples 2 --num_generated 1 --dev_share 0.2 --test_share 0.2".split(),
-]
-MODEL = "--model hidden_size=32 num_hidden_layers=1 num_attention_heads=2 intermediate_size=64".split()
+TINY = (
+    "--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2 "
+    "--save_steps 2 --eval_steps 3 --logging_steps 1 --eval_sequences 4 --test_sequences 4 "
+    "--eval_num_samples 2 --num_generated 1 --dev_share 0.2 --test_share 0.2"
+)
+WORDS = "the a one two red blue cat dog tree house runs sleeps sees finds and or but under over near"
+MODEL = ["--model", "hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def train():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = "the a one two red blue cat dog tree house runs sleeps sees finds and or but under over near".split()
+    words = WORDS.split()
     lines = []
     for i in range(60):
         chosen = [words[(i * 7 + j * j * (i % 5 + 1)) % len(words)] for j in range(40 + i)]
@@ -46,7 +48,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(train, text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]) == 0
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY.split(), *MODEL]) == 0
     return folder
 
 
@@ -71,7 +73,7 @@ def test_a_run_leaves_a_complete_hub_folder_a_record_a_plot_and_a_card(finished)
 
 def test_the_same_command_again_prints_the_results_and_changes_nothing(train, text, finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY, *MODEL]) == 0
+    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY.split(), *MODEL]) == 0
     assert "finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
@@ -79,7 +81,7 @@ def test_the_same_command_again_prints_the_results_and_changes_nothing(train, te
 def test_a_run_stopped_by_ctrl_c_continues_to_the_same_weights(train, text, finished, tmp_path, monkeypatch, capsys):
     """Stopped after step 3 by the signal, resumed by the same command: bit-identical to the unbroken run."""
     folder = tmp_path / "run"
-    arguments = ["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]
+    arguments = ["--data", str(text), "--output_dir", str(folder), *TINY.split(), *MODEL]
     step = train.DiffusionTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -104,7 +106,7 @@ def test_micro_batches_and_noise_do_not_depend_on_the_accumulation_split(train, 
     """Four sequences a step as 2 x 2 or as 1 x 4: the same noise and data, so the same weights but for rounding."""
     folder = tmp_path / "run"
     split = ["--per_device_train_batch_size", "1"]
-    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *split, *MODEL]) == 0
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY.split(), *split, *MODEL]) == 0
     expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
     for name in expected:
         # Adam's first steps divide by the gradient's size, so float32 rounding moves a weight by up to ~1e-4.
@@ -113,14 +115,14 @@ def test_micro_batches_and_noise_do_not_depend_on_the_accumulation_split(train, 
 
 def test_another_run_in_the_folder_is_refused(train, text, finished, capsys):
     before = (finished / "model.safetensors").read_bytes()
-    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY, "--seed", "1", *MODEL]) == 2
+    assert train.main(["--data", str(text), "--output_dir", str(finished), *TINY.split(), "--seed", "1", *MODEL]) == 2
     assert "holds a run with seed=0, not 1" in capsys.readouterr().err
     assert (finished / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
-    assert train.main(["--data", str(text), "--output_dir", str(tmp_path), *TINY, *MODEL]) == 2
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path), *TINY.split(), *MODEL]) == 2
     assert "is not empty and holds no run; use a new folder" in capsys.readouterr().err
 
 
@@ -147,7 +149,7 @@ def test_bad_options_are_one_sentence_and_exit_status_2(train, arguments, messag
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert pytest.importorskip("re").search(message, lines[0])
+    assert re.search(message, lines[0])
     assert not list(tmp_path.iterdir())
 
 
@@ -158,14 +160,14 @@ def test_bad_text_is_refused_and_leaves_nothing(train, content, message, capsys,
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    assert train.main(["--data", str(path), "--output_dir", str(tmp_path / "run"), *TINY, *MODEL]) == 2
+    assert train.main(["--data", str(path), "--output_dir", str(tmp_path / "run"), *TINY.split(), *MODEL]) == 2
     error = capsys.readouterr().err
-    assert pytest.importorskip("re").search(message, error) and error.startswith("train.py: error:")
+    assert re.search(message, error) and error.startswith("train.py: error:")
     assert not (tmp_path / "run").exists()
 
 
 def test_impossible_models_are_refused_by_name_and_leave_nothing(train, text, capsys, tmp_path):
-    options = ["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY]
+    options = ["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY.split()]
     assert train.main([*options, "--model", "base=2", "num_subtokens=3"]) == 2
     assert "does not fit in num_subtokens=3 digits of base 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -183,7 +185,7 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_last_good_one(train, text, tmp_pa
         return save(self, output_dir, **kwargs)
 
     monkeypatch.setattr(train.DiffusionTrainer, "save_model", full)
-    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY, *MODEL]) == 2
+    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY.split(), *MODEL]) == 2
     error = capsys.readouterr().err
     assert "checkpoint of step 4 could not be written (No space left on device)" in error and "checkpoint-2" in error
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -198,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(train, te
         return loss * torch.nan if self.state.global_step == 3 else loss
 
     monkeypatch.setattr(train.DiffusionTrainer, "compute_loss", broken)
-    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY, *MODEL]) == 2
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY.split(), *MODEL]) == 2
     error = capsys.readouterr().err
     assert (
         "the loss is nan at step 3 (samples 12 to 15); the last good checkpoint is" in error
@@ -209,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(train, te
 def test_help_runs_as_a_script_and_sigterm_saves(text, tmp_path):
     assert "--bpe_vocab_size" in run_script("--help").stdout
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder), *TINY]
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder), *TINY.split()]
     command += ["--max_steps", "100000", "--save_steps", "100000", "--eval_steps", "100000", *MODEL]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)

@@ -1,0 +1,144 @@
+"""Tables of README.md and docs/, generated from the records in results/.
+
+    python -m prime_v2.eval.tables README.md docs/results.md        # rewrite the tables in place
+    python -m prime_v2.eval.tables --check README.md                # exit status 1 when a table is out of date
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prime_v2.eval.records import read_record
+
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def training_table(results: Path) -> str:
+    """The tiny runs side by side: the valid bound, and the paper's loss, labelled."""
+    rows = []
+    for name, label in (("tiny", "MDM-Prime-v2 (binary, shuffled)"), ("tiny_mdm", "MDM (`num_subtokens=1`)")):
+        record = read_record(results / f"{name}.json")
+        training, evaluation = record["results"]["training"], record["results"]["evaluation"]
+        bound, loss = evaluation["bound"], evaluation["token_objective"]
+        low, high = bound["perplexity_interval_95"]
+        rows.append(
+            [
+                label,
+                f"{bound['nats_per_token']:.3f} ± {1.96 * bound['stderr']:.3f}",
+                f"{bound['perplexity']:.0f} [{low:.0f}, {high:.0f}]",
+                f"{bound['bits_per_byte']:.3f}",
+                f"{loss['nats_per_token']:.3f} ± {1.96 * loss['stderr']:.3f}"
+                + (" (the same bound)" if loss["is_bound"] else " (no bound)"),
+                f"{bound['unigram_entropy']:.3f}",
+                f"{training['tokens'] / 1e6:.1f} M",
+                f"{training['flops_measured']:.1e}",
+                f"{training['seconds'] / 60:.1f} min",
+            ]
+        )
+    heads = [
+        "model",
+        "bound, nats/token",
+        "perplexity at most",
+        "bits/byte",
+        "paper's loss, nats/token",
+        "unigram entropy",
+        "tokens",
+        "FLOPs",
+        "training",
+    ]
+    return markdown(heads, rows) + f"\n{_conditions(read_record(results / 'tiny.json'))}"
+
+
+def step_table(results: Path) -> str:
+    """Training step against the causal twin."""
+    rows = []
+    for objective in ("token", "subtoken"):
+        record = read_record(results / f"training_step_{objective}.json")
+        step = record["results"]
+        low, high = step["time_ratio_range"]
+        rows.append(
+            [
+                f"`{objective}`",
+                f"{step['tokens_per_second']['prime']:,.0f}",
+                f"{step['tokens_per_second']['causal']:,.0f}",
+                f"{step['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
+                f"{step['peak_mib']['prime']:,.0f} / {step['peak_mib']['causal']:,.0f} MiB",
+                f"{step['memory_ratio']:.2f}",
+            ]
+        )
+    heads = ["objective", "tokens/s", "causal twin", "time ratio [range]", "peak memory", "memory ratio"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+def entropy_table(results: Path) -> str:
+    """Sub-token entropy in units of log b (the paper's Table 1)."""
+    record = read_record(results / "entropy.json")
+    rows = [
+        [
+            f"{row['num_subtokens']}",
+            f"{row['base']}",
+            *(
+                f"{row[column]:.4f}"
+                for column in ("unshuffled", "shuffled_25_percent", "shuffled", "joint_per_subtoken")
+            ),
+        ]
+        for row in record["results"]["rows"]
+    ]
+    heads = ["sub-tokens S", "base b", "unshuffled", "25% shuffled", "shuffled", "joint entropy / S"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "training": training_table,
+    "training_step": step_table,
+    "entropy": entropy_table,
+}
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}, seed {record['seed']}).\n"
+
+
+def rewrite(text: str, results: Path) -> str:
+    """The text with each of its tables made anew; ValueError for a table that does not exist."""
+
+    def table(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"there is no table {match[2]}; there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]](results)}{match[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when out of date")
+    options = parser.parse_args(arguments)
+    stale = 0
+    for path in options.files:
+        text = path.read_text(encoding="utf-8")
+        new = rewrite(text, options.results)
+        if new != text:
+            stale += 1
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+            print(f"{path}: {'out of date' if options.check else 'rewritten'}")
+    return int(options.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
