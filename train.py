@@ -427,7 +427,7 @@ def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers:
         },
         "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
         "data": {
-            "source": run.data,
+            "source": Path(run.data).name if Path(run.data).exists() else run.data,
             "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
             **sizes,
         },

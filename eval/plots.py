@@ -37,22 +37,16 @@ def plot_training(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    # Two panels: a loss that is no bound may lie far from the bound, and one scale would hide the bound's course.
+    upper, lower = figure.subplots(2, 1, sharex=True)
     unit, name = _unit(max(entry["tokens"] for entry in [*losses, *bounds]))
-    if losses:
-        tokens = np.array([entry["tokens"] for entry in losses]) / unit
-        values = np.array([entry["loss"] for entry in losses], dtype=float)
-        kind = "a bound" if loss_is_bound else "not a bound"
-        axes.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8, label=f"training loss ({kind})")
-        axes.plot(tokens, _smooth(values), color="tab:blue", linewidth=1.8, label="training loss, smoothed")
     if bounds:
-        errors = [NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds]
-        axes.errorbar(
+        upper.errorbar(
             [entry["tokens"] / unit for entry in bounds],
             [entry["eval_bound"] for entry in bounds],
-            yerr=errors,
+            yerr=[NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds],
             color="tab:orange",
             marker="o",
             markersize=4,
@@ -60,18 +54,27 @@ def plot_training(
             capsize=3,
             label="held-out bound on -log p (95% interval)",
         )
-    axes.axhline(
+    upper.axhline(
         unigram_entropy,
         color="0.25",
         linestyle="--",
         linewidth=1.2,
         label=f"unigram entropy of the held-out tokens ({unigram_entropy:.2f})",
     )
-    axes.set(title=title, xlabel=f"training tokens ({name})", ylabel="nats per token")
-    axes.set_ylim(*_limits(losses, bounds, unigram_entropy))
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", framealpha=0.9)
+    if losses:
+        tokens = np.array([entry["tokens"] for entry in losses]) / unit
+        values = np.array([entry["loss"] for entry in losses], dtype=float)
+        kind = "a bound" if loss_is_bound else "not a bound"
+        lower.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8, label=f"training loss ({kind})")
+        lower.plot(tokens, _smooth(values), color="tab:blue", linewidth=1.8, label="training loss, smoothed")
+        lower.set_ylim(*_limits(values))
+        lower.legend(loc="upper right", framealpha=0.9)
+    upper.set(title=title, ylabel="nats per token")
+    lower.set(xlabel=f"training tokens ({name})", ylabel="nats per token")
+    lower.set_xlim(left=0)
+    upper.legend(loc="upper right", framealpha=0.9)
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -104,13 +107,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def _limits(losses: list[dict], bounds: list[dict], unigram_entropy: float) -> tuple[float, float]:
-    """Limits of the y axis that show every bound and all but the outermost percent of the raw losses."""
-    values = [unigram_entropy, *(entry["eval_bound"] for entry in bounds)]
-    if losses:
-        raw = np.array([entry["loss"] for entry in losses], dtype=float)
-        values += [*np.percentile(raw, [0.5, 99.5]), _smooth(raw).max()]
-    low, high = min(values), max(values)
+def _limits(losses: np.ndarray) -> tuple[float, float]:
+    """Limits of the y axis that show the smoothed loss and all but the outermost percent of the raw one."""
+    smooth = _smooth(losses)
+    low, high = min(np.percentile(losses, 0.5), smooth.min()), max(np.percentile(losses, 99.5), smooth.max())
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
 

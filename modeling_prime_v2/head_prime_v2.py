@@ -100,7 +100,7 @@ class _ChunkedNats(torch.autograd.Function):
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, without a second tensor of its size where the dtypes allow it."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)  # not addmm_, which the FLOP counter does not see
     else:
         total.add_(left @ right)
 

@@ -131,7 +131,7 @@ def stratified_stderr(draws: Tensor) -> Tensor:
     if len(draws) < 2:
         return draws.new_full((), torch.nan)
     squares = draws.diff().square()
-    return ((squares.sum() + squares[0] + squares[-1]) / 4).sqrt() / len(draws)
+    return (squares.sum() / 2 + (squares[0] + squares[-1]) / 4).sqrt() / len(draws)
 
 
 def _unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:

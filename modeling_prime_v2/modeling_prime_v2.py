@@ -335,7 +335,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         unweighted nats of each sequence (B,), float64, detached.
         """
         asked = noise.hidden_count > 0
-        if objective == "token" and not self.config.carry_over and self.config.num_subtokens > 1:
+        splits_tokens = self.config.num_subtokens > 1 and order.kind != "token"
+        if objective == "token" and splits_tokens and not self.config.carry_over:
             asked = noise.maskable
         rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None

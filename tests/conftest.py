@@ -6,9 +6,9 @@ import tempfile
 
 from hypothesis import settings
 
-# A process of pytest-xdist takes its share of the cores; two that each start a thread a core slow one another down.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
+# One thread a process: the networks of the tests are too small to share, and a second thread on a busy machine makes
+# them several times slower.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 # No network. A cache of its own for each process: nothing is read from or left in the user's, and no two processes
 # write one copied model file at the same time.

@@ -210,7 +210,10 @@ def naive_loss(model, ids, noise_keys, noise_levels):
     hidden_states = model.model(states).last_hidden_state
     kind = {"token": "token", "subtoken": {"digit": "digits", "token": "token", "nested": "prefix"}[order.kind]}
     total = 0.0
-    for row, column in noise.hidden_count.nonzero().tolist():
+    # Without carry-over the paper's loss has a term for the tokens that are seen whole too.
+    everywhere = config.objective == "token" and order.kind == "digit" and not config.carry_over
+    asked = torch.ones_like(ids) if everywhere else noise.hidden_count
+    for row, column in asked.nonzero().tolist():
         hidden = noise.hidden_count[row, column]
         nats = naive_nats(
             hidden_states[row, column][None],
@@ -235,7 +238,8 @@ def naive_loss(model, ids, noise_keys, noise_levels):
         {"objective": "subtoken"},
         {"objective": "subtoken", "carry_over": False},
         {"objective": "subtoken", "loss_weight": "low_variance", "noise_form": "time"},
-        {"objective": "token", "reveal_order": "token"},
+        {"objective": "token", "carry_over": False},
+        {"objective": "token", "reveal_order": "token", "carry_over": False},
         {"objective": "subtoken", "reveal_order": "nested", "stage_digits": [1, 3, 4]},
         {"objective": "subtoken", "tie_word_embeddings": True, "noise_form": "time"},
         {"objective": "token", "tie_word_embeddings": True, "subtoken_embedding": "concat"},

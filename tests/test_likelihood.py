@@ -67,9 +67,18 @@ def test_standard_errors_are_calibrated(model, ids, method):
 
 def test_stratified_standard_error_of_known_numbers():
     draws = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.double)
-    # Squared differences 4, 1, 16: mean 7, variance within a stratum 3.5, of the mean 3.5 / 4.
-    assert stratified_stderr(draws).item() == pytest.approx((3.5 / 4) ** 0.5, abs=1e-12)
+    # Halves of the squared differences 2, 0.5, 8; the strata's variances are 2, their means 1.25 and 4.25, and 8.
+    assert stratified_stderr(draws).item() == pytest.approx(15.5**0.5 / 4, abs=1e-12)
+    assert stratified_stderr(draws[:2]).item() == pytest.approx(4**0.5 / 2, abs=1e-12)
     assert stratified_stderr(draws[:1]).isnan()
+
+
+def test_draws_are_stratified_over_the_number_of_hidden_units():
+    """As many draws as units, here 6 digits: each number of them is hidden once."""
+    for seed in range(20):
+        ids, scored = torch.tensor([3, 1, 4]), torch.tensor([True, False, True])
+        rows = likelihood_prime_v2._sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, seed)
+        assert rows.noise.hidden_count.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("method", SAMPLED_METHODS)

@@ -98,7 +98,7 @@ FORMS = [
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", FORMS, ids=str)
-def test_hidden_states_equal_those_of_a_plain_reference(fields, implementation):
+def test_hidden_states_and_gradients_equal_those_of_a_plain_reference(fields, implementation):
     model = small_model(**fields).double()
     with torch.no_grad():  # weights of 1 and biases of 0 would hide an error
         for parameter in model.parameters():
@@ -106,10 +106,13 @@ def test_hidden_states_equal_those_of_a_plain_reference(fields, implementation):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.set_attn_implementation(implementation)
     states = some_states(model)
-    # The rotary angles are float32.
-    torch.testing.assert_close(
-        model.model(states).last_hidden_state, naive_hidden_states(model, states), rtol=1e-5, atol=1e-5
-    )
+    ours, naive = model.model(states).last_hidden_state, naive_hidden_states(model, states)
+    close = {"rtol": 1e-5, "atol": 1e-5}  # the rotary angles are float32
+    torch.testing.assert_close(ours, naive, **close)
+    direction = torch.randn_like(naive)
+    gradients = [torch.autograd.grad((each * direction).sum(), model.model.parameters()) for each in (ours, naive)]
+    for (name, _), gradient, reference in zip(model.model.named_parameters(), *gradients, strict=True):
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm(), name
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"carry_over": False}], ids=str)

@@ -35,17 +35,18 @@ def test_picture_shows_loss_bound_and_unigram_entropy(tmp_path, figures):
     path = plot_training(HISTORY, tmp_path / "new" / "loss.png", unigram_entropy=6.5, title="tiny")
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert (width, height) == (1200, 750)
-    (axes,) = figures[0].axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training tokens (millions)", "nats per token")
-    assert axes.get_title() == "tiny"
-    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert (width, height) == (1200, 975)
+    upper, lower = figures[0].axes
+    assert (lower.get_xlabel(), lower.get_ylabel()) == ("training tokens (millions)", "nats per token")
+    assert (upper.get_title(), upper.get_ylabel()) == ("tiny", "nats per token")
+    lines = {line.get_label(): line.get_xydata() for axes in (upper, lower) for line in axes.lines}
     np.testing.assert_allclose(lines["training loss (not a bound)"], [[1, 7.0], [2, 6.5], [3, 6.2]])
     np.testing.assert_allclose(lines["unigram entropy of the held-out tokens (6.50)"][:, 1], 6.5)
-    (bound,) = axes.containers
+    (bound,) = upper.containers
     np.testing.assert_allclose(bound[0].get_xydata(), [[2, 6.8], [3, 6.0]])
     np.testing.assert_allclose(np.diff(bound[2][0].get_segments()[0][:, 1]), 2 * 1.959964 * 0.1, rtol=1e-6)
-    assert axes.get_ylim()[0] < 6.0 < 7.0 < axes.get_ylim()[1]
+    assert upper.get_ylim()[0] < 6.0 < 6.8 < upper.get_ylim()[1]
+    assert lower.get_ylim()[0] < 6.2 < 7.0 < lower.get_ylim()[1]
 
 
 @pytest.mark.parametrize("kept", ["loss", "eval_bound"])
@@ -53,7 +54,8 @@ def test_half_a_history_can_be_drawn(tmp_path, figures, kept):
     history = [entry for entry in HISTORY if kept in entry]
     path = plot_training(history, tmp_path / "loss.png", unigram_entropy=6.5, title="tiny", loss_is_bound=True)
     assert path.stat().st_size > 5000
-    labels = {text.get_text() for text in figures[0].axes[0].get_legend().get_texts()}
+    legends = [axes.get_legend() for axes in figures[0].axes]
+    labels = {text.get_text() for legend in legends if legend for text in legend.get_texts()}
     assert ("training loss (a bound)" in labels) == (kept == "loss")
 
 

@@ -1,0 +1,34 @@
+"""The tables of the README come from the records, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from prime_v2.eval.tables import TABLES, main, rewrite
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_tables_of_the_readme_are_those_of_the_records(capsys):
+    assert main(["--check", "--results", str(ROOT / "results"), str(ROOT / "README.md")]) == 0
+    assert set(re.findall(r"<!-- table: (\w+) -->", (ROOT / "README.md").read_text())) == set(TABLES)
+
+
+def test_a_changed_number_is_found_and_mended(tmp_path, capsys):
+    text = (ROOT / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| MDM (`num_subtokens=1`)"))
+    page = tmp_path / "README.md"
+    page.write_text(text.replace(row, row.replace("±", "+-")))
+    options = ["--results", str(ROOT / "results"), str(page)]
+    assert main(["--check", *options]) == 1
+    assert "out of date" in capsys.readouterr().out
+    assert main(options) == 0
+    assert page.read_text() == text
+
+
+def test_an_unknown_table_and_a_missing_record_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no table losses; there are training"):
+        rewrite("<!-- table: losses -->\n<!-- end of table -->", ROOT / "results")
+    with pytest.raises(ValueError, match="tiny.json does not exist"):
+        rewrite("<!-- table: training -->\n<!-- end of table -->", tmp_path)
