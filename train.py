@@ -11,6 +11,7 @@ go on top, and `--model key=value ...` sets fields of PrimeV2Config. The same co
 import dataclasses
 import difflib
 import json
+import os
 import shutil
 import sys
 import time
@@ -455,7 +456,15 @@ def _one_batch(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
     return {key: value[:1].to(trainer.args.device) for key, value in batch.items()}
 
 
+def use_all_cores() -> None:
+    """`accelerate launch` gives a CPU process one thread; take this process's share of the cores instead."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def main(arguments: list[str] | None = None) -> int:
+    use_all_cores()
     transformers.utils.logging.disable_progress_bar()  # one bar, ours
     run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments)
     folder = Path(training.output_dir)
