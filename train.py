@@ -13,8 +13,8 @@ import difflib
 import json
 import os
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,14 +30,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
-from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
-from prime_v2.eval.perplexity import score_blocks
-from prime_v2.eval.plots import plot_training
-from prime_v2.eval.records import make_record, write_json
-from prime_v2.hub_card.card import write_card
-from prime_v2.tokenization.packing import PackedBlocks, StreamedBlocks, TrainingOrder
+from prime_v2.eval.records import code_version, write_json
+from prime_v2.eval.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
+from prime_v2.eval.training_report import estimate, finish, first_blocks, print_summary, score_dev
+from prime_v2.tokenization.packing import StreamedBlocks, TrainingOrder
 from prime_v2.tokenization.prepare import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
-from prime_v2.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 
 HERE = Path(__file__).resolve().parent
 # Where a run's results also go; changing these continues the same run.
@@ -57,8 +54,11 @@ COURSE = (
     "optim",
     "seed",
     "bf16",
-    "fp16",
 )
+
+
+# Options of TrainingArguments that would be ignored or would make results wrong, and the value that they must keep.
+REFUSED = {"load_best_model_at_end": False, "label_smoothing_factor": 0.0, "fp16": False}
 
 
 @dataclass
@@ -108,6 +108,8 @@ def parse_options(arguments: list[str]) -> tuple[RunOptions, TrainingArguments, 
     config_path, entry = _config_path(arguments)
     options = read_config(config_path, entry, known, parser)
     model_options = options.pop("model", None) or {}
+    if not isinstance(model_options, dict):
+        parser.error(f"--config {config_path}: model={model_options!r} must hold fields such as `hidden_size: 256`")
     name = entry or config_path.stem
     defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
     parser.set_defaults(**defaults | options)
@@ -133,6 +135,8 @@ TRAINING_DEFAULTS = {
     "eval_strategy": "steps",
     "save_strategy": "steps",
     "save_total_limit": 2,
+    "ddp_timeout": 24 * 3600,  # the first process prepares the text while the others wait
+    "use_cpu": not torch.cuda.is_available(),  # Apple's accelerator has no float64, which the noise is drawn in
     "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     "report_to": "none",
     "seed": 0,
@@ -173,6 +177,9 @@ def read_config(path: Path, entry: str, known: set[str], parser: HfArgumentParse
         if entry not in entries:
             parser.error(f"--config {path} has no entry {entry}; it has {', '.join(entries)}")
         options = entries[entry]
+    elif any(key.startswith(".") for key in options):
+        names = [key for key in options if not key.startswith(".")]
+        parser.error(f"--config {path} holds several runs; add one of them, e.g. --config {path}:{names[0]}")
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -190,7 +197,10 @@ def _key_values(pairs: list[str], parser: HfArgumentParser) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             parser.error(f"--model {pair} is not KEY=VALUE; use e.g. --model num_subtokens=1")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parser.error(f"--model {pair}: the value is not YAML; use e.g. --model stage_digits='[6, 11]'")
     return values
 
 
@@ -215,6 +225,11 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
         )
     if training.max_steps < 1:
         problems.append(f"--max_steps {training.max_steps} must be at least 1; a run's length is counted in steps")
+    if training.n_gpu > 1:
+        problems.append(f"one process sees {training.n_gpu} GPUs; start one for each with accelerate launch")
+    for name, wanted in REFUSED.items():
+        if getattr(training, name) != wanted:
+            problems.append(f"--{name} {getattr(training, name)} is not supported here; leave it at {wanted}")
     if run.streaming and (run.data == "docs" or run.tokenizer == "bpe"):
         problems.append("--streaming needs a hub data set and a ready tokenizer; use e.g. --tokenizer gpt2")
     micro = training.per_device_train_batch_size * training.world_size
@@ -232,20 +247,6 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
         raise ValueError("; ".join(problems))
 
 
-def first_blocks(blocks: PackedBlocks, count: int) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
-
-
-def score_dev(model, blocks: torch.Tensor, draws: int) -> dict[str, float]:
-    result = score_blocks(model, blocks, method=bound_method(model), num_samples=draws, seed=0)
-    return {"eval_bound": result["nats_per_token"], "eval_bound_stderr": result["stderr"]}
-
-
-def bound_method(model) -> str:
-    """The bound of the reveal order that the model was trained with."""
-    return {"digit": "subtoken", "token": "token", "nested": "nested"}[model.config.reveal_order]
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
 
@@ -257,13 +258,20 @@ def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[
 
 
 def check_folder(folder: Path, course: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run."""
+    """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run.
+
+    A run without a checkpoint has nothing to lose: it gives way to another.
+    """
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "run.json").exists():
         raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
     found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     differing = [key for key in course if found.get(key) != course[key]]
+    finished = (folder / "results" / "train.json").exists()
+    if differing and not finished and get_last_checkpoint(str(folder)) is None:
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        return False
     if differing:
         key = differing[0]
         raise ValueError(
@@ -271,7 +279,7 @@ def check_folder(folder: Path, course: dict[str, Any]) -> bool:
             f"{f' (and {len(differing) - 1} more options differ)' if len(differing) > 1 else ''}; "
             f"use another folder, or the same options to continue it"
         )
-    return (folder / "results" / "train.json").exists()
+    return finished
 
 
 def make_model(run: RunOptions, training: TrainingArguments, model_options, tokenizer) -> PrimeV2ForMaskedDiffusion:
@@ -314,184 +322,26 @@ def training_set(run: RunOptions, training: TrainingArguments, tokenizer, data):
     )
 
 
-def estimate(trainer: DiffusionTrainer, run: RunOptions) -> dict[str, float]:
-    """Count and time one micro-batch, and print what the run will take."""
-    training, model = trainer.args, trainer.model
-    batch = next(iter(trainer.get_train_dataloader()))
-    batch = {key: value.to(training.device) for key, value in batch.items()}
-
-    def step() -> torch.Tensor:
-        with trainer.compute_loss_context_manager():
-            return model(**batch).loss
-
-    model.train()
-    measured = measure_flops(step) / batch["input_ids"].numel()
-    started = time.time()
-    step().detach().item()  # waits for an accelerator
-    step().backward()
-    seconds = time.time() - started
-    model.zero_grad(set_to_none=True)
-    tokens = training.max_steps * run.global_batch * run.block_size
-    counts = count_parameters(model)
-    numbers = {
-        "parameters": counts["total"],
-        "parameters_non_embedding": counts["non_embedding"],
-        "steps": training.max_steps,
-        "tokens": tokens,
-        "flops_6nd": six_n_d(counts["non_embedding"], tokens),
-        "flops_measured": measured * tokens,
-    }
-    expected = seconds * 0.75 * tokens / batch["input_ids"].numel() / training.world_size
-    print(
-        f"model: {counts['total']:,} parameters, {counts['non_embedding']:,} without embeddings and head; "
-        f"{model.config.num_subtokens} digits of base {model.config.base} for {model.config.vocab_size:,} tokens\n"
-        f"run: {training.max_steps:,} steps x {run.global_batch} x {run.block_size} = {tokens:,} tokens, "
-        f"{numbers['flops_6nd']:.2e} FLOPs by 6ND, {numbers['flops_measured']:.2e} measured, about "
-        f"{expected / 60:.1f} minutes on {training.world_size} x {training.device.type}",
-        flush=True,
-    )
-    trainer.flops_per_token = measured
-    peak = peak_flops(training.device)
-    if peak:
-        print(f"device: {peak:.2e} FLOP/s of bf16 matrix products at most")
-    return numbers
-
-
-def generate_samples(model, tokenizer, run: RunOptions, seed: int) -> list[str]:
-    model.eval()
-    length = min(run.block_size, 128)
-    return [
-        tokenizer.decode(
-            model.generate(max_new_tokens=length, max_denoising_steps=length, seed=seed + i)[0],
-            skip_special_tokens=True,
-        )
-        for i in range(run.num_generated)
-    ]
-
-
-def final_evaluation(model, run: RunOptions, test: PackedBlocks, seed: int) -> dict[str, Any]:
-    """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
-    blocks = first_blocks(test, run.test_sequences)
-    text_bytes = round(test.bytes_per_token * blocks.numel())
-    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes}
-    return {
-        "bound": score_blocks(model, blocks, method=bound_method(model), **options),
-        "token_objective": score_blocks(model, blocks, method="token_objective", **options),
-    }
-
-
-def print_summary(record: dict[str, Any], folder: Path) -> None:
-    results = record["results"]
-    bound, loss = results["evaluation"]["bound"], results["evaluation"]["token_objective"]
-    interval = bound["perplexity_interval_95"] or [bound["perplexity"]] * 2
-    not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
-    print(
-        f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
-        f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
-        f"  bound             {bound['nats_per_token']:.4f} +- {bound['stderr']:.4f} nats/token, perplexity at most "
-        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte\n"
-        f"  the paper's loss  {loss['nats_per_token']:.4f} +- {loss['stderr']:.4f} nats/token{not_bound}\n"
-    )
-    if results["samples"]:
-        print(f"a sample:\n  {' '.join(results['samples'][0].split())[:600]}\n")
-    print(
-        f"model, tokenizer and card: {folder}/ (AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True))\n"
-        f"record: {folder}/results/train.json   plot: {folder}/loss.png\n"
-        f"more: prime-v2 generate {folder} --watch"
-    )
-
-
-def finish(trainer: DiffusionTrainer, run: RunOptions, tokenizer, data, numbers: dict[str, Any], folder: Path) -> None:
-    """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
-    training = trainer.args
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are in the record
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    print("evaluating on the test split ...", flush=True)
-    evaluation = final_evaluation(model, run, data["test"], training.seed)
-    if not trainer.is_world_process_zero():
-        return
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
-    sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
-    results = {
-        "config": model.config.to_dict(),
-        "training": {
-            **numbers,
-            "seconds": sum(
-                run.global_batch * run.block_size * training.logging_steps / each["tokens_per_second"]
-                for each in losses
-            ),
-            "device": training.device.type,
-            "objective": model.config.objective,
-            "loss_is_bound": model(**_one_batch(trainer)).is_bound,
-        },
-        "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
-        "data": {
-            "source": Path(run.data).name if Path(run.data).exists() else run.data,
-            "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
-            **sizes,
-        },
-        "evaluation": evaluation,
-        "history": trainer.state.log_history,
-        "samples": generate_samples(model, tokenizer, run, training.seed),
-    }
-    record = json.loads(json.dumps(make_record("train", results, seed=training.seed), default=str))
-    for path in filter(None, (run.record, folder / "results" / "train.json")):  # the last one marks the run finished
-        write_json(path, record)
-    plot_training(
-        trainer.state.log_history,
-        folder / "loss.png",
-        unigram_entropy=evaluation["bound"]["unigram_entropy"],
-        title=folder.name,
-        loss_is_bound=results["training"]["loss_is_bound"],
-    )
-    write_card(folder, record)
-    print_summary(record, folder)
-
-
-@torch.no_grad()
-def _one_batch(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
-    batch = next(iter(trainer.get_train_dataloader()))
-    return {key: value[:1].to(trainer.args.device) for key, value in batch.items()}
-
-
 def use_all_cores() -> None:
     """`accelerate launch` gives a CPU process one thread; take this process's share of the cores instead."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    use_all_cores()
-    transformers.utils.logging.disable_progress_bar()  # one bar, ours
-    run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments)
-    folder = Path(training.output_dir)
-    course = course_of(run, training, model_options)
-    new = not folder.exists()
-    try:
-        if check_folder(folder, course):
-            print(f"{folder} holds this run, finished; for another, give a new --output_dir")
-            print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
-            return 0
-        if PartialState().is_main_process:
-            write_json(folder / "run.json", course)
-        PartialState().wait_for_everyone()
-        code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
-        tokenizer, data = prepare_text(text_options(run, training.seed), code_options, folder / "data")
-        model = make_model(run, training, model_options, tokenizer)
-    except Exception as error:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        return refuse(error)
-    stop = StopOnSignal()
+def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer, data, stop) -> DiffusionTrainer:
     trainer = DiffusionTrainer(
         model=model,
         args=training,
         tokens_per_step=run.global_batch * run.block_size,
         global_batch=run.global_batch,
-        score=partial(score_dev, blocks=first_blocks(data["dev"], run.eval_sequences), draws=run.eval_num_samples),
+        score=partial(
+            score_dev,
+            blocks=first_blocks(data["dev"], run.eval_sequences),
+            draws=run.eval_num_samples,
+            bytes_per_token=data["dev"].bytes_per_token,
+        ),
         train_dataset=training_set(run, training, tokenizer, data),
         eval_dataset=data["dev"],
         data_collator=Collator(run.global_batch, training.seed, run.short_share),
@@ -501,20 +351,59 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())
-    last = get_last_checkpoint(str(folder))
+    return trainer
+
+
+def train(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], code: dict[str, Any]) -> int:
+    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input."""
+    folder, state = Path(training.output_dir), PartialState()
+    course = course_of(run, training, model_options)
+    finished = check_folder(folder, course)
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    if finished:
+        if state.is_main_process:
+            print(f"{folder} holds this run, finished; for another, give a new --output_dir")
+            print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
+        return 0
+    new = not folder.exists() or not any(folder.iterdir())
     try:
-        numbers = estimate(trainer, run)
-        if last:
-            print(f"continuing from {last}")
-        trainer.clock = (time.time(), int(last.rsplit("-", 1)[1]) if last else 0)
-        trainer.train(resume_from_checkpoint=last)
-        if stop.received is not None:
+        if state.is_main_process:
+            write_json(folder / "run.json", course)
+        state.wait_for_everyone()
+        code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
+        tokenizer, data = prepare_text(text_options(run, training.seed), code_options, folder / "data")
+        model = make_model(run, training, model_options, tokenizer)
+    except Exception:
+        if new and state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    stop = StopOnSignal()
+    trainer = make_trainer(run, training, model, tokenizer, data, stop)
+    numbers = estimate(trainer, run)
+    last = get_last_checkpoint(str(folder))
+    if last and state.is_main_process:
+        print(f"continuing from {last}")
+    trainer.run_from(last)
+    if stop.received is not None and trainer.state.global_step < training.max_steps:
+        if state.is_main_process:
             print(f"stopped at step {trainer.state.global_step}; the same command continues from there")
-            return 128 + stop.received
-        finish(trainer, run, tokenizer, data, numbers, folder)
-    except ValueError as error:
-        return refuse(error)
+        return 128 + stop.received
+    finish(trainer, run, tokenizer, data, numbers, folder, code)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    use_all_cores()
+    code = code_version()
+    transformers.utils.logging.disable_progress_bar()  # one bar, ours
+    run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return train(run, training, model_options, code)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint, if there is one", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return refuse(error)
 
 
 def refuse(error: Exception) -> int:
@@ -522,8 +411,9 @@ def refuse(error: Exception) -> int:
     known = isinstance(error, ValueError | OSError) or type(error).__name__.startswith("StrictDataclass")
     if not known:
         raise error
-    text = str(error).split("ValueError: ")[-1].split("TypeError: ")[-1]
-    print(f"train.py: error: {' '.join(text.split())}", file=sys.stderr)
+    if PartialState().is_main_process:
+        text = str(error).split("ValueError: ")[-1].split("TypeError: ")[-1]
+        print(f"train.py: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
 

@@ -1,4 +1,4 @@
-"""Likelihood bounds, perplexity, sampling quality and the command line."""
+"""Likelihood bounds, perplexity, training and its report, and the command line."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -120,6 +120,7 @@ class Method(StrEnum):
     token = "token"
     nested = "nested"
     chain = "chain"
+    orders = "orders"
     token_objective = "token_objective"
 
 
@@ -205,7 +206,7 @@ def ppl(
         typer.Option(
             metavar="NAME",
             help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
-            "token_objective: the paper's loss, no bound.",
+            "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound.",
             show_default="the bound of the order that the model was trained with",
         ),
     ] = None,

@@ -13,8 +13,6 @@ from prime_v2.eval.records import make_record, write_json
 from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
 
 SIDES = ("train", "dev", "test")
-# The bound of the order that a model was trained to reveal its units in.
-BOUND_OF_ORDER = {"digit": "subtoken", "token": "token", "nested": "nested"}
 
 
 @dataclass
@@ -75,6 +73,7 @@ def run_ppl(
     documents = text.documents("test", model_name)
     from prime_v2.eval.loading import load_model_and_tokenizer
     from prime_v2.eval.perplexity import score_text
+    from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER
 
     model, tokenizer = load_model_and_tokenizer(model_name, device, dtype)
     method = method or BOUND_OF_ORDER[model.config.reveal_order]

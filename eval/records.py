@@ -15,18 +15,35 @@ from typing import Any
 PACKAGES = ("prime-v2", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
-def make_record(name: str, results: dict[str, Any], *, seed: int, command: str | None = None) -> dict[str, Any]:
-    """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line."""
+def make_record(
+    name: str,
+    results: dict[str, Any],
+    *,
+    seed: int,
+    command: str | None = None,
+    code: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line.
+
+    code: `code_version()` taken when the process began; None takes it now, which is right for short commands alone.
+    """
     return {
         "name": name,
         "command": command or command_line(),
-        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **(code or code_version()),
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": machine(),
         "seed": seed,
         "results": results,
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """The commit of this code, and whether the checkout differs from it."""
+    return {
+        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Model cards written from recorded results, export and push to the Hub."""
+"""Model cards written from recorded results."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

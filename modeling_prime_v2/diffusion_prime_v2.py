@@ -76,17 +76,20 @@ class Noise:
     """One draw of the forward process for B sequences.
 
     visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t;
-    maskable (B, L) bool, tokens that could have been hidden.
+    maskable (B, L) bool, tokens that could have been hidden; goal (B, L, S) bool or None: of the tokens counted in
+    hidden_count, the digits whose joint is asked for, where it is not each hidden unit.
     """
 
     visible: Tensor
     hidden_count: Tensor
     weight: Tensor
     maskable: Tensor
+    goal: Tensor | None = None
 
     def rows(self, part: slice) -> "Noise":
         """The draws of some of the sequences."""
-        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part])
+        goal = None if self.goal is None else self.goal[part]
+        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], goal)
 
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:

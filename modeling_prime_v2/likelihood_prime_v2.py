@@ -4,6 +4,7 @@ The draws of a sequence are a pure function of (seed, its ids, which of them are
 padding, on the other sequences of the batch or on their order.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,9 +22,12 @@ SAMPLED_METHODS = {
     "nested": ("nested", "subtoken"),
     "token_objective": ("digit", "token"),
 }
-METHODS = (*SAMPLED_METHODS, "chain")
+METHODS = (*SAMPLED_METHODS, "chain", "orders")
+# The bound of the order that a model was trained to reveal its units in.
+BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHODS.items() if objective == "subtoken"}
 TOKENS_PER_PASS = 8192  # rows of (sequence x draw) share a forward pass up to this many tokens
-_SEQUENCE, _DRAW = 11, 12  # stream numbers, see diffusion_prime_v2
+ROWS_PER_PIECE = 256  # of one random order, so that a long sequence's states do not fill the memory
+_SEQUENCE, _DRAW, _ORDER = 11, 12, 13  # stream numbers, see diffusion_prime_v2
 
 
 @dataclass
@@ -71,6 +75,8 @@ def log_likelihood(
         "token"           bound, whole tokens hidden; `num_samples` draws.
         "nested"          bound, stages of digits hidden (configs with stage_digits); `num_samples` draws.
         "chain"           exact for decoding left to right, one pass per scored token, no sampling.
+        "orders"          bound, -log mean of exp(log p) over `num_samples` random orders of the config's reveal_order,
+                          one pass per scored unit and order; tightens as num_samples grows.
         "token_objective" the paper's training loss, NOT a bound for S > 1: it can exceed the log-likelihood.
     Raises ValueError for an unknown method, num_samples < 1, ids out of range, rows without a scored token, and
     non-finite results.
@@ -83,6 +89,9 @@ def log_likelihood(
     if method == "chain":
         order, objective = RevealOrder.from_config(model.config, "token"), "token"
         rows = (_chain_rows(ids, scored, i) for i, ids, scored in sequences)
+    elif method == "orders":
+        order, objective = RevealOrder.from_config(model.config), "subtoken"
+        rows = (row for i, ids, scored in sequences for row in _order_rows(ids, scored, i, order, num_samples, seed))
     else:
         kind, objective = SAMPLED_METHODS[method]
         order = RevealOrder.from_config(model.config, kind)
@@ -96,20 +105,27 @@ def log_likelihood(
                 nats[part.sequence].append(row_nats.cpu() * part.factor.cpu())
     finally:
         model.train(was_training)
-    value, stderr = _summarise([torch.cat(each) for each in nats], method)
+    value, stderr = _summarise([torch.cat(each) for each in nats], method, num_samples)
     num_scored = torch.zeros(len(input_ids), dtype=torch.long)
     for i, _, scored in sequences:
         num_scored[i] = scored.sum()
-    bound = method == "chain" or is_bound(objective, "elbo", model.config.num_subtokens, order, None)
+    bound = method in ("chain", "orders") or is_bound(objective, "elbo", model.config.num_subtokens, order, None)
     num_forward = torch.tensor([sum(len(part) for part in each) for each in nats])
     return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, bound)
 
 
-def _summarise(nats: list[Tensor], method: str) -> tuple[Tensor, Tensor]:
-    """Draws of each sequence to (value, standard error), both (B,) float64 on the CPU."""
+def _summarise(nats: list[Tensor], method: str, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Rows of each sequence to (value, standard error), both (B,) float64 on the CPU."""
     if method == "chain":
         value = torch.stack([-each.sum() for each in nats]).cpu()
         stderr = torch.zeros_like(value)
+    elif method == "orders":
+        log_p = torch.stack([-each.view(num_samples, -1).sum(1) for each in nats])  # (B, K)
+        value = log_p.logsumexp(1) - math.log(num_samples)
+        spread = (
+            (log_p - value.unsqueeze(1)).exp().std(1) if num_samples > 1 else value.new_full((len(nats),), torch.nan)
+        )
+        stderr = spread / math.sqrt(num_samples)  # of the log of a mean, to first order
     else:
         value = torch.stack([-each.mean() for each in nats]).cpu()
         stderr = torch.stack([stratified_stderr(each) for each in nats]).cpu()
@@ -180,6 +196,27 @@ def _chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> _Rows:
     return _Rows(ids.expand(len(targets), -1), noise, ones, sequence)
 
 
+def _order_rows(
+    ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, num_orders: int, seed: int
+) -> Iterator[_Rows]:
+    """A row for each unit of each random order: what comes later is hidden, and that unit alone is asked for."""
+    units, key = order.units_per_token, sequence_key(ids, scored, seed)
+    maskable = scored.repeat_interleave(units)  # (L * U,)
+    unit_numbers = torch.arange(len(maskable), device=ids.device)
+    num_units = int(maskable.sum())
+    for number in range(num_orders):
+        draws = uniforms(key, _ORDER, number, unit_numbers)
+        ranks = torch.where(maskable, draws, 2.0).argsort(stable=True).argsort()
+        for start in range(0, num_units, ROWS_PER_PIECE):
+            steps = torch.arange(start, min(num_units, start + ROWS_PER_PIECE), device=ids.device).unsqueeze(1)
+            hidden = (maskable & (ranks >= steps)).view(len(steps), -1, units)
+            asked = (maskable & (ranks == steps)).view(len(steps), -1, units)
+            goal = asked if order.kind == "digit" else order.next_visible(hidden.sum(-1))
+            asked_tokens, ones = asked.any(-1), torch.ones(len(steps), dtype=torch.double, device=ids.device)
+            noise = Noise(order.visible_digits(hidden), asked_tokens.long(), ones, asked_tokens, goal)
+            yield _Rows(ids.expand(len(steps), -1), noise, ones, sequence)
+
+
 def _batches(parts: Iterator[_Rows], tokens_per_pass: int) -> Iterator[list[_Rows]]:
     """Groups rows, splitting those of one sequence where needed, so that rows x longest stays within the limit."""
     batch: list[_Rows] = []
@@ -222,6 +259,9 @@ def _score(model, batch: list[_Rows], order: RevealOrder, objective: str) -> tup
     mask = None if real.all() else real
     hidden_states = model.model(states, mask).last_hidden_state
     weight = torch.ones(len(ids), dtype=torch.double, device=device)
-    noise = Noise(visible, hidden_count, weight, maskable)
+    goal = None
+    if batch[0].noise.goal is not None:
+        goal = join([part.noise.goal for part in batch], False)
+    noise = Noise(visible, hidden_count, weight, maskable, goal)
     _, nats = model.nats_of_hidden(hidden_states, ids, noise, order, objective, weight)
     return nats.split([len(part.ids) for part in batch])

@@ -248,6 +248,12 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         """Digits (B, L, S) to token ids (B, L); ValueError for a pattern that is no token."""
         return self.code_table.decode(subtoken_ids)
 
+    @property
+    def loss_is_bound(self) -> bool:
+        """Whether the loss is an upper bound on -log p(x) per token, see `diffusion_prime_v2.is_bound`."""
+        config, order = self.config, RevealOrder.from_config(self.config)
+        return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, config.whole_token_above)
+
     @can_return_tuple
     def forward(
         self,
@@ -283,15 +289,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         loss, outputs = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        config = self.config
-        bound = is_bound(
-            config.objective,
-            config.loss_weight,
-            config.num_subtokens,
-            RevealOrder.from_config(config),
-            config.whole_token_above,
-        )
-        return PrimeV2Output(loss, bound, None, outputs.hidden_states, outputs.attentions)
+        return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
 
     def filtered_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
@@ -340,7 +338,9 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             asked = noise.maskable
         rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None
-        if objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
+        if noise.goal is not None:
+            kind, goal = "prefix", noise.goal[rows, columns]
+        elif objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
         elif objective == "subtoken" and order.kind == "nested":
             multiplicity = noise.hidden_count[rows, columns]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -11,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from prime_v2 import PrimeV2Tokenizer
+from prime_v2.tokenization import prepare
+from prime_v2.tokenization.bpe import train_bpe
+from prime_v2.tokenization.corpus import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -69,6 +77,12 @@ def test_a_run_leaves_a_complete_hub_folder_a_record_a_plot_and_a_card(finished)
     for name in ("config.json", "model.safetensors", "code_table.json", "modeling_prime_v2.py", "loss.png"):
         assert (finished / name).stat().st_size > 0
     assert not list(finished.glob("*.bin"))  # no pickle in the hub folder
+    tokenizer = PrimeV2Tokenizer.from_pretrained(finished)
+    codes = load_file(finished / "model.safetensors")["code_table.codes"]
+    assert torch.equal(codes[:-1], torch.from_numpy(tokenizer.code_table))
+    scored = [entry for entry in record["results"]["history"] if "eval_bound" in entry]
+    assert [entry["step"] for entry in scored] == [3, 6]
+    assert scored[0]["eval_perplexity"] == pytest.approx(math.exp(scored[0]["eval_bound"]))
 
 
 def test_the_same_command_again_prints_the_results_and_changes_nothing(train, text, finished, capsys):
@@ -102,15 +116,55 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_weights(train, text, fini
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_micro_batches_and_noise_do_not_depend_on_the_accumulation_split(train, text, finished, tmp_path):
-    """Four sequences a step as 2 x 2 or as 1 x 4: the same noise and data, so the same weights but for rounding."""
+def losses_of(folder: Path) -> list[float]:
+    history = json.loads((folder / "results" / "train.json").read_text())["results"]["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_data_order_and_noise_do_not_depend_on_the_accumulation_split(train, text, finished, tmp_path):
+    """Four sequences a step as 2 x 2 or as 1 x 4 give the same losses; another seed does not."""
+    start = ["--data", str(text), *TINY.split()]
+    split = ["--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "split"), *MODEL]
+    seed = ["--seed", "1", "--output_dir", str(tmp_path / "seed"), *MODEL]
+    assert train.main([*start, *split]) == 0
+    assert train.main([*start, *seed]) == 0
+    assert losses_of(tmp_path / "split") == pytest.approx(losses_of(finished), abs=1e-4)  # float32 sums
+    assert abs(losses_of(tmp_path / "seed")[0] - losses_of(finished)[0]) > 1e-2
+
+
+def test_two_processes_train_as_one_and_report_to_a_tracker(text, finished, tmp_path):
+    """Through `accelerate launch` and gloo: the losses and the bound of one process; TensorBoard's file is written."""
     folder = tmp_path / "run"
-    split = ["--per_device_train_batch_size", "1"]
-    assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY.split(), *split, *MODEL]) == 0
-    expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
-    for name in expected:
-        # Adam's first steps divide by the gradient's size, so float32 rounding moves a weight by up to ~1e-4.
-        torch.testing.assert_close(expected[name], found[name], atol=1e-3, rtol=0)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder)]
+    options = [*TINY.split(), "--report_to", "tensorboard", *MODEL]
+    done = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses_of(folder) == pytest.approx(losses_of(finished), abs=1e-4)
+    bounds = [json.loads((each / "results" / "train.json").read_text()) for each in (folder, finished)]
+    values = [each["results"]["evaluation"]["bound"]["nats_per_token"] for each in bounds]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_a_stream_trains_and_a_finished_one_is_not_continued(train, text, tmp_path, monkeypatch):
+    """A streamed set, its reading replaced by a local file: dev and test blocks are packed, training text is not."""
+    base = train_bpe(read_documents(text), 300)
+    PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")
+
+    def stream(source, *, streaming, **options):
+        assert source == "a_hub_set" and streaming
+        return read_documents(text)
+
+    monkeypatch.setattr(prepare, "read_documents", stream)
+    arguments = ["--data", "a_hub_set", "--streaming", "--tokenizer", str(tmp_path / "base"), *TINY.split()]
+    arguments += ["--output_dir", str(tmp_path / "run"), *MODEL]
+    assert train.main(arguments) == 0
+    assert not (tmp_path / "run" / "data" / "train").exists()
+    before = losses_of(tmp_path / "run")
+    (tmp_path / "run" / "results" / "train.json").unlink()  # as if the final evaluation had been stopped
+    assert train.main(arguments) == 0
+    assert losses_of(tmp_path / "run") == before
 
 
 def test_another_run_in_the_folder_is_refused(train, text, finished, capsys):
@@ -138,6 +192,9 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
             ["--short_share", "2", "--block_size", "0"],
             "--block_size 0 must be at least 1; --short_share 2.0 is outside",
         ),
+        (["--config", "CONFIGS/published.yaml"], "holds several runs; add one of them, e.g. --config .*:mdm_14m"),
+        (["--model", "stage_digits=["], "the value is not YAML"),
+        (["--fp16", "true"], "--fp16 True is not supported here; leave it at False"),
         (["--max_steps", "0"], "--max_steps 0 must be at least 1"),
         (["--streaming"], "--streaming needs a hub data set"),
     ],
@@ -145,7 +202,7 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
 def test_bad_options_are_one_sentence_and_exit_status_2(train, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments)
+        train.main([each.replace("CONFIGS", str(ROOT / "configs")) for each in arguments])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -173,7 +230,13 @@ def test_impossible_models_are_refused_by_name_and_leave_nothing(train, text, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_in_a_checkpoint_keeps_the_last_good_one(train, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("No space left"), RuntimeError("unexpected pos 64")],
+    ids=["copy", "safetensors", "torch.save"],
+)
+def test_a_full_disk_in_a_checkpoint_keeps_the_last_good_one(train, text, error, tmp_path, monkeypatch, capsys):
+    """Each writer has an error of its own for it."""
     folder = tmp_path / "run"
     save = train.DiffusionTrainer.save_model
 
@@ -181,15 +244,32 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_last_good_one(train, text, tmp_pa
         if self.state.global_step == 4:
             Path(output_dir).mkdir(parents=True)
             (Path(output_dir) / "model.safetensors").write_bytes(b"torn")
-            raise OSError(28, "No space left on device")
+            raise error
         return save(self, output_dir, **kwargs)
 
     monkeypatch.setattr(train.DiffusionTrainer, "save_model", full)
     assert train.main(["--data", str(text), "--output_dir", str(folder), *TINY.split(), *MODEL]) == 2
-    error = capsys.readouterr().err
-    assert "checkpoint of step 4 could not be written (No space left on device)" in error and "checkpoint-2" in error
+    message = capsys.readouterr().err
+    assert "checkpoint of step 4 could not be written" in message and "checkpoint-2" in message
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (folder / ".incomplete").exists()
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_corrected_options(train, text, tmp_path, monkeypatch):
+    arguments = ["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY.split()]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "make_trainer", lambda *_: (_ for _ in ()).throw(ValueError("no memory")))
+        assert train.main([*arguments, *MODEL]) == 2
+    assert train.main([*arguments, "--seed", "1", *MODEL]) == 0
+
+
+def test_a_sample_fits_the_context_with_a_bos_token(train, text, tmp_path):
+    """GPT-2's tokenizer has one, and its blocks may be shorter than a sample of 128 tokens."""
+    base = train_bpe(read_documents(text), 300)
+    special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=base, **special).save_pretrained(tmp_path / "base")
+    arguments = ["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY.split()]
+    assert train.main([*arguments, "--tokenizer", str(tmp_path / "base"), *MODEL]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(train, text, tmp_path, monkeypatch, capsys):
@@ -218,7 +298,9 @@ def test_help_runs_as_a_script_and_sigterm_saves(text, tmp_path):
     )
     seen = ""
     while "loss" not in seen:  # the progress bar shows a loss: training runs
-        seen += process.stderr.read(1)
+        character = process.stderr.read(1)
+        assert character, seen  # the process ended
+        seen += character
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

@@ -104,14 +104,18 @@ def _make(text: TextOptions, code_options: dict[str, Any], folder: Path, splits:
         documents = documents_of(source, split)
         if split in limits:
             documents = islice(documents, DOCUMENTS_PER_EVAL_BLOCK * limits[split])
-        pack_blocks(
-            documents,
-            encode_batch(tokenizer),
-            block_size=text.block_size,
-            eos_token_id=tokenizer.eos_token_id,
-            vocab_size=tokenizer.code_table.shape[0],
-            path=folder / split,
-        )
+        try:
+            pack_blocks(
+                documents,
+                encode_batch(tokenizer),
+                block_size=text.block_size,
+                eos_token_id=tokenizer.eos_token_id,
+                vocab_size=tokenizer.code_table.shape[0],
+                path=folder / split,
+            )
+        except ValueError as error:
+            shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
+            raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "complete").touch()
 

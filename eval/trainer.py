@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -22,6 +24,7 @@ from prime_v2.diffusion_prime_v2 import stratified_levels
 from prime_v2.random_prime_v2 import hash64
 from prime_v2.tokenization.packing import collate
 
+SAME_SIGNAL_SECONDS = 1.0  # launchers pass on a signal that the terminal has sent already
 _NOISE_KEY = 31  # stream number of the training noise, see diffusion_prime_v2
 
 
@@ -50,7 +53,7 @@ class DiffusionTrainer(Trainer):
         score: Callable[[torch.nn.Module], dict[str, float]],
         **kwargs,
     ):
-        """score: model to {"eval_bound", "eval_bound_stderr"}, nats per token on the dev split."""
+        """score: model to metrics on the dev split, among them eval_bound, eval_bound_stderr, eval_unigram_entropy."""
         super().__init__(*args, **kwargs)
         self.tokens_per_step, self.global_batch, self.score = tokens_per_step, global_batch, score
         self.flops_per_token = 0.0
@@ -75,6 +78,17 @@ class DiffusionTrainer(Trainer):
             logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
             logs["flops_per_second"] = logs["tokens_per_second"] * self.flops_per_token
         super().log(logs, start_time)
+
+    def run_from(self, checkpoint: str | None) -> None:
+        """Train from a checkpoint, or from the start; only load it when it holds the last step."""
+        step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        self.clock = (time.time(), step)
+        if checkpoint and step >= self.args.max_steps:  # a stream has no length by which Trainer would see the end
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            self.state.is_world_process_zero = self.is_world_process_zero()
+        else:
+            self.train(resume_from_checkpoint=checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -105,12 +119,15 @@ class DiffusionTrainer(Trainer):
             if self.is_world_process_zero():
                 publish(aside, final, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
-        except OSError as error:
+        except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError | RuntimeError):  # what a full disk raises, by writer
+                raise
             last = get_last_checkpoint(str(final))
             raise ValueError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error.strerror or error}); "
-                f"the last good one is {last or 'none'}; make room and start the same command again"
+                f"the checkpoint of step {self.state.global_step} could not be written "
+                f"({getattr(error, 'strerror', None) or error}); the last good one is {last or 'none'}; make room and "
+                f"start the same command again"
             ) from error
         finally:
             self.staging = False
@@ -128,22 +145,30 @@ def publish(aside: Path, final: Path, keep: int | None) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM: finish the step, save, stop, on all processes. A second one stops at once."""
 
     def __init__(self):
         self.received: int | None = None
+        self.received_at = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.received_at = number, time.time()
+            print(
+                "\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True
+            )
+        elif time.time() - self.received_at > SAME_SIGNAL_SECONDS:
             signal.default_int_handler(number, frame)
-        self.received = number
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # the signal reaches the processes in different steps
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
@@ -165,7 +190,8 @@ class Progress(ProgressCallback):
                 f"{logs['flops_per_second'] / 1e9:,.0f} GFLOP/s"
             )
         elif "eval_bound" in logs:
+            stderr = f" +- {logs['eval_bound_stderr']:.4f}" if "eval_bound_stderr" in logs else ""
             bar.write(
-                f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f} +- "
-                f"{logs['eval_bound_stderr']:.4f} nats/token"
+                f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f}{stderr} nats/token "
+                f"(unigram entropy {logs['eval_unigram_entropy']:.4f})"
             )

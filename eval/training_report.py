@@ -1,0 +1,180 @@
+"""What train.py says before and after training: cost, held-out bound, samples, record, plot and card."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
+from prime_v2.eval.perplexity import score_blocks
+from prime_v2.eval.plots import plot_training
+from prime_v2.eval.records import make_record, write_json
+from prime_v2.eval.trainer import DiffusionTrainer
+from prime_v2.hub_card.card import write_card
+from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER
+from prime_v2.tokenization.corpus import docs_versions
+from prime_v2.tokenization.packing import PackedBlocks
+
+
+def first_blocks(blocks: PackedBlocks, count: int) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
+
+
+def score_dev(model, blocks: torch.Tensor, draws: int, bytes_per_token: float) -> dict[str, float]:
+    """The valid bound on the dev blocks in the units that trackers plot, beside the tokens' unigram entropy."""
+    method, text_bytes = BOUND_OF_ORDER[model.config.reveal_order], round(bytes_per_token * blocks.numel())
+    result = score_blocks(model, blocks, method=method, num_samples=draws, seed=0, text_bytes=text_bytes)
+    return {
+        "eval_bound": result["nats_per_token"],
+        **({} if result["stderr"] is None else {"eval_bound_stderr": result["stderr"]}),  # None for one sequence
+        "eval_perplexity": result["perplexity"],
+        "eval_bits_per_byte": result["bits_per_byte"],
+        "eval_unigram_entropy": result["unigram_entropy"],
+    }
+
+
+def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
+    """Count and time one micro-batch, and print what the run will take."""
+    training = trainer.args
+    model: Any = trainer.model
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {key: value.to(training.device) for key, value in batch.items()}
+
+    def step() -> torch.Tensor:
+        with trainer.accelerator.autocast():
+            return model(**batch).loss
+
+    model.train()
+    measured = measure_flops(step) / batch["input_ids"].numel()
+    started = time.time()
+    step().backward()
+    if training.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.time() - started
+    model.zero_grad(set_to_none=True)
+    tokens = training.max_steps * run.global_batch * run.block_size
+    counts = count_parameters(model)
+    numbers = {
+        "parameters": counts["total"],
+        "parameters_non_embedding": counts["non_embedding"],
+        "steps": training.max_steps,
+        "tokens": tokens,
+        "flops_6nd": six_n_d(counts["non_embedding"], tokens),
+        "flops_measured": measured * tokens,
+    }
+    trainer.flops_per_token = measured
+    expected = seconds * tokens / batch["input_ids"].numel() / training.world_size
+    if not trainer.is_world_process_zero():
+        return numbers
+    print(
+        f"model: {counts['total']:,} parameters, {counts['non_embedding']:,} without embeddings and head; "
+        f"{model.config.num_subtokens} digits of base {model.config.base} for {model.config.vocab_size:,} tokens\n"
+        f"run: {training.max_steps:,} steps x {run.global_batch} x {run.block_size} = {tokens:,} tokens, "
+        f"{numbers['flops_6nd']:.2e} FLOPs by 6ND, {numbers['flops_measured']:.2e} measured, about "
+        f"{expected / 60:.1f} minutes on {training.world_size} x {training.device.type}",
+        flush=True,
+    )
+    peak = peak_flops(training.device)
+    if peak:
+        print(f"device: {peak:.2e} FLOP/s of bf16 matrix products at most")
+    return numbers
+
+
+def generate_samples(model, tokenizer, run: Any, seed: int) -> list[str]:
+    """Documents from their start: the prompt is the EOS that ends the document before, as in the training blocks."""
+    model.eval()
+    start = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    length = min(run.block_size, 128) - 1
+    options = {"max_new_tokens": length, "max_denoising_steps": length, "eos_token_id": None}
+    return [
+        tokenizer.decode(model.generate(start, seed=seed + i, **options)[0, 1:], skip_special_tokens=True)
+        for i in range(run.num_generated if length else 0)
+    ]
+
+
+def final_evaluation(model, run: Any, test: PackedBlocks, seed: int) -> dict[str, Any]:
+    """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
+    blocks = first_blocks(test, run.test_sequences)
+    text_bytes = round(test.bytes_per_token * blocks.numel())
+    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes}
+    return {
+        "bound": score_blocks(model, blocks, method=BOUND_OF_ORDER[model.config.reveal_order], **options),
+        "token_objective": score_blocks(model, blocks, method="token_objective", **options),
+    }
+
+
+def print_summary(record: dict[str, Any], folder: Path) -> None:
+    results = record["results"]
+    bound, loss = results["evaluation"]["bound"], results["evaluation"]["token_objective"]
+    interval = bound["perplexity_interval_95"] or [bound["perplexity"]] * 2
+    errors = ["" if each["stderr"] is None else f" +- {each['stderr']:.4f}" for each in (bound, loss)]
+    not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
+    print(
+        f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
+        f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
+        f"  bound             {bound['nats_per_token']:.4f}{errors[0]} nats/token, perplexity at most "
+        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte\n"
+        f"  the paper's loss  {loss['nats_per_token']:.4f}{errors[1]} nats/token{not_bound}\n"
+    )
+    if results["samples"]:
+        print(f"a sample:\n  {' '.join(results['samples'][0].split())[:600]}\n")
+    print(
+        f"model, tokenizer and card: {folder}/ (AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True))\n"
+        f"record: {folder}/results/train.json   plot: {folder}/loss.png\n"
+        f"more: prime-v2 generate {folder} --watch"
+    )
+
+
+def finish(
+    trainer: DiffusionTrainer, run: Any, tokenizer, data, numbers: dict[str, Any], folder: Path, code: dict
+) -> None:
+    """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
+    training = trainer.args
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are in the record
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        print("evaluating on the test split ...", flush=True)
+    evaluation = final_evaluation(model, run, data["test"], training.seed)
+    if not trainer.is_world_process_zero():
+        return
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
+    sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
+    results = {
+        "config": model.config.to_dict(),
+        "training": {
+            **numbers,
+            "seconds": sum(
+                run.global_batch * run.block_size * training.logging_steps / each["tokens_per_second"]
+                for each in losses
+            ),
+            "device": training.device.type,
+            "objective": model.config.objective,
+            "loss_is_bound": model.loss_is_bound,
+        },
+        "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
+        "data": {
+            "source": Path(run.data).name if Path(run.data).exists() else run.data,
+            **({"versions": docs_versions()} if run.data == "docs" else {}),
+            "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
+            **sizes,
+        },
+        "evaluation": evaluation,
+        "history": trainer.state.log_history,
+        "samples": generate_samples(model, tokenizer, run, training.seed),
+    }
+    record = json.loads(json.dumps(make_record("train", results, seed=training.seed, code=code), default=str))
+    plot_training(
+        trainer.state.log_history,
+        folder / "loss.png",
+        unigram_entropy=evaluation["bound"]["unigram_entropy"],
+        title=folder.name,
+        loss_is_bound=results["training"]["loss_is_bound"],
+    )
+    write_card(folder, record)
+    for path in filter(None, (run.record, folder / "results" / "train.json")):  # the last one marks the run finished
+        write_json(path, record)
+    print_summary(record, folder)
