@@ -143,6 +143,7 @@ def finish(
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
     sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
+    sizes.setdefault("train_tokens", numbers["tokens"])  # of a stream: what was read
     results = {
         "config": model.config.to_dict(),
         "training": {
