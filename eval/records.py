@@ -81,10 +81,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """This process's command line with the program's folder left out (records name no machine's paths)."""
-    program = Path(sys.argv[0]).name
-    program = f"python {program}" if program.endswith(".py") else program
-    return shlex.join([*program.split(), *sys.argv[1:]])
+    """This process's command line; a script is named from the root of the checkout, any other program by its name."""
+    program, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    if program.suffix == ".py":
+        name = program.relative_to(root) if program.is_relative_to(root) else Path(program.name)
+        return shlex.join(["python", str(name), *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
-from prime_v2.eval.perplexity import score_blocks
+from prime_v2.eval.perplexity import score_blocks, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
 from prime_v2.eval.trainer import DiffusionTrainer
@@ -171,8 +171,8 @@ def finish(
     plot_training(
         trainer.state.log_history,
         folder / "loss.png",
-        unigram_entropy=evaluation["bound"]["unigram_entropy"],
-        title=folder.name,
+        unigram_entropy=unigram_entropy(first_blocks(data["dev"], run.eval_sequences).flatten().bincount()),
+        title=f"{folder.name} (dev split)",
         loss_is_bound=results["training"]["loss_is_bound"],
     )
     write_card(folder, record)
