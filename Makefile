@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 .DELETE_ON_ERROR:
 
 demo: setup ## train the tiny model on this machine's own documentation, evaluate it, sample from it
-	$(BIN)/accelerate launch --quiet train.py
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
 
 # One process a core, a test file never split over two of them (its fixtures are made once); tests/conftest.py
 # gives each process its share of the threads.

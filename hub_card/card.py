@@ -84,12 +84,8 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
     from huggingface_hub import ModelCard, ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    evaluation = look_up(record, "results.evaluation")
     for name in ("bound", "token_objective"):
         check_score(look_up(record, f"results.evaluation.{name}"), f"results.evaluation.{name}")
-        if "mdm" in evaluation:
-            path = f"results.evaluation.mdm.{name}"
-            check_score(look_up(record, path), path)
     data = ModelCardData(
         license=LICENSE_ID,
         library_name="transformers",
@@ -109,8 +105,6 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
         plot=plot,
         get=lambda path: look_up(record, path),
         has=lambda path: _has(record, path),
-        columns=[("this model", "results.evaluation")]
-        + ([("plain MDM, same budget", "results.evaluation.mdm")] if "mdm" in evaluation else []),
     )
     ModelCard(text)  # raises where the metadata block cannot be read back
     return text
