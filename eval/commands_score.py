@@ -41,10 +41,15 @@ class TextSource:
 
 
 def _shares(run_folder: str | None) -> dict[str, Any]:
-    """Arguments of `split_of` from the run.json of a run, or none."""
-    path = Path(run_folder or "") / "run.json"
-    if run_folder is None or not path.is_file():
+    """Arguments of `split_of` from the run.json of a run; without a run, none: its defaults."""
+    if run_folder is None:
         return {}
+    path = Path(run_folder) / "run.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--split needs {path}, which says what {run_folder} was trained on; give the folder that train.py wrote, "
+            f"or leave --split out"
+        )
     options = json.loads(path.read_text(encoding="utf-8"))
     return {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
 

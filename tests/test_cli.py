@@ -350,6 +350,8 @@ def test_ppl_reads_the_documents_that_a_run_held_out(broken, text_file):
     assert printed["evaluation"]["num_documents"] == len(held_out)
     assert printed["evaluation"]["text_bytes"] == sum(map(len, held_out))
     assert "must be one of train, dev, test" in refused("ppl", broken, text_file, "--split", "valid")
+    (broken / "run.json").unlink()
+    assert "which says what" in refused("ppl", broken, text_file, "--split", "test")
 
 
 def test_ppl_refuses_bad_text_and_methods(model_dir, text_file, tmp_path):
