@@ -1,7 +1,7 @@
 """Log-likelihood of sequences and its lower bounds, with standard errors (docs/derivation.md, "Bounds").
 
-The draws of a sequence are a pure function of (seed, its ids, which of them are scored), so a value does not depend on
-padding, on the other sequences of the batch or on their order.
+The draws of a sequence are a pure function of (seed, its ids, which of them are scored), or of the key that is given,
+so a value does not depend on padding, on the other sequences of the batch or on their order.
 """
 
 import math
@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .diffusion_prime_v2 import Noise, RevealOrder, draw_noise, is_bound
-from .random_prime_v2 import hash64, uniforms
+from .diffusion_prime_v2 import Noise, RevealOrder, is_bound
+from .draws_prime_v2 import (
+    Rows,
+    all_mask_rows,
+    all_orders,
+    chain_rows,
+    num_masks,
+    order_rows,
+    random_orders,
+    sampled_rows,
+    sequence_key,
+)
 
 # method: (reveal order of the noise, objective)
 SAMPLED_METHODS = {
@@ -26,8 +36,14 @@ METHODS = (*SAMPLED_METHODS, "chain", "orders")
 # The bound of the order that a model was trained to reveal its units in.
 BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHODS.items() if objective == "subtoken"}
 TOKENS_PER_PASS = 8192  # rows of (sequence x draw) share a forward pass up to this many tokens
-ROWS_PER_PIECE = 256  # of one random order, so that a long sequence's states do not fill the memory
-_SEQUENCE, _DRAW, _ORDER = 11, 12, 13  # stream numbers, see diffusion_prime_v2
+
+
+class NotFiniteError(ValueError):
+    """The network's logits gave a likelihood that is no number; `row` is the first such sequence."""
+
+    def __init__(self, row: int, value: float):
+        super().__init__(f"the log-likelihood of row {row} is {value}: the network's logits are not finite")
+        self.row = row
 
 
 @dataclass
@@ -36,7 +52,10 @@ class PrimeV2LogLikelihood(ModelOutput):
 
     `is_bound`: value is the log-likelihood or, in expectation over the draws, a lower bound of it. Where it is False,
     value may exceed the log-likelihood and must not be turned into a perplexity.
-    `num_scored` (B,): tokens scored, the divisor of nats per token.
+    `num_scored` (B,): tokens scored, the divisor of nats per token. A stderr of 0 says that nothing was drawn: every
+    mask was summed over, or the method is "chain".
+    `draws`: on request, B tensors (K,) float64 whose mean is `value` (for "orders" to first order), K = 1 where
+    nothing was drawn; of sequences with equal keys they are common random numbers (`paired_difference`).
     """
 
     value: Tensor | None = None
@@ -44,16 +63,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     num_forward: Tensor | None = None
     num_scored: Tensor | None = None
     is_bound: bool | None = None
-
-
-@dataclass
-class _Rows:
-    """Rows of one sequence: (R, L) ids, their noise, the factor of each row's nats in the value, and the sequence."""
-
-    ids: Tensor
-    noise: Noise
-    factor: Tensor
-    sequence: int
+    draws: list[Tensor] | None = None
 
 
 @torch.no_grad()
@@ -65,6 +75,9 @@ def log_likelihood(
     method: str = "subtoken",
     num_samples: int = 128,
     seed: int = 0,
+    keys: Tensor | None = None,
+    exhaustive: bool = True,
+    return_draws: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2LogLikelihood:
     """Log-likelihood of the tokens outside the prompt given the prompt, or a lower bound, per sequence in nats.
@@ -78,63 +91,90 @@ def log_likelihood(
         "orders"          bound, -log mean of exp(log p) over `num_samples` random orders of the config's reveal_order,
                           one pass per scored unit and order; tightens as num_samples grows.
         "token_objective" the paper's training loss, NOT a bound for S > 1: it can exceed the log-likelihood.
+    exhaustive: sum over all masks (all orders) instead of drawing where they are no more than `num_samples`: the
+        expectation itself, with standard error 0.
+    keys (B,) int64: of the draws, instead of (seed, sequence); sequences with equal keys share their random numbers.
+    return_draws: keep the single draws, for `paired_difference`.
+    tokens_per_pass: rows x tokens of one pass of the network; changes no value.
     Raises ValueError for an unknown method, num_samples < 1, ids out of range, rows without a scored token, and
-    non-finite results.
+    non-finite results (`NotFiniteError`).
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
+    plan = _Plan(model.config, method, num_samples, exhaustive)
     sequences = list(_unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    if method == "chain":
-        order, objective = RevealOrder.from_config(model.config, "token"), "token"
-        rows = (_chain_rows(ids, scored, i) for i, ids, scored in sequences)
-    elif method == "orders":
-        order, objective = RevealOrder.from_config(model.config), "subtoken"
-        rows = (row for i, ids, scored in sequences for row in _order_rows(ids, scored, i, order, num_samples, seed))
-    else:
-        kind, objective = SAMPLED_METHODS[method]
-        order = RevealOrder.from_config(model.config, kind)
-        rows = (_sampled_rows(ids, scored, i, order, num_samples, seed) for i, ids, scored in sequences)
-    was_training = model.training
-    model.eval()
-    nats: list[list[Tensor]] = [[] for _ in range(len(input_ids))]
-    try:
-        for batch in _batches(rows, tokens_per_pass):
-            for row_nats, part in zip(_score(model, batch, order, objective), batch, strict=True):
-                nats[part.sequence].append(row_nats.cpu() * part.factor.cpu())
-    finally:
-        model.train(was_training)
-    value, stderr = _summarise([torch.cat(each) for each in nats], method, num_samples)
+    if keys is None:
+        keys = {i: sequence_key(ids, scored, seed) for i, ids, scored in sequences}
+    rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, keys[i].to(ids.device)))
+    nats = score_rows(model, rows, plan.order, plan.objective, len(input_ids), tokens_per_pass)
     num_scored = torch.zeros(len(input_ids), dtype=torch.long)
     for i, _, scored in sequences:
         num_scored[i] = scored.sum()
-    bound = method in ("chain", "orders") or is_bound(objective, "elbo", model.config.num_subtokens, order, None)
-    num_forward = torch.tensor([sum(len(part) for part in each) for each in nats])
-    return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, bound)
-
-
-def _summarise(nats: list[Tensor], method: str, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Rows of each sequence to (value, standard error), both (B,) float64 on the CPU."""
-    if method == "chain":
-        value = torch.stack([-each.sum() for each in nats]).cpu()
-        stderr = torch.zeros_like(value)
-    elif method == "orders":
-        log_p = torch.stack([-each.view(num_samples, -1).sum(1) for each in nats])  # (B, K)
-        value = log_p.logsumexp(1) - math.log(num_samples)
-        spread = (
-            (log_p - value.unsqueeze(1)).exp().std(1) if num_samples > 1 else value.new_full((len(nats),), torch.nan)
-        )
-        stderr = spread / math.sqrt(num_samples)  # of the log of a mean, to first order
-    else:
-        value = torch.stack([-each.mean() for each in nats]).cpu()
-        stderr = torch.stack([stratified_stderr(each) for each in nats]).cpu()
+    draws, value, stderr = zip(*map(plan.summarise, nats, num_scored.tolist()), strict=True)
+    value, stderr = torch.stack(value), torch.stack(stderr)
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"the log-likelihood of row {row} is {float(value[row])}: the network's logits are not finite"
+        raise NotFiniteError(row, float(value[row]))
+    num_forward = torch.tensor([len(each) for each in nats])
+    return PrimeV2LogLikelihood(
+        value, stderr, num_forward, num_scored, plan.is_bound, list(draws) if return_draws else None
+    )
+
+
+class _Plan:
+    """What a method runs for a sequence, and how its rows' nats become a likelihood."""
+
+    def __init__(self, config, method: str, num_samples: int, exhaustive: bool):
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
+        kind, self.objective = {"chain": ("token", "token"), "orders": (None, "subtoken"), **SAMPLED_METHODS}[method]
+        self.order = RevealOrder.from_config(config, kind)
+        self.method, self.num_samples, self.exhaustive = method, num_samples, exhaustive
+        self.is_bound = method in ("chain", "orders") or is_bound(
+            self.objective, "elbo", config.num_subtokens, self.order, None
         )
-    return value, stderr
+
+    def draws_nothing(self, num_tokens: int) -> bool:
+        """Whether the rows of a sequence of `num_tokens` scored tokens are all that there are."""
+        units = num_tokens * self.order.units_per_token
+        if self.method == "chain" or units > 62:
+            return self.method == "chain"
+        number = math.factorial(units) if self.method == "orders" else num_masks(num_tokens, self.order)
+        return self.exhaustive and number <= self.num_samples
+
+    def rows(self, ids: Tensor, scored: Tensor, sequence: int, key: Tensor) -> Iterator[Rows]:
+        num_tokens = int(scored.sum())
+        if self.method == "chain":
+            return chain_rows(ids, scored, sequence)
+        if self.method == "orders":
+            units = num_tokens * self.order.units_per_token
+            orders = (
+                all_orders(units) if self.draws_nothing(num_tokens) else random_orders(units, self.num_samples, key)
+            )
+            return order_rows(ids, scored, sequence, self.order, orders)
+        if self.draws_nothing(num_tokens):
+            return all_mask_rows(ids, scored, sequence, self.order)
+        return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key)
+
+    def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor x nats (R,) of one sequence's rows to (draws (K,), value, standard error), float64."""
+        nothing_drawn, zero = self.draws_nothing(num_tokens), nats.new_zeros(())
+        if self.method == "orders":
+            log_p = -nats.view(-1, num_tokens * self.order.units_per_token).sum(1)  # (K,)
+            value = log_p.logsumexp(0) - math.log(len(log_p))
+            if not nothing_drawn:
+                ratios = (log_p - value).exp()  # of mean 1
+                spread = ratios.std() if len(log_p) > 1 else zero + torch.nan
+                return (
+                    value + ratios - 1,
+                    value,
+                    spread / math.sqrt(len(log_p)),
+                )  # of the log of a mean, to first order
+        else:
+            value = -nats.sum() if nothing_drawn else -nats.mean()
+            if not nothing_drawn:
+                return -nats, value, stratified_stderr(nats)
+        return value.unsqueeze(0), value, zero
 
 
 def stratified_stderr(draws: Tensor) -> Tensor:
@@ -148,6 +188,17 @@ def stratified_stderr(draws: Tensor) -> Tensor:
         return draws.new_full((), torch.nan)
     squares = draws.diff().square()
     return (squares.sum() / 2 + (squares[0] + squares[-1]) / 4).sqrt() / len(draws)
+
+
+def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """(Mean difference, its standard error) of two sequences' `draws` (K,) with equal keys; see `stratified_stderr`.
+
+    The masks that both share cancel. Draws of which nothing was drawn (K = 1 beside more) have no error of their own.
+    """
+    difference = first - second
+    if len(difference) == 1:
+        return float(difference[0]), 0.0
+    return float(difference.mean()), float(stratified_stderr(difference))
 
 
 def _unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -173,53 +224,23 @@ def _unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[
         yield row, input_ids[row][real[row]], scored[row][real[row]]
 
 
-def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
-    """int64 key of a sequence: a hash of the seed, its ids (L,) and which of them are scored (L,)."""
-    positions = torch.arange(len(ids), device=ids.device)
-    return hash64(seed, _SEQUENCE, hash64(positions, ids, scored.long()).sum())
+def score_rows(model, rows: Iterator[Rows], order: RevealOrder, objective: str, num_sequences: int, tokens_per_pass):
+    """Factor x nats of each sequence's rows, in their order: `num_sequences` tensors (R,) float64 on the CPU."""
+    nats: list[list[Tensor]] = [[] for _ in range(num_sequences)]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(rows, tokens_per_pass):
+            for row_nats, part in zip(_score(model, batch, order, objective), batch, strict=True):
+                nats[part.sequence].append(row_nats.cpu() * part.factor.cpu())
+    finally:
+        model.train(was_training)
+    return [torch.cat(each) for each in nats]
 
 
-def _sampled_rows(ids, scored, sequence: int, order: RevealOrder, num_samples: int, seed: int) -> _Rows:
-    draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(sequence_key(ids, scored, seed), draws)
-    levels = (draws + uniforms(keys, _DRAW)) / num_samples
-    noise = draw_noise(scored.expand(num_samples, -1), order, keys, levels, "count")
-    return _Rows(ids.expand(num_samples, -1), noise, noise.weight, sequence)
-
-
-def _chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> _Rows:
-    targets = scored.nonzero().squeeze(1)  # (R,)
-    hidden = scored & (torch.arange(len(ids), device=ids.device) >= targets.unsqueeze(1))  # (R, L)
-    asked = torch.arange(len(ids), device=ids.device) == targets.unsqueeze(1)
-    ones = torch.ones(len(targets), dtype=torch.double, device=ids.device)
-    noise = Noise(~hidden.unsqueeze(-1), asked.long(), ones, asked)
-    return _Rows(ids.expand(len(targets), -1), noise, ones, sequence)
-
-
-def _order_rows(
-    ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, num_orders: int, seed: int
-) -> Iterator[_Rows]:
-    """A row for each unit of each random order: what comes later is hidden, and that unit alone is asked for."""
-    units, key = order.units_per_token, sequence_key(ids, scored, seed)
-    maskable = scored.repeat_interleave(units)  # (L * U,)
-    unit_numbers = torch.arange(len(maskable), device=ids.device)
-    num_units = int(maskable.sum())
-    for number in range(num_orders):
-        draws = uniforms(key, _ORDER, number, unit_numbers)
-        ranks = torch.where(maskable, draws, 2.0).argsort(stable=True).argsort()
-        for start in range(0, num_units, ROWS_PER_PIECE):
-            steps = torch.arange(start, min(num_units, start + ROWS_PER_PIECE), device=ids.device).unsqueeze(1)
-            hidden = (maskable & (ranks >= steps)).view(len(steps), -1, units)
-            asked = (maskable & (ranks == steps)).view(len(steps), -1, units)
-            goal = asked if order.kind == "digit" else order.next_visible(hidden.sum(-1))
-            asked_tokens, ones = asked.any(-1), torch.ones(len(steps), dtype=torch.double, device=ids.device)
-            noise = Noise(order.visible_digits(hidden), asked_tokens.long(), ones, asked_tokens, goal)
-            yield _Rows(ids.expand(len(steps), -1), noise, ones, sequence)
-
-
-def _batches(parts: Iterator[_Rows], tokens_per_pass: int) -> Iterator[list[_Rows]]:
+def _batches(parts: Iterator[Rows], tokens_per_pass: int) -> Iterator[list[Rows]]:
     """Groups rows, splitting those of one sequence where needed, so that rows x longest stays within the limit."""
-    batch: list[_Rows] = []
+    batch: list[Rows] = []
     rows = longest = 0
     for part in parts:
         done = 0
@@ -230,15 +251,13 @@ def _batches(parts: Iterator[_Rows], tokens_per_pass: int) -> Iterator[list[_Row
                 yield batch
                 batch, rows, longest = [], 0, 0
                 continue
-            piece = slice(done, done + room)
-            noise = part.noise.rows(piece)
-            batch.append(_Rows(part.ids[piece], noise, part.factor[piece], part.sequence))
+            batch.append(part.part(slice(done, done + room)))
             rows, done = rows + len(batch[-1].ids), done + len(batch[-1].ids)
     if batch:
         yield batch
 
 
-def _score(model, batch: list[_Rows], order: RevealOrder, objective: str) -> tuple[Tensor, ...]:
+def _score(model, batch: list[Rows], order: RevealOrder, objective: str) -> tuple[Tensor, ...]:
     """Nats of each row, unweighted, in the batch's pieces; one forward pass, rows padded on the right."""
     length, device = max(part.ids.shape[1] for part in batch), model.device
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from enumeration import all_sequences, count_form, nats_of_all_masks, small_model
 
-from prime_v2 import likelihood_prime_v2
+from prime_v2 import draws_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder
-from prime_v2.likelihood_prime_v2 import METHODS, SAMPLED_METHODS, stratified_stderr
+from prime_v2.likelihood_prime_v2 import METHODS, SAMPLED_METHODS, paired_difference, stratified_stderr
 
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times n/k.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
@@ -42,7 +42,7 @@ def test_monte_carlo_agrees_with_the_enumerated_expectation(model, ids, method):
     kind, objective = SAMPLED_METHODS[method]
     order = RevealOrder.from_config(model.config, kind)
     exact = -count_form(*nats_of_all_masks(model, ids, order, objective))
-    result = model.log_likelihood(ids, method=method, num_samples=2000)
+    result = model.log_likelihood(ids, method=method, num_samples=2000, exhaustive=False)
     assert ((result.value - exact).abs() < 4 * result.stderr).all()
     assert (result.stderr > 0).all()
     assert (result.stderr < 0.1).all(), "of some 4 nats"
@@ -59,7 +59,7 @@ def test_standard_errors_are_calibrated(model, ids, method):
     exact = -count_form(*nats_of_all_masks(model, ids, order, "subtoken"))
     z = []
     for seed in range(60):
-        result = model.log_likelihood(ids, method=method, num_samples=32, seed=seed)
+        result = model.log_likelihood(ids, method=method, num_samples=32, seed=seed, exhaustive=False)
         z.append((result.value - exact) / result.stderr)
     rms = float(torch.stack(z).square().mean().sqrt())
     assert 0.7 < rms < 1.3
@@ -77,7 +77,7 @@ def test_draws_are_stratified_over_the_number_of_hidden_units():
     """As many draws as units, here 6 digits: each number of them is hidden once."""
     for seed in range(20):
         ids, scored = torch.tensor([3, 1, 4]), torch.tensor([True, False, True])
-        rows = likelihood_prime_v2._sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, seed)
+        (rows,) = draws_prime_v2.sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, torch.tensor(seed))
         assert rows.noise.hidden_count.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -88,7 +88,7 @@ def test_the_prompt_is_given_and_not_scored(model, method):
     kind, objective = SAMPLED_METHODS[method]
     order = RevealOrder.from_config(model.config, kind)
     nats, counts = masks_with_prompt(model, ids, 1, order, objective)
-    result = model.log_likelihood(ids, prompt_mask=prompt, method=method, num_samples=2000)
+    result = model.log_likelihood(ids, prompt_mask=prompt, method=method, num_samples=2000, exhaustive=False)
     exact = -float(count_form(nats, counts))
     assert abs(result.value.item() - exact) < 4 * result.stderr.item()  # false alarm 6e-5, for a fresh seed
     assert result.num_scored.item() == 2
@@ -129,6 +129,76 @@ def test_chain_with_a_prompt_scores_the_rest_given_all_of_it(model):
 def test_the_chain_of_a_network_is_a_law_on_sequences(model):
     total = model.log_likelihood(all_sequences(5, 3), method="chain").value.exp().sum().item()
     assert total == pytest.approx(1, abs=1e-4)  # 125 float32 products of three softmaxes
+
+
+# Every mask instead of draws
+
+
+@pytest.mark.parametrize("method", SAMPLED_METHODS)
+def test_few_units_are_summed_over_and_not_drawn(model, ids, method):
+    kind, objective = SAMPLED_METHODS[method]
+    order = RevealOrder.from_config(model.config, kind)
+    exact = -count_form(*nats_of_all_masks(model, ids, order, objective))
+    num_masks = {"digit": 2**6, "token": 2**2, "nested": 3**2}[kind] - 1
+    result = model.log_likelihood(ids, method=method, num_samples=num_masks)
+    torch.testing.assert_close(result.value, exact, **NETWORK)
+    assert result.stderr.tolist() == [0] * 4
+    assert result.num_forward.tolist() == [num_masks] * 4
+    drawn = model.log_likelihood(ids, method=method, num_samples=num_masks - 1)
+    assert (drawn.stderr > 0).all()
+
+
+def test_every_mask_of_the_tokens_outside_the_prompt(model):
+    ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
+    order = RevealOrder("digit", 3)
+    exact = -float(count_form(*masks_with_prompt(model, ids, 1, order, "subtoken")))
+    result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=63)
+    assert result.value.item() == pytest.approx(exact, abs=1e-5)  # as NETWORK
+    assert result.stderr.item() == 0
+
+
+# Common random numbers
+
+
+def test_equal_keys_share_their_masks(model):
+    """Two sequences that differ in one token only: their draws move together, the difference is far surer."""
+    ids = torch.tensor([[3, 1, 4, 2], [3, 1, 0, 2]])
+    keys = torch.tensor([7, 7])
+    common = model.log_likelihood(ids, num_samples=256, keys=keys, return_draws=True)
+    difference, stderr = paired_difference(*common.draws)
+    assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
+    apart = model.log_likelihood(ids, num_samples=256, return_draws=True)
+    unpaired = float(apart.stderr.square().sum().sqrt())
+    assert stderr < 0.8 * unpaired
+    assert paired_difference(*apart.draws)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 256 draws is 5% off
+
+
+def test_the_standard_error_of_a_difference_is_calibrated(model):
+    """Root mean square of z over 150 keys; it varies by 1 / sqrt(300) = 6%."""
+    ids = torch.tensor([[3, 1], [4, 1]])
+    exact = model.log_likelihood(ids, num_samples=63).value
+    z = []
+    for key in range(150):
+        result = model.log_likelihood(
+            ids, num_samples=32, keys=torch.tensor([key, key]), exhaustive=False, return_draws=True
+        )
+        difference, stderr = paired_difference(*result.draws)
+        z.append((difference - float(exact[0] - exact[1])) / stderr)
+    assert 0.75 < torch.tensor(z).square().mean().sqrt() < 1.25
+
+
+def test_a_summed_value_has_no_error_of_its_own_in_a_difference():
+    drawn, summed = torch.tensor([1.0, 3.0], dtype=torch.double), torch.tensor([5.0], dtype=torch.double)
+    assert paired_difference(drawn, summed) == (-3.0, float(stratified_stderr(drawn)))
+    assert paired_difference(summed, summed + 1) == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mean_of_the_draws_is_the_value(model, ids, method):
+    result = model.log_likelihood(ids, method=method, num_samples=5, return_draws=True)
+    means = torch.stack([each.mean() for each in result.draws])
+    torch.testing.assert_close(means, result.value)
+    assert model.log_likelihood(ids, method=method, num_samples=5).draws is None
 
 
 # What a value does not depend on
@@ -185,7 +255,7 @@ def test_what_is_scored_takes_part_in_the_draws(model):
     """Otherwise a prompt's likelihood and its continuation's would share noise by accident."""
     ids = torch.tensor([[3, 1, 4]])
     keys = {
-        int(likelihood_prime_v2.sequence_key(ids[0], torch.tensor(scored), 0))
+        int(draws_prime_v2.sequence_key(ids[0], torch.tensor(scored), 0))
         for scored in ([True, True, True], [False, True, True], [True, True, False])
     }
     assert len(keys) == 3

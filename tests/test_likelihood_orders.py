@@ -60,7 +60,8 @@ def log_p_of_every_order(model, kind: str, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_orders_converge_to_the_any_order_likelihood(kind):
     model = small(**CONFIGS[kind])
-    found = model.log_likelihood(IDS, method="orders", num_samples=2000)
+    found = model.log_likelihood(IDS, method="orders", num_samples=2000, exhaustive=False)
+    exhaustive = model.log_likelihood(IDS, method="orders", num_samples=24)
     assert found.is_bound
     num_units = 2 if kind == "token" else 4
     assert found.num_forward.tolist() == [2000 * num_units] * 2
@@ -69,6 +70,9 @@ def test_orders_converge_to_the_any_order_likelihood(kind):
         exact = every.logsumexp(0) - torch.tensor(float(len(every))).log()
         # Eight comparisons at 5 standard errors: false-alarm rate below 1e-5.
         assert abs(found.value[row] - exact) < 5 * found.stderr[row] + 1e-9
+        assert exhaustive.value[row] == pytest.approx(exact.item(), abs=1e-6)  # the rotary angles are float32
+    assert exhaustive.stderr.tolist() == [0, 0]
+    assert exhaustive.num_forward.tolist() == ([4, 4] if kind == "token" else [96, 96]), "n! orders of n units"
 
 
 @pytest.mark.parametrize("kind", ["digit", "token", "nested"])
@@ -83,10 +87,11 @@ def test_the_bounds_rise_with_the_number_of_orders_towards_the_likelihood(kind):
         two = (pairs - torch.tensor(2.0).log()).mean()
         exact = every.logsumexp(0) - torch.tensor(float(len(every))).log()
         assert one < two < exact
-        nelbo = model.log_likelihood(ids.unsqueeze(0), method=method, num_samples=4000)
+        nelbo = model.log_likelihood(ids.unsqueeze(0), method=method, num_samples=4000, exhaustive=False)
         assert abs(nelbo.value - one) < 5 * nelbo.stderr + 1e-9  # false-alarm rate below 1e-6
         # The estimator's own mean over seeds is that of the enumeration.
-        seeds = [model.log_likelihood(ids.unsqueeze(0), method="orders", num_samples=2, seed=i) for i in range(300)]
+        options = {"method": "orders", "num_samples": 2, "exhaustive": False}
+        seeds = [model.log_likelihood(ids.unsqueeze(0), seed=i, **options) for i in range(300)]
         values = torch.cat([each.value for each in seeds])
         assert abs(values.mean() - two) < 5 * values.std() / 300**0.5 + 1e-9
 

@@ -1,0 +1,134 @@
+"""Which rows of the network a likelihood needs: noise draws, every mask there is, left to right, random orders.
+
+A *row* is a sequence under one state of the noise. The draws of a sequence are a pure function of its key (see
+`sequence_key`), its number of scored tokens and the draw's number: equal keys are common random numbers.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .diffusion_prime_v2 import Noise, RevealOrder, draw_noise
+from .random_prime_v2 import hash64, uniforms
+
+ROWS_PER_PIECE = 256  # of one sequence, so that a long sequence's states do not fill the memory
+_SEQUENCE, _DRAW, _ORDER = 11, 12, 13  # stream numbers, see diffusion_prime_v2
+
+
+@dataclass
+class Rows:
+    """Rows of one sequence: ids (R, L), their noise, the factor (R,) of each row's nats, and the sequence's number."""
+
+    ids: Tensor
+    noise: Noise
+    factor: Tensor
+    sequence: int
+
+    def part(self, piece: slice) -> "Rows":
+        return Rows(self.ids[piece], self.noise.rows(piece), self.factor[piece], self.sequence)
+
+
+def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
+    """int64 key of a sequence: a hash of the seed, its ids (L,) and which of them are scored (L,)."""
+    positions = torch.arange(len(ids), device=ids.device)
+    return hash64(seed, _SEQUENCE, hash64(positions, ids, scored.long()).sum())
+
+
+def sampled_rows(
+    ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, num_samples: int, key: Tensor
+) -> Iterator[Rows]:
+    """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k."""
+    draws = torch.arange(num_samples, device=ids.device)
+    keys = hash64(key, draws)
+    levels = (draws + uniforms(keys, _DRAW)) / num_samples
+    for start in range(0, num_samples, ROWS_PER_PIECE):
+        piece = slice(start, start + ROWS_PER_PIECE)
+        maskable = scored.expand(len(keys[piece]), -1)
+        noise = draw_noise(maskable, order, keys[piece], levels[piece], "count")
+        yield Rows(ids.expand(len(maskable), -1), noise, noise.weight, sequence)
+
+
+def num_masks(num_tokens: int, order: RevealOrder) -> int:
+    """States of the noise in which something is hidden, for `num_tokens` scored tokens."""
+    states = order.units_per_token + 1 if order.kind == "nested" else 2**order.units_per_token
+    return states**num_tokens - 1
+
+
+def all_mask_rows(ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder) -> Iterator[Rows]:
+    """Every state of `num_masks` once; the factors make the sum over rows the expectation of the count form.
+
+    A state that hides k of n units has probability 1 / (n C(n, k)) and weight n / k. Of "nested", which sees only how
+    many of a token's J stages are hidden, a state stands for the product of C(J, hidden) sets.
+    """
+    units, num_tokens = order.units_per_token, int(scored.sum())
+    each: list[tuple[int, tuple[bool, ...]]] = [
+        (1, tuple(bool(bits >> unit & 1) for unit in range(units))) for bits in range(2**units)
+    ]
+    if order.kind == "nested":
+        each = [(math.comb(units, h), tuple(unit >= units - h for unit in range(units))) for h in range(units + 1)]
+    states = itertools.islice(itertools.product(each, repeat=num_tokens), 1, None)  # the first hides nothing
+    n = num_tokens * units
+    while piece := list(itertools.islice(states, ROWS_PER_PIECE)):
+        hidden = torch.zeros(len(piece), len(ids), units, dtype=torch.bool)
+        hidden[:, scored.cpu()] = torch.tensor([[token for _, token in state] for state in piece])
+        counts = hidden.sum((1, 2)).tolist()
+        sets = [math.prod(count for count, _ in state) for state in piece]
+        factor = [m / (k * math.comb(n, k)) for m, k in zip(sets, counts, strict=True)]
+        hidden, factor = hidden.to(ids.device), torch.tensor(factor, dtype=torch.double, device=ids.device)
+        maskable = scored.expand(len(piece), -1)
+        noise = Noise(order.visible_digits(hidden), hidden.sum(-1), torch.ones_like(factor), maskable)
+        yield Rows(ids.expand(len(piece), -1), noise, factor, sequence)
+
+
+def chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> Iterator[Rows]:
+    """A row for each scored token, left to right: that token is asked for, it and the later ones are hidden."""
+    positions = torch.arange(len(ids), device=ids.device)
+    for targets in scored.nonzero().squeeze(1).split(ROWS_PER_PIECE):  # (R,)
+        hidden = scored & (positions >= targets.unsqueeze(1))  # (R, L)
+        asked = positions == targets.unsqueeze(1)
+        ones = torch.ones(len(targets), dtype=torch.double, device=ids.device)
+        noise = Noise(~hidden.unsqueeze(-1), asked.long(), ones, asked)
+        yield Rows(ids.expand(len(targets), -1), noise, ones, sequence)
+
+
+def order_rows(
+    ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, orders: Iterator[Tensor]
+) -> Iterator[Rows]:
+    """A row for each unit of each order: what comes later is hidden, and that unit alone is asked for.
+
+    orders: ranks (n,) of the n = scored tokens x units, 0 being revealed first.
+    """
+    units = order.units_per_token
+    maskable = scored.repeat_interleave(units)  # (L * U,)
+    num_units = int(maskable.sum())
+    for some in orders:
+        ranks = torch.full((len(maskable),), num_units, device=ids.device)
+        ranks[maskable] = some.to(ids.device)
+        for start in range(0, num_units, ROWS_PER_PIECE):
+            steps = torch.arange(start, min(num_units, start + ROWS_PER_PIECE), device=ids.device).unsqueeze(1)
+            hidden = (maskable & (ranks >= steps)).view(len(steps), -1, units)
+            asked = (maskable & (ranks == steps)).view(len(steps), -1, units)
+            goal = asked if order.kind == "digit" else order.next_visible(hidden.sum(-1))
+            asked_tokens, ones = asked.any(-1), torch.ones(len(steps), dtype=torch.double, device=ids.device)
+            noise = Noise(order.visible_digits(hidden), asked_tokens.long(), ones, asked_tokens, goal)
+            yield Rows(ids.expand(len(steps), -1), noise, ones, sequence)
+
+
+def random_orders(num_units: int, num_orders: int, key: Tensor) -> Iterator[Tensor]:
+    """Ranks (n,) of `num_orders` random orders."""
+    numbers = torch.arange(num_units, device=key.device)
+    for number in range(num_orders):
+        yield uniforms(key, _ORDER, number, numbers).argsort(stable=True).argsort()
+
+
+def all_orders(num_units: int) -> Iterator[Tensor]:
+    """Ranks (n,) of each of the n! orders."""
+    for ranks in itertools.permutations(range(num_units)):
+        yield torch.tensor(ranks)
+
+
+__all__ = ["Rows", "sequence_key"]
