@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
-DEFAULTS = {"max_new_tokens": 256, "max_denoising_steps": 256, "temperature": 1.0, "top_p": 1.0}
+DEFAULTS = {"max_new_tokens": 256, "max_denoising_steps": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
+SAMPLING_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "seed": None}  # and the values that change nothing
 SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 OPTIONS = (*DEFAULTS, "max_length", "seed", "return_dict_in_generate", *SPECIAL_TOKENS)
 METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
@@ -21,6 +22,9 @@ class PrimeV2GenerationConfig(GenerationConfig):
     max_length: tokens of the output, prompt and suffix included; read only without max_new_tokens.
     max_denoising_steps: N, the steps that the reveals are spread over, 256 by default. The network runs at most once a
         step and at most once a unit; more steps draw fewer tokens at once, independently of each other.
+    do_sample: True, also by default: draw from the model. False: the deterministic decode (`GreedyProcess`), which has
+        no temperature, top_p or seed. Such an option beside do_sample=False is refused; one that a config sets beneath
+        the call or config that says do_sample=False is ignored.
     temperature: the logits' divisor, > 0; 1.0 by default. top_p: nucleus mass in (0, 1]; 1.0, all of it, by default.
     seed: all draws are a function of it and the row's content; None draws one from torch's global generator.
     return_dict_in_generate: return a `PrimeV2GenerationOutput`; False by default.
@@ -32,6 +36,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
     max_new_tokens: int | None
     max_length: int | None
     max_denoising_steps: int | None
+    do_sample: bool | None
     temperature: float | None
     top_p: float | None
     seed: int | None
@@ -64,7 +69,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not _is_integer(value) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1; use {DEFAULTS.get(name, 256)}")
-        self._validate_numbers()
+        self._validate_sampling()
         if self.return_dict_in_generate not in (None, True, False):
             raise ValueError(f"return_dict_in_generate={self.return_dict_in_generate!r} must be True or False")
         if self.seed is not None and not _is_integer(self.seed):
@@ -76,14 +81,24 @@ class PrimeV2GenerationConfig(GenerationConfig):
             if not all(_is_integer(each) and each >= 0 for each in ids):
                 raise ValueError(f"{name}={value!r} must be a token id, an integer of at least 0, or None")
 
-    def _validate_numbers(self) -> None:
+    def _validate_sampling(self) -> None:
+        if self.do_sample is not None and not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
+        given = [name for name, idle in SAMPLING_OPTIONS.items() if getattr(self, name) not in (None, idle)]
+        if self.do_sample is False and given:
+            named = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(
+                f"do_sample=False, the deterministic decode, has no use for {named}; leave {', '.join(given)} out, or "
+                f"give do_sample=True"
+            )
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ValueError(f"{name}={value!r} must be a number; use 1.0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} must be positive and finite; use 1.0, or 0.01 for nearly greedy draws"
+                f"temperature={self.temperature} must be positive and finite; use 1.0, or do_sample=False without a "
+                f"temperature, the deterministic decode"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is outside (0, 1]; use 1.0 to keep every token")
@@ -112,10 +127,10 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
             _override(merged, given)
     _override(merged, kwargs)
     options = PrimeV2GenerationConfig(**merged)
-    for name in ("max_denoising_steps", "temperature", "top_p"):
+    for name in ("max_denoising_steps", "do_sample", "temperature", "top_p"):
         if getattr(options, name) is None:
             setattr(options, name, DEFAULTS[name])
-    if options.seed is None:
+    if options.seed is None and options.do_sample:
         options.seed = int(torch.randint(2**62, ()))
     eos, vocab_size = options.eos_token_id, model.config.vocab_size
     options.eos_token_id = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -129,11 +144,17 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
 
 
 def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
-    """Update in place; a length given here under one of its two names replaces an earlier one under the other."""
+    """Update in place; a length given here under one of its two names replaces an earlier one under the other.
+
+    do_sample=False given here takes away the sampling options given earlier.
+    """
     if given.get("max_new_tokens") is not None:
         merged.pop("max_length", None)
     elif given.get("max_length") is not None:
         merged.pop("max_new_tokens", None)
+    if given.get("do_sample") is False:
+        for name in SAMPLING_OPTIONS:
+            merged.pop(name, None)
     merged.update(given)
 
 

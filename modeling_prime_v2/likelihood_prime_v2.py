@@ -54,6 +54,8 @@ class PrimeV2LogLikelihood(ModelOutput):
     value may exceed the log-likelihood and must not be turned into a perplexity.
     `num_scored` (B,): tokens scored, the divisor of nats per token. A stderr of 0 says that nothing was drawn: every
     mask was summed over, or the method is "chain".
+    `degrees` (B,) float64: effective degrees of freedom behind stderr; the 95% interval is value +- the 97.5% point of
+    Student's t with so many times stderr (`prime_v2.eval.likelihood.interval`). Infinite where nothing was drawn.
     `draws`: on request, B tensors (K,) float64 whose mean is `value` (for "orders" to first order), K = 1 where
     nothing was drawn; of sequences with equal keys they are common random numbers (`paired_difference`).
     """
@@ -63,6 +65,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     num_forward: Tensor | None = None
     num_scored: Tensor | None = None
     is_bound: bool | None = None
+    degrees: Tensor | None = None
     draws: list[Tensor] | None = None
 
 
@@ -108,15 +111,14 @@ def log_likelihood(
     num_scored = torch.zeros(len(input_ids), dtype=torch.long)
     for i, _, scored in sequences:
         num_scored[i] = scored.sum()
-    draws, value, stderr = zip(*map(plan.summarise, nats, num_scored.tolist()), strict=True)
-    value, stderr = torch.stack(value), torch.stack(stderr)
+    draws, value, stderr, degrees = zip(*map(plan.summarise, nats, num_scored.tolist()), strict=True)
+    value, stderr, degrees = torch.stack(value), torch.stack(stderr), torch.tensor(degrees, dtype=torch.double)
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0])
         raise NotFiniteError(row, float(value[row]))
     num_forward = torch.tensor([len(each) for each in nats])
-    return PrimeV2LogLikelihood(
-        value, stderr, num_forward, num_scored, plan.is_bound, list(draws) if return_draws else None
-    )
+    kept = list(draws) if return_draws else None
+    return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, plan.is_bound, degrees, kept)
 
 
 class _Plan:
@@ -156,8 +158,8 @@ class _Plan:
             return all_mask_rows(ids, scored, sequence, self.order)
         return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key)
 
-    def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor x nats (R,) of one sequence's rows to (draws (K,), value, standard error), float64."""
+    def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Factor x nats (R,) of one sequence's rows to (draws (K,), value, standard error, degrees), float64."""
         nothing_drawn, zero = self.draws_nothing(num_tokens), nats.new_zeros(())
         if self.method == "orders":
             log_p = -nats.view(-1, num_tokens * self.order.units_per_token).sum(1)  # (K,)
@@ -165,16 +167,13 @@ class _Plan:
             if not nothing_drawn:
                 ratios = (log_p - value).exp()  # of mean 1
                 spread = ratios.std() if len(log_p) > 1 else zero + torch.nan
-                return (
-                    value + ratios - 1,
-                    value,
-                    spread / math.sqrt(len(log_p)),
-                )  # of the log of a mean, to first order
+                stderr = spread / math.sqrt(len(log_p))  # of the log of a mean, to first order
+                return value + ratios - 1, value, stderr, len(log_p) - 1
         else:
             value = -nats.sum() if nothing_drawn else -nats.mean()
             if not nothing_drawn:
-                return -nats, value, stratified_stderr(nats)
-        return value.unsqueeze(0), value, zero
+                return -nats, value, stratified_stderr(nats), stratified_degrees(nats)
+        return value.unsqueeze(0), value, zero, math.inf
 
 
 def stratified_stderr(draws: Tensor) -> Tensor:
@@ -186,8 +185,30 @@ def stratified_stderr(draws: Tensor) -> Tensor:
     """
     if len(draws) < 2:
         return draws.new_full((), torch.nan)
-    squares = draws.diff().square()
-    return (squares.sum() / 2 + (squares[0] + squares[-1]) / 4).sqrt() / len(draws)
+    return _weighted_squares(draws).sum().sqrt() / len(draws)
+
+
+def stratified_degrees(draws: Tensor) -> float:
+    """Effective degrees of freedom of `stratified_stderr`, at least 1; NaN for one draw.
+
+    Satterthwaite's sum (Biometrics Bulletin 2, 1946), 2/3 (sum of v)^2 / sum of v^2 over the strata's variances v,
+    2/3 because neighbouring differences share a draw; from squared differences v^2 is three times too large, so 2.
+    Draws that hide few units weigh much: the degrees are far fewer than the draws.
+    """
+    if len(draws) < 2:
+        return math.nan
+    squares = _weighted_squares(draws)
+    if not squares.any():
+        return math.inf
+    return max(1.0, float(2 * squares.sum().square() / squares.square().sum()))
+
+
+def _weighted_squares(draws: Tensor) -> Tensor:
+    squares = draws.diff().square() / 2
+    first, last = squares[0] / 2, squares[-1] / 2
+    squares[0] += first
+    squares[-1] += last
+    return squares
 
 
 def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:

@@ -83,7 +83,7 @@ def test_ids_outside_the_vocabulary_may_stand_in_padding():
 def test_drawing_in_chunks_changes_nothing(monkeypatch):
     model, prompt = small_model(), prompts(3, 4)
     whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4)
-    monkeypatch.setattr("prime_v2.generation_prime_v2.DRAW_ELEMENTS", 100)
+    monkeypatch.setattr("prime_v2.denoising_prime_v2.DRAW_ELEMENTS", 100)
     assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4))
 
 
@@ -385,7 +385,14 @@ BAD_OPTIONS = [
     ({"top_k": 5}, "top_k=5 is not an option of this model's generate.*the nearest is top_p"),
     ({"max_steps": 5}, "max_steps=5 is not an option.*the nearest is max_denoising_steps"),
     ({"num_beams": 5}, "num_beams=5 is not an option"),
-    ({"do_sample": True}, "do_sample=True is not an option"),
+    ({"temperature": 0}, "or do_sample=False without a temperature, the deterministic decode"),
+    ({"do_sample": "no"}, "do_sample='no' must be True or False"),
+    ({"do_sample": 0}, "do_sample=0 must be True or False"),
+    (
+        {"do_sample": False, "temperature": 0},
+        "do_sample=False, the deterministic decode, has no use for temperature=0",
+    ),
+    ({"do_sample": False, "top_p": 0.9, "seed": 3}, r"no use for top_p=0\.9, seed=3; leave top_p, seed out"),
 ]
 
 

@@ -45,6 +45,7 @@ with torch.no_grad():
     for name, each in {"model": model, "masked_lm": masked_lm, "again": model_again}.items():
         tensors[name] = each(**batch).logits
         tensors[f"{name}_generated"] = each.generate(ids[:, :4], max_new_tokens=6, seed=3)
+        tensors[f"{name}_greedy"] = each.generate(ids[:, :4], max_new_tokens=6, do_sample=False)
 noise = {"noise_keys": torch.arange(1), "noise_levels": torch.tensor([0.5], dtype=torch.double)}
 tensors["loss"] = model(**batch, labels=ids, **noise).loss.detach()
 tensors["log_likelihood"] = model.log_likelihood(ids, num_samples=4).value
@@ -144,8 +145,10 @@ def test_logits_loss_and_likelihood_are_those_of_this_process(found, saved):
 def test_a_seed_generates_the_same_text_there(found, saved):
     _, tensors, _ = found
     expected = saved[1].generate(tensors["ids"][:, :4], max_new_tokens=6, seed=3)
+    greedy = saved[1].generate(tensors["ids"][:, :4], max_new_tokens=6, do_sample=False)
     for name in ("model", "masked_lm", "again"):
         assert torch.equal(tensors[f"{name}_generated"], expected)
+        assert torch.equal(tensors[f"{name}_greedy"], greedy)
 
 
 def test_tokenizer_and_model_agree_on_the_digits(found, saved):
