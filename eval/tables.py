@@ -1,6 +1,6 @@
 """Tables of README.md and docs/, generated from the records in results/.
 
-    python -m prime_v2.eval.tables README.md docs/results.md        # rewrite the tables in place
+    python -m prime_v2.eval.tables README.md docs/paper_loss.md     # rewrite the tables in place
     python -m prime_v2.eval.tables --check README.md                # exit status 1 when a table is out of date
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
@@ -104,10 +104,41 @@ def entropy_table(results: Path) -> str:
     return markdown(heads, rows) + f"\n{_conditions(record)}"
 
 
+def paper_loss_table(results: Path) -> str:
+    """Entropy, bounds and the paper's loss of the optimal denoiser (docs/paper_loss.py), unshuffled and shuffled."""
+    record = read_record(results / "paper_loss.json")
+    names = {"two_tokens": "two tokens, k = {}", "zipf": "Zipf, 4,096 tokens", "sequences": "three tokens of 16"}
+    forms: dict[tuple, list[dict[str, Any]]] = {}  # a law with a base, one line of the table each
+    for row in record["results"]["rows"]:
+        if row["differing_digits"] in (None, 1, 2, 6, 12):  # the others are in the figure
+            forms.setdefault((row["law"], row["differing_digits"], row["base"]), []).append(row)
+    rows = []
+    for (law, k, base), form in forms.items():
+        loss = {row["shuffle_ratio"]: row for row in form if row["method"] == "token_objective"}
+        bounds = [row["nats_per_token"] for row in form if row["is_bound"] and row["method"] != "token_objective"]
+        note = " (a bound here)" if loss[0.0]["is_bound"] else ""
+        shuffled = "–" if 1.0 not in loss else "{nats_per_token:.4f} [{lowest:.4f}, {highest:.4f}]".format(**loss[1.0])
+        rows.append(
+            [
+                names[law].format(k),
+                str(base),
+                str(form[0]["num_subtokens"]),
+                f"{form[0]['entropy']:.4f}",
+                " to ".join(sorted({f"{nats:.4f}" for nats in bounds})),
+                f"{loss[0.0]['nats_per_token']:.4f}{note}",
+                shuffled,
+            ]
+        )
+    shuffles = max(row["shuffles"] for row in record["results"]["rows"])
+    heads = ["law", "b", "S", "entropy", "every bound", "paper's loss", f"shuffled, mean [range] of {shuffles}"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "training": training_table,
     "training_step": step_table,
     "entropy": entropy_table,
+    "paper_loss": paper_loss_table,
 }
 
 
@@ -118,7 +149,8 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 def _conditions(record: dict[str, Any]) -> str:
     machine = record["machine"]
-    where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    where = machine["accelerator"] or f"{machine['processor']}, {threads}"
     return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}, seed {record['seed']}).\n"
 
 
