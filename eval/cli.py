@@ -113,17 +113,6 @@ def top(version: Annotated[bool, typer.Option("--version", help="Show the versio
         raise typer.Exit
 
 
-class Method(StrEnum):
-    """Methods of `log_likelihood`."""
-
-    subtoken = "subtoken"
-    token = "token"
-    nested = "nested"
-    chain = "chain"
-    orders = "orders"
-    token_objective = "token_objective"
-
-
 class ShuffleDomain(StrEnum):
     """What the index shuffle permutes."""
 
@@ -132,14 +121,11 @@ class ShuffleDomain(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its name on the Hub.")]
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="Text: a .txt, .jsonl or .parquet file, a folder of them, a Hub data set name[:config], or docs (the "
-        "documentation of the installed Python packages).",
-    ),
-]
+SOURCE_HELP = (
+    "Text: a .txt, .jsonl or .parquet file, a folder of them, a Hub data set name[:config], or docs (the "
+    "documentation of the installed Python packages)."
+)
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Split = Annotated[
     str | None,
     typer.Option(
@@ -176,6 +162,10 @@ def generate(
     temperature: Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the samples repeatable.")] = None,
+    greedy: Annotated[
+        bool | None,
+        typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
+    ] = None,
     num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to draw.")] = 1,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
@@ -193,23 +183,64 @@ def generate(
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
+        "do_sample": None if greedy is None else not greedy,
     }
     run_generate(model, prompt, suffix, options, num_samples, watch, as_json, device, dtype)
+
+
+PplSource = Annotated[
+    str | None, typer.Argument(metavar="SOURCE", help=f"{SOURCE_HELP} Absent with --suite.", show_default=False)
+]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Score a suite of texts: zero-shot (OpenWebText, LAMBADA, WikiText, PTB, LM1B, AG News, ArXiv).",
+    ),
+]
+SuiteData = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Read the suite from DIR/SET.txt, .jsonl or .parquet or a folder DIR/SET, nothing from the Hub; sets "
+        "that are not there are skipped.",
+    ),
+]
+Only = Annotated[list[str] | None, typer.Option(metavar="SET", help="One set of the suite; repeatable.")]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODEL", help="Another model, for a table of all on the same windows; repeatable."),
+]
+Window = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens a window [default: the smallest limit of the models].")
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens scored a window, given those before them [default: all of it]."),
+]
+PplMethod = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
+        "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound. A causal model "
+        "has causal alone, its exact likelihood, and keeps it beside diffusion models.",
+        show_default="the bound of the order that the model was trained with",
+    ),
+]
 
 
 @app.command(cls=_Command, short_help="Bound the likelihood, perplexity and bits per byte of text.")
 def ppl(
     model: Model,
-    source: Source,
-    method: Annotated[
-        Method | None,
-        typer.Option(
-            metavar="NAME",
-            help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
-            "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound.",
-            show_default="the bound of the order that the model was trained with",
-        ),
-    ] = None,
+    source: PplSource = None,
+    suite: Suite = None,
+    data: SuiteData = None,
+    only: Only = None,
+    also: Also = None,
+    window: Window = None,
+    stride: Stride = None,
+    method: PplMethod = None,
     num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Noise draws per sequence.")] = 8,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
     split: Split = None,
@@ -220,12 +251,27 @@ def ppl(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Bound the likelihood of text: nats per token, perplexity, bits per byte, each with its error."""
-    from prime_v2.eval.commands_score import TextSource, run_ppl
+    """Bound the likelihood of text: nats per token, perplexity, bits per byte, each with its error.
 
-    text = TextSource(source, split, text_field, max_documents)
-    chosen = None if method is None else method.value
-    run_ppl(model, text, chosen, num_samples, seed, device, dtype, as_json, output)
+    MODEL and those of --also are Prime-v2 or causal models (AutoModelForCausalLM).
+
+    \b
+    prime-v2 ppl MODEL my_text.txt
+    prime-v2 ppl MODEL my_text.txt --also gpt2 --window 512
+    prime-v2 ppl MODEL --suite zero-shot --also gpt2 --output suite.json
+    """
+    from prime_v2.eval.commands_score import Scoring, SuiteSource, TextSource, run_ppl
+
+    scoring = Scoring(method, num_samples, seed, window, stride, device, dtype)
+    text = None if source is None else TextSource(source, split, text_field, max_documents)
+    suite_text = None if suite is None else SuiteSource(suite, data, only or [], max_documents)
+    if (text is None) == (suite_text is None):
+        raise ValueError("give either a SOURCE or --suite NAME" if text else "Missing argument 'SOURCE', or --suite")
+    if suite_text is None and (data or only):
+        raise ValueError("--data and --only belong to a suite; add --suite zero-shot")
+    if suite_text is not None and (split or text_field != "text"):
+        raise ValueError("--split and --text-field belong to a SOURCE; a suite knows those of its sets")
+    run_ppl([model, *(also or [])], text or suite_text, scoring, as_json, output)
 
 
 @app.command(cls=_Command, short_help="Sub-token entropy of text (the paper's Table 1).")
@@ -249,6 +295,75 @@ def entropy(
 
     text = TextSource(source, split, text_field, max_documents)
     run_entropy(text, tokenizer, shuffle_seed, shuffle_domain.value, as_json, output)
+
+
+TaskSplit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]SPLIT",
+        help="Score train, validation or test, of all tasks or of TASK; repeatable [default: test, or validation "
+        "without one].",
+    ),
+]
+
+
+@app.command(
+    "eval",
+    cls=_Command,
+    short_help="Score benchmark tasks with lm-eval.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
+)
+def evaluate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] LM_EVAL_OPTIONS",
+            help="MODEL first, a folder or Hub name, is short for --model_args pretrained=MODEL. Then any options of "
+            "lm_eval; -h shows them all. --tasks knows two more names: paper, for the eight tasks of the paper, and "
+            "anli. --model is prime_v2 unless another is named. ls and validate instead of MODEL are lm_eval's.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Read questions from DIR/TASK/SPLIT.jsonl, nothing from the Hub."),
+    ] = None,
+    split: TaskSplit = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Score benchmark tasks by lm-eval's own command line, with the model prime_v2 registered.
+
+    \b
+    prime-v2 eval MODEL --tasks sciq,boolq,arc_easy --limit 100
+    prime-v2 eval --model_args pretrained=MODEL,seed=1 --tasks paper --data my_data/ --output eval.json
+    prime-v2 eval MODEL --tasks gsm8k --output_path results/ --log_samples
+
+    The table is lm-eval's, with standard errors.
+    """
+    from prime_v2.eval.commands_eval import run_eval
+
+    run_eval(arguments or [], data, split or [], as_json, output)
+
+
+@app.command(cls=_Command, short_help="Write lm-eval task files that read JSONL folders.")
+def tasks(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with a folder of JSONL files for each task.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the task files.")],
+    only: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="TASK,...", help="Tasks to write [default: all that DATA has files of]."),
+    ] = None,
+    split: TaskSplit = None,
+    as_json: Json = False,
+) -> None:
+    """Write lm-eval task files that read JSONL folders: lm_eval --include_path OUT then needs no network.
+
+    Names and prompts of the tasks are lm-eval's; docs/lm_eval.md has the form of DATA.
+    """
+    from prime_v2.eval.commands_eval import run_tasks
+
+    run_tasks(data, out, only, split or [], as_json)
 
 
 @app.command(cls=_Command, short_help="Write a model's card from the record of its run.")

@@ -39,7 +39,10 @@ def run_generate(
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(model_name, device, dtype)
     options = {name: value for name, value in options.items() if value is not None}
-    options.setdefault("seed", random.SystemRandom().randrange(2**31))
+    if options.get("do_sample", model.generation_config.do_sample) is not False:
+        options.setdefault("seed", random.SystemRandom().randrange(2**31))
+    elif num_samples > 1:
+        raise ValueError(f"--greedy has one result, not --num-samples {num_samples}; leave one of the two out")
     input_ids, suffix_ids = _prompt_ids(model, tokenizer, prompt, num_samples), _ids(tokenizer, suffix, num_samples)
     call = {"suffix_ids": suffix_ids, "return_dict_in_generate": True, **options}
     if watch and sys.stdout.isatty():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 
 from prime_v2.eval.commands_shared import check_new_file, progress_bar, quiet_libraries
 from prime_v2.eval.records import make_record, write_json
+from prime_v2.eval.suites import SetOfDocuments, nearest, read_suite, sets_trained_on
 from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
 
 SIDES = ("train", "dev", "test")
+RUN_FILE = "run.json"  # of train.py
 
 
 @dataclass
@@ -44,14 +47,20 @@ def _shares(run_folder: str | None) -> dict[str, Any]:
     """Arguments of `split_of` from the run.json of a run; without a run, none: its defaults."""
     if run_folder is None:
         return {}
-    path = Path(run_folder) / "run.json"
-    if not path.is_file():
+    options = _run_options(run_folder)
+    if not options:
+        path = Path(run_folder) / RUN_FILE
         raise ValueError(
             f"--split needs {path}, which says what {run_folder} was trained on; give the folder that train.py wrote, "
             f"or leave --split out"
         )
-    options = json.loads(path.read_text(encoding="utf-8"))
     return {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
+
+
+def _run_options(run_folder: str) -> dict[str, Any]:
+    """The options that train.py wrote beside a model; none where it did not."""
+    path = Path(run_folder) / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def counted(documents: Iterator[str], show: Any) -> Iterator[str]:
@@ -61,34 +70,70 @@ def counted(documents: Iterator[str], show: Any) -> Iterator[str]:
         yield document
 
 
+@dataclass
+class SuiteSource:
+    """A suite of texts as the command line names it."""
+
+    suite: str
+    data: Path | None
+    only: list[str]
+    max_documents: int | None
+
+
+@dataclass
+class Scoring:
+    """How `ppl` scores: options of `score_text`, None for their defaults, and where and in what the models run."""
+
+    method: str | None
+    num_samples: int
+    seed: int
+    window: int | None
+    stride: int | None
+    device: str | None
+    dtype: str | None
+
+    def options(self) -> dict[str, Any]:
+        """Of `score_text`, but for the method, which each model has its own of."""
+        return {"num_samples": self.num_samples, "seed": self.seed, "window": self.window, "stride": self.stride}
+
+
 def run_ppl(
-    model_name: str,
-    text: TextSource,
-    method: str | None,
-    num_samples: int,
-    seed: int,
-    device: str | None,
-    dtype: str | None,
-    as_json: bool,
-    output: Path | None,
+    models: list[str], text: TextSource | SuiteSource, scoring: Scoring, as_json: bool, output: Path | None
 ) -> None:
-    """Score a text and print, and perhaps record, the result."""
+    """Score one text with one model, or make a table of texts and models; print and perhaps record the result."""
+    from huggingface_hub.utils import logging
+
     check_new_file(output)
     quiet_libraries()
-    documents = text.documents("test", model_name)
-    from prime_v2.eval.loading import load_model_and_tokenizer
-    from prime_v2.eval.perplexity import score_text
-    from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER
+    logging.set_verbosity_error()  # each retry of a hub that cannot be reached is a warning
+    if len(set(models)) < len(models):
+        raise ValueError(f"{next(each for each in models if models.count(each) > 1)} is given twice; once will do")
+    results: dict[str, Any]
+    if isinstance(text, TextSource) and len(models) == 1:
+        results = _score_one(models[0], text, scoring)
+        shown, name = "" if as_json else render_score(results["evaluation"]), "ppl"
+    else:
+        results = _score_table(models, text, scoring)
+        shown, name = "" if as_json else render_table(results), "ppl_table"
+    if output is not None:
+        write_json(output, make_record(name, results, seed=scoring.seed))
+    print(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown)
 
-    model, tokenizer = load_model_and_tokenizer(model_name, device, dtype)
-    method = method or BOUND_OF_ORDER[model.config.reveal_order]
+
+def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
+    documents = text.documents("test", model_name)
+    from prime_v2.eval.loading import load_scorer
+    from prime_v2.eval.perplexity import score_text
+
+    method = _methods([model_name], scoring.method)[0]
+    model, tokenizer = load_scorer(model_name, scoring.device, scoring.dtype)
     with progress_bar("reading documents") as show:
         kept = list(counted(documents, show))
     started = time.monotonic()
     with progress_bar("scoring sequences") as show:
-        score = score_text(model, tokenizer, kept, method=method, num_samples=num_samples, seed=seed, progress=show)
-    results = {
-        "model": Path(model_name).name if Path(model_name).exists() else model_name,
+        score = score_text(model, tokenizer, kept, method=method, progress=show, **scoring.options())
+    return {
+        "model": _labels([model_name])[0],
         "source": text.source,
         "split": text.split,
         "max_documents": text.max_documents,
@@ -97,17 +142,96 @@ def run_ppl(
         "seconds": time.monotonic() - started,
         "evaluation": score,
     }
-    if output is not None:
-        write_json(output, make_record("ppl", results, seed=seed))
-    print(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render_score(score))
+
+
+def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Scoring) -> dict[str, Any]:
+    """Rows of set x model: flat dictionaries of `score_text`'s numbers; all models on windows of one length."""
+    from prime_v2.eval.loading import load_config, load_scorer
+    from prime_v2.eval.perplexity import score_text, window_and_stride
+
+    methods, labels = _methods(models, scoring.method), _labels(models)
+    window, stride = window_and_stride([load_config(each) for each in models], scoring.window, scoring.stride)
+    sets, skipped = _read_sets(text, models[0])
+    rows, about = [], []
+    for name, label, method in zip(models, labels, methods, strict=True):
+        model, tokenizer = load_scorer(name, scoring.device, scoring.dtype)
+        about.append({"name": label, "model_type": model.config.model_type, "method": method})
+        about[-1] |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        if isinstance(text, SuiteSource):
+            trained_on = sets_trained_on(text.suite, _run_options(name))
+            about[-1]["trained_on"] = [each.name for each in sets if each.name in trained_on]
+        for each in sets:
+            started = time.monotonic()
+            options = scoring.options() | {"window": window, "stride": stride}
+            try:
+                with progress_bar(f"{label}, {each.name}") as show:
+                    score = score_text(model, tokenizer, each.documents, method=method, progress=show, **options)
+            except ValueError as error:
+                raise ValueError(f"{label} on {each.name}: {error}") from error
+            rows.append({"set": each.name, "model": label, **score, "seconds": time.monotonic() - started})
+        del model, tokenizer  # before the next one is loaded
+    names = [each.name for each in sets]
+    return {
+        "suite": text.suite if isinstance(text, SuiteSource) else None,
+        "max_documents": text.max_documents,
+        "window": window,
+        "stride": stride,
+        "models": about,
+        "sets": [each.description() for each in sets],
+        "skipped": skipped,
+        "rows": sorted(rows, key=lambda row: names.index(row["set"])),
+    }
+
+
+def _read_sets(text: TextSource | SuiteSource, run_folder: str) -> tuple[list[SetOfDocuments], list[dict[str, str]]]:
+    with progress_bar("reading documents") as show:
+        if isinstance(text, SuiteSource):
+            return read_suite(text.suite, text.data, only=text.only, max_documents=text.max_documents, progress=show)
+        kept = list(counted(text.documents("test", run_folder), show))
+        local = Path(text.source).expanduser()
+        name = local.name if local.exists() else text.source
+        return [SetOfDocuments(name, ", ".join(filter(None, [name, text.split])), kept)], []
+
+
+def _methods(models: list[str], asked: str | None) -> list[str]:
+    """The method of each model. asked: None for each model's own; otherwise that of the diffusion models.
+
+    Raises ValueError for an unknown method and for one that no model here, or one of them, cannot have.
+    """
+    from prime_v2.eval.causal import METHOD, check_method
+    from prime_v2.eval.loading import is_causal, load_config
+    from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS
+
+    if asked is not None:
+        nearest("--method", asked, [*METHODS, METHOD])
+    causal = [is_causal(each) for each in models]
+    if asked not in (None, METHOD) and all(causal):
+        check_method(asked)
+    if asked == METHOD and not all(causal):
+        raise ValueError(
+            f"method={METHOD!r} is for causal models; {models[causal.index(False)]} is a diffusion model and has "
+            f"{', '.join(METHODS)}"
+        )
+    own = [METHOD if is_one else asked for is_one, name in zip(causal, models, strict=True)]
+    return [each or BOUND_OF_ORDER[load_config(name).reveal_order] for each, name in zip(own, models, strict=True)]
+
+
+def _labels(models: list[str]) -> list[str]:
+    """Names for a record: of a folder its own, with as many folders above as tell the models apart."""
+    paths = [Path(os.path.abspath(Path(each).expanduser())) for each in models]
+    parts = [path.parts if path.exists() else (name,) for path, name in zip(paths, models, strict=True)]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-count:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError(f"{models[-1]} is given twice; once will do")
 
 
 def render_score(score: dict[str, Any]) -> str:
     """A `score_text` result as text: a bound as a bound, and no perplexity from what is none."""
     stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-    is_exact = score["method"] == "chain"
-    sign = "=" if is_exact else "≤"
-    kind = "exact, left to right" if is_exact else "bound" if score["is_bound"] else "not a bound"
+    sign = "=" if score["is_exact"] else "≤"
+    kind = "exact, left to right" if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
     number = score.get("num_documents")
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
@@ -126,6 +250,45 @@ def render_score(score: dict[str, Any]) -> str:
         part = f", at most {min(errors):.4f} nats/token of the error" if len(errors) == 2 else ""
         lines.append(("draws", f"{score['num_samples']} a sequence{part}"))
     return "\n".join(f"{name:<17}{value}" for name, value in lines)
+
+
+def render_table(results: dict[str, Any]) -> str:
+    """A table of sets and models: bounds with ≤, exact values with =, and no perplexity from what is neither."""
+    heads = ["set", "model", "nats/token", "perplexity", "bits/byte", "tokens", "draws", "method"]
+    lines = [heads, *(_table_row(row) for row in results["rows"])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    shown = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    windows = f"windows of {results['window']:,} tokens"
+    if results["stride"] < results["window"]:
+        windows += f", the last {results['stride']:,} of them scored"
+    shown.append(f"\n{windows}; = exact, ≤ bound; ± and [ ] are 95% intervals over windows and draws")
+    totals = {(row["set"], row["num_tokens"]) for row in results["rows"]}
+    if len(totals) > len(results["sets"]):
+        shown.append("the models' tokenizers differ: compare bits/byte, not nats/token or perplexity")
+    shown += [
+        f"{each['name']} was trained on {name}, which is not held out for it"
+        for each in results["models"]
+        for name in each.get("trained_on", [])
+    ]
+    shown += [f"skipped {each['name']}: {each['reason']}" for each in results["skipped"]]
+    return "\n".join(shown)
+
+
+def _table_row(row: dict[str, Any]) -> list[str]:
+    sign = "=" if row["is_exact"] else "≤" if row["is_bound"] else " "
+    error = "" if row["stderr"] is None else f" ± {(row['nats_per_token_interval_95'][1] - row['nats_per_token']):.4f}"
+    cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{error}"]
+    for name, digits in (("perplexity", 2), ("bits_per_byte", 4)):
+        if name not in row:
+            cells.append("-")
+            continue
+        interval = row[f"{name}_interval_95"]
+        spread = "" if interval is None else " [{:,.{digits}f}, {:,.{digits}f}]".format(*interval, digits=digits)
+        cells.append(f"{sign} {row[name]:,.{digits}f}{spread}")
+    method = row["method"] if row["is_bound"] else f"{row['method']} (no bound)"
+    return [*cells, f"{row['num_tokens']:,}", str(row["num_samples"] or "none"), method]
 
 
 def _interval(score: dict[str, Any], name: str, digits: int) -> str:
@@ -169,4 +332,4 @@ def run_entropy(
         print(render_table(rows))
 
 
-__all__ = ["TextSource", "render_score", "run_entropy", "run_ppl"]
+__all__ = ["Scoring", "SuiteSource", "TextSource", "render_score", "render_table", "run_entropy", "run_ppl"]

@@ -1,6 +1,6 @@
 """Load a checkpoint and its tokenizer for the command line, with one clear sentence for whatever is wrong with it.
 
-A checkpoint of another model type is refused, so the package's own classes load it and no code of the checkpoint runs.
+No code of the checkpoint runs: its classes are this package's, or, for a causal model to compare with, Transformers'.
 """
 
 import json
@@ -28,11 +28,69 @@ def load_model_and_tokenizer(
     Raises ValueError for a path that does not exist, a folder without configuration, weights or tokenizer, a foreign
     model type, weights that do not fit, and a tokenizer whose code table differs from the model's.
     """
+    device, dtype = _choose(device, dtype)
+    place = _locate(path_or_repo)
+    _check_type(place, causal=False)
+    return _load_prime(place, device, dtype)
+
+
+def load_scorer(
+    path_or_repo: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Any, Any]:
+    """(what has `log_likelihood`, its tokenizer): `load_model_and_tokenizer`, or a `CausalScorer` of a causal model.
+
+    Raises ValueError for what that refuses, and for a causal model that `CausalScorer` refuses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from prime_v2.eval.causal import CausalScorer
+
+    device, dtype = _choose(device, dtype)
+    place = _locate(path_or_repo)
+    if not is_causal(place):
+        return _load_prime(place, device, dtype)
+    model = _load_weights(AutoModelForCausalLM, place, dtype).to(device).eval()
+    tokenizer = load_tokenizer(place)
+    try:
+        return CausalScorer(model, tokenizer), tokenizer
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def is_causal(path_or_repo: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint holds a causal language model of Transformers; False for one of Prime-v2.
+
+    Reads its configuration alone. Raises ValueError where there is none, and for any other model type.
+    """
+    from prime_v2 import PrimeV2Config
+
+    return _check_type(_locate(path_or_repo), causal=True) != PrimeV2Config.model_type
+
+
+def load_config(path_or_repo: str | os.PathLike[str]) -> Any:
+    """The configuration of a checkpoint that `load_scorer` takes, without its weights."""
+    from transformers import AutoConfig
+
+    from prime_v2 import PrimeV2Config
+
+    place = _locate(path_or_repo)
+    make = AutoConfig if is_causal(place) else PrimeV2Config
+    return _loaded(lambda: make.from_pretrained(place, trust_remote_code=False), place, "a model")
+
+
+def _choose(device, dtype) -> tuple[torch.device, torch.dtype]:
     device, dtype = choose_device(device), dtype if dtype is None else choose_dtype(dtype)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    place = _locate(path_or_repo)
-    model = _load_model(place, dtype).to(device).eval()
+    return device, dtype
+
+
+def _load_prime(place: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    from prime_v2 import PrimeV2ForMaskedDiffusion
+
+    model = _load_weights(PrimeV2ForMaskedDiffusion, place, dtype).to(device).eval()
     tokenizer = load_tokenizer(place)
     check_same_table(model, tokenizer, place)
     return model, tokenizer
@@ -117,24 +175,38 @@ def _locate(path_or_repo: str | os.PathLike[str]) -> str:
     return place
 
 
-def _load_model(place: str, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
+def _check_type(place: str, causal: bool) -> str:
+    """The model type of a checkpoint; ValueError unless it is Prime-v2, or (`causal`) a causal one of Transformers."""
     from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
+    from prime_v2 import PrimeV2Config
 
     if Path(place).is_dir():
         _check_folder(Path(place))
     content, _ = _loaded(lambda: PreTrainedConfig.get_config_dict(place), place, "a model")
     model_type = content.get("model_type")
-    if model_type != PrimeV2Config.model_type:
+    if model_type != PrimeV2Config.model_type and not (causal and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        also = " and causal language models of Transformers, such as 'gpt2', are" if causal else " is"
         raise ValueError(
-            f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r} is supported"
+            f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r}{also} supported"
         )
+    return model_type
+
+
+def _load_weights(model_class: Any, place: str, dtype: torch.dtype) -> Any:
+    """A model of this class from its safetensors weights, every tensor of which must be there and fit."""
+    from safetensors import SafetensorError
+
     try:
         model, report = _loaded(
-            lambda: PrimeV2ForMaskedDiffusion.from_pretrained(
-                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            lambda: model_class.from_pretrained(
+                place,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             ),
             place,
             "a model",
@@ -189,4 +261,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")
 
 
-__all__ = ["choose_device", "choose_dtype", "load_model_and_tokenizer", "load_tokenizer"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "is_causal",
+    "load_config",
+    "load_model_and_tokenizer",
+    "load_scorer",
+    "load_tokenizer",
+]

@@ -1,6 +1,7 @@
 """Likelihood of text in nats per token, and the perplexity and bits per byte that follow where it is a bound.
 
-Everything is estimated by `model.log_likelihood`; this file adds it up over sequences and states how sure the sum is.
+Everything is estimated by `model.log_likelihood`, of a diffusion model or of a `CausalScorer`; this file cuts text
+into windows, adds up over them and states how sure the sum is (docs/perplexity.md).
 """
 
 import itertools
@@ -12,9 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prime_v2.likelihood_prime_v2 import NotFiniteError
+
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
+Windows = tuple[Tensor, Tensor | None]  # ids (N, L) int64; prompt_mask (N, L) bool, True for what is not scored
 
 NORMAL_95 = 1.959964  # 97.5% point of the standard normal
+EXACT_METHODS = ("chain", "causal")  # the log-likelihood itself, nothing drawn
 # Sequences of one call of `log_likelihood`: few enough for a progress bar that moves, enough to fill its passes.
 ROW_TOKENS_PER_CALL = 32768
 DOCUMENTS_PER_BATCH = 256
@@ -34,9 +39,10 @@ def score_blocks(
 
     method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of the text that all blocks cover.
     Keys of the result:
-        method, is_bound; num_tokens, num_sequences, num_samples (draws a sequence, 0 for "chain"), num_forward (rows
-            that the network ran)
+        method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
+            sequence, 0 where exact), num_forward (rows that the network ran)
         nats_per_token: -log p, or its upper bound where `is_bound`; otherwise it may be below -log p
+        nats_per_token_interval_95: from `stderr`, None without one
         stderr: standard error of nats_per_token over sequences taken as independent, which covers the choice of text
             and the draws; None for one sequence
         monte_carlo_stderr: of the draws alone, the text being fixed; rather too large than too small, and with few
@@ -45,10 +51,9 @@ def score_blocks(
     and only where `is_bound`:
         perplexity, perplexity_interval_95 (from `stderr`, None without one)
         text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given
-    Raises ValueError for no tokens, text_bytes < 1 and what `log_likelihood` refuses.
+    Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
-    ids = _as_ids(blocks)
-    return _score([ids], model, method, num_samples, seed, text_bytes, progress)
+    return _score([(_as_ids(blocks), None)], model, method, num_samples, seed, text_bytes, progress)
 
 
 def score_text(
@@ -59,20 +64,70 @@ def score_text(
     method: str = "subtoken",
     num_samples: int = 8,
     seed: int = 0,
+    window: int | None = None,
+    stride: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """As `score_blocks`, over documents of text: every token is scored once, bits per byte are over the text's bytes.
 
-    The documents are joined by EOS and cut into windows of max_position_embeddings tokens, each scored on its own; the
-    last one may be shorter. The EOS between documents are scored as well, and add no bytes. Adds `num_documents`.
-    Raises ValueError for text without a token and for several documents without an EOS token.
+    The documents are joined by EOS and cut by `cut_windows` into windows of `window` tokens [default: the model's
+    max_position_embeddings] every `stride` tokens [default: `window`]. The EOS between documents are scored as well,
+    and add no bytes. Adds `num_documents`, `window` and `stride`.
+    Raises ValueError for text without a token, several documents without an EOS token, and what `window_and_stride`
+    refuses.
     """
+    window, stride = window_and_stride([model.config], window, stride)
     ids, num_documents, text_bytes = encode_documents(tokenizer, documents, model.config.eos_token_id)
-    length = model.config.max_position_embeddings
-    whole = len(ids) // length * length
-    windows = [ids[:whole].view(-1, length), ids[whole:].unsqueeze(0)]
-    result = _score(windows, model, method, num_samples, seed, text_bytes, progress)
-    return {**result, "num_documents": num_documents}
+    result = _score(cut_windows(ids, window, stride), model, method, num_samples, seed, text_bytes, progress)
+    return {**result, "num_documents": num_documents, "window": window, "stride": stride}
+
+
+def window_and_stride(configs: Sequence[Any], window: int | None, stride: int | None) -> tuple[int, int]:
+    """The window and stride that all models of these configurations score a text with.
+
+    window: None is the smallest max_position_embeddings, so that models with different limits see equal windows.
+    stride: None is the window. Raises ValueError for a window below 1 or above a limit, a stride outside [1, window],
+    and no window where no configuration has a limit.
+    """
+    texts = [config.get_text_config() for config in configs]
+    limits = [limit for text in texts if (limit := getattr(text, "max_position_embeddings", None))]
+    if window is None and not limits:
+        raise ValueError("the model's configuration has no max_position_embeddings; give the window, e.g. 1024")
+    window = min(limits) if window is None else window
+    if window < 1 or window > min(limits, default=window):
+        most = f"between 1 and max_position_embeddings={min(limits)}" if limits else "at least 1"
+        raise ValueError(f"window={window} must be {most}")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride} must be between 1 and window={window}")
+    return window, stride
+
+
+def cut_windows(ids: Tensor, window: int, stride: int) -> list[Windows]:
+    """Windows over ids (T,) in which every token is scored exactly once: (ids (N, L), prompt_mask (N, L) or None).
+
+    A window begins every `stride` tokens and has `window` of them, the last one perhaps fewer. The first one scores
+    all its tokens; each later one scores those that no earlier window has, given the `window - stride` tokens before
+    them (prompt_mask True), so stride = window is disjoint windows and no prompt.
+    """
+    total, prompt = len(ids), window - stride
+    whole = ids.unfold(0, window, stride) if total >= window else ids.new_empty(0, window)  # (N, window)
+    # The first window, and those after it, differ in what they score; without a prompt they are one group.
+    first = len(whole) if prompt == 0 else min(1, len(whole))
+    start = len(whole) * stride
+    # After the last whole window; what it shares with that window is scored already.
+    last = ids[start:].unsqueeze(0) if total > start + (prompt if len(whole) else 0) else ids.new_empty(1, 0)
+    groups = [(whole[:first], False), (whole[first:], True), (last, bool(len(whole)))]
+    return [
+        (part, _prompt_mask(part, prompt) if prompt and has_prompt else None)
+        for part, has_prompt in groups
+        if part.numel()
+    ]
+
+
+def _prompt_mask(ids: Tensor, prompt: int) -> Tensor:
+    """(N, L) bool, True for the first `prompt` tokens of each row."""
+    return (torch.arange(ids.shape[1]) < prompt).expand(len(ids), -1)
 
 
 def encode_documents(tokenizer: Any, documents: Iterable[str], eos_token_id: Any = None) -> tuple[Tensor, int, int]:
@@ -114,42 +169,56 @@ def _as_ids(blocks: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
     return ids.long()
 
 
-def _score(windows: list[Tensor], model, method, num_samples, seed, text_bytes, progress) -> dict[str, Any]:
-    """The result of `score_blocks` for several (N, L) tensors of different L, some perhaps empty."""
+def _score(groups: list[Windows], model, method, num_samples, seed, text_bytes, progress) -> dict[str, Any]:
+    """The result of `score_blocks` for groups of windows of different lengths."""
     if text_bytes is not None and text_bytes < 1:
         raise ValueError(f"text_bytes={text_bytes} must be at least 1; leave it out where the bytes are not known")
-    windows = [ids for ids in windows if ids.numel()]
-    num_sequences, done = sum(len(ids) for ids in windows), 0
-    nats, variances, lengths, num_forward, is_bound = [], [], [], 0, None
-    for ids in windows:
-        rows = ids.shape[1] if method == "chain" else num_samples
+    num_sequences, done = sum(len(ids) for ids, _ in groups), 0
+    outputs = []
+    for ids, prompt_mask in groups:
+        rows = ids.shape[1] if method == "chain" else 1 if method in EXACT_METHODS else num_samples
         step = max(1, ROW_TOKENS_PER_CALL // max(1, rows * ids.shape[1]))
-        for part in ids.split(step):
-            output = model.log_likelihood(part.to(model.device), method=method, num_samples=num_samples, seed=seed)
-            nats.append(-output.value)
-            variances.append(output.stderr.square())
-            lengths.append(output.num_scored.double())
-            num_forward += int(output.num_forward.sum())
-            is_bound = output.is_bound
-            done += len(part)
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            options = {} if prompt_mask is None else {"prompt_mask": prompt_mask[part].to(model.device)}
+            try:
+                output = model.log_likelihood(
+                    ids[part].to(model.device), method=method, num_samples=num_samples, seed=seed, **options
+                )
+            except NotFiniteError as error:
+                raise ValueError(
+                    f"the log-likelihood of sequence {done + error.row} of {num_sequences} is no number: the "
+                    f"network's logits are not finite"
+                ) from None
+            outputs.append(output)
+            done += len(output.value)
             if progress is not None:
                 progress(done, num_sequences)
-    all_nats, all_lengths = torch.cat(nats), torch.cat(lengths)
-    num_tokens = int(all_lengths.sum())
-    mean = float(all_nats.sum()) / num_tokens
-    stderr = _ratio_stderr(all_nats, all_lengths)
-    counts = torch.cat([ids.flatten() for ids in windows]).bincount()
+    scored = torch.cat([ids.flatten() if mask is None else ids[~mask] for ids, mask in groups])
+    return _summary(outputs, scored, method, num_samples, text_bytes)
+
+
+def _summary(outputs: list[Any], scored: Tensor, method: str, num_samples: int, text_bytes) -> dict[str, Any]:
+    """The result of `score_blocks` from what `log_likelihood` gave; scored (T,): the token ids it is about."""
+    nats = -torch.cat([output.value for output in outputs])
+    lengths = torch.cat([output.num_scored for output in outputs]).double()
+    variance = torch.cat([output.stderr for output in outputs]).square().sum()
+    num_tokens, is_bound = int(lengths.sum()), bool(outputs[0].is_bound)
+    mean = float(nats.sum()) / num_tokens
+    stderr = _ratio_stderr(nats, lengths)
     result: dict[str, Any] = {
         "method": method,
-        "is_bound": bool(is_bound),
+        "is_bound": is_bound,
+        "is_exact": method in EXACT_METHODS,
         "nats_per_token": mean,
+        "nats_per_token_interval_95": _interval(mean, stderr, float),
         "stderr": stderr,
-        "monte_carlo_stderr": _finite(math.sqrt(float(torch.cat(variances).sum())) / num_tokens),
+        "monte_carlo_stderr": _finite(math.sqrt(float(variance)) / num_tokens),
         "num_tokens": num_tokens,
-        "num_sequences": num_sequences,
-        "num_samples": 0 if method == "chain" else num_samples,
-        "num_forward": num_forward,
-        "unigram_entropy": unigram_entropy(counts),
+        "num_sequences": len(nats),
+        "num_samples": 0 if method in EXACT_METHODS else num_samples,
+        "num_forward": sum(int(output.num_forward.sum()) for output in outputs),
+        "unigram_entropy": unigram_entropy(scored.bincount()),
     }
     if is_bound:
         result["perplexity"] = _exp(mean)
@@ -158,7 +227,7 @@ def _score(windows: list[Tensor], model, method, num_samples, seed, text_bytes, 
             bits_per_nat = num_tokens / (math.log(2) * text_bytes)
             result["text_bytes"] = int(text_bytes)
             result["bits_per_byte"] = mean * bits_per_nat
-            result["bits_per_byte_interval_95"] = _interval(mean, stderr, lambda nats: nats * bits_per_nat)
+            result["bits_per_byte_interval_95"] = _interval(mean, stderr, lambda value: value * bits_per_nat)
     return result
 
 
@@ -196,4 +265,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-__all__ = ["encode_documents", "score_blocks", "score_text", "unigram_entropy"]
+__all__ = [
+    "EXACT_METHODS",
+    "cut_windows",
+    "encode_documents",
+    "score_blocks",
+    "score_text",
+    "unigram_entropy",
+    "window_and_stride",
+]

@@ -77,8 +77,8 @@ def all_mask_rows(ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder
         hidden[:, scored.cpu()] = torch.tensor([[token for _, token in state] for state in piece])
         counts = hidden.sum((1, 2)).tolist()
         sets = [math.prod(count for count, _ in state) for state in piece]
-        factor = [m / (k * math.comb(n, k)) for m, k in zip(sets, counts, strict=True)]
-        hidden, factor = hidden.to(ids.device), torch.tensor(factor, dtype=torch.double, device=ids.device)
+        factors = [m / (k * math.comb(n, k)) for m, k in zip(sets, counts, strict=True)]
+        hidden, factor = hidden.to(ids.device), torch.tensor(factors, dtype=torch.double, device=ids.device)
         maskable = scored.expand(len(piece), -1)
         noise = Noise(order.visible_digits(hidden), hidden.sum(-1), torch.ones_like(factor), maskable)
         yield Rows(ids.expand(len(piece), -1), noise, factor, sequence)

@@ -104,20 +104,20 @@ def log_likelihood(
     """
     plan = _Plan(model.config, method, num_samples, exhaustive)
     sequences = list(_unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    if keys is None:
-        keys = {i: sequence_key(ids, scored, seed) for i, ids, scored in sequences}
-    rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, keys[i].to(ids.device)))
+    key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
+    rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
     nats = score_rows(model, rows, plan.order, plan.objective, len(input_ids), tokens_per_pass)
     num_scored = torch.zeros(len(input_ids), dtype=torch.long)
     for i, _, scored in sequences:
         num_scored[i] = scored.sum()
-    draws, value, stderr, degrees = zip(*map(plan.summarise, nats, num_scored.tolist()), strict=True)
-    value, stderr, degrees = torch.stack(value), torch.stack(stderr), torch.tensor(degrees, dtype=torch.double)
+    parts = [plan.summarise(each, count) for each, count in zip(nats, num_scored.tolist(), strict=True)]
+    value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
+    degrees = torch.tensor([part[3] for part in parts], dtype=torch.double)
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0])
         raise NotFiniteError(row, float(value[row]))
     num_forward = torch.tensor([len(each) for each in nats])
-    kept = list(draws) if return_draws else None
+    kept = [part[0] for part in parts] if return_draws else None
     return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, plan.is_bound, degrees, kept)
 
 

@@ -230,10 +230,27 @@ def test_generate_without_prompt_or_seed_reports_the_seed_it_drew(model_dir):
         (["--max-new-tokens", 999], "max_position_embeddings=64"),
         (["--watch", "--json"], "--watch and --json exclude each other"),
         (["--watch", "--num-samples", 2], "--watch shows one sample"),
+        (["--greedy", "--num-samples", 2], "--greedy has one result, not --num-samples 2"),
+        (
+            ["--greedy", "--top-p", 0.5, "--seed", 1],
+            "do_sample=False, the deterministic decode, has no use for top_p=0.5",
+        ),
     ],
 )
 def test_generate_refuses_bad_options(model_dir, options, message):
     assert message in refused("generate", model_dir, *options)
+
+
+def test_greedy_generates_without_a_seed_and_the_model_s_own_choice_can_be_overruled(broken):
+    arguments = ["generate", broken, "--prompt", "the", "--max-new-tokens", 6, "--json"]
+    greedy = json.loads(run(*arguments, "--greedy").stdout)
+    assert greedy["options"] == {"max_new_tokens": 6, "do_sample": False}
+    (broken / "generation_config.json").write_text('{"do_sample": false}')
+    own = json.loads(run(*arguments).stdout)
+    assert (own["options"], own["samples"]) == ({"max_new_tokens": 6}, greedy["samples"])
+    sampled = json.loads(run(*arguments, "--sample", "--seed", 3).stdout)
+    assert sampled["options"] == {"max_new_tokens": 6, "seed": 3, "do_sample": True}
+    assert sampled["samples"][0]["text"] != greedy["samples"][0]["text"]
 
 
 def test_watch_writes_no_control_codes_where_there_is_no_terminal(model_dir):
@@ -370,7 +387,7 @@ def test_ppl_refuses_bad_text_and_methods(model_dir, text_file, tmp_path):
 def test_one_sequence_is_rendered_without_an_interval():
     score = {"method": "subtoken", "is_bound": True, "nats_per_token": math.log(8), "stderr": None, "num_samples": 1}
     score |= {"monte_carlo_stderr": None, "num_tokens": 3, "num_sequences": 1, "unigram_entropy": 1.0}
-    score |= {"perplexity": 8.0, "perplexity_interval_95": None}
+    score |= {"perplexity": 8.0, "perplexity_interval_95": None, "is_exact": False}
     assert render_score(score).splitlines()[1:3] == [
         "subtoken         2.0794 nats/token (bound)",
         "perplexity       ≤ 8.00",

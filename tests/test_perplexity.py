@@ -7,9 +7,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, MambaConfig
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2LogLikelihood, build_tokenizer
-from prime_v2.eval.perplexity import _ratio_stderr, encode_documents, score_blocks, score_text
+from prime_v2.eval.perplexity import (
+    _ratio_stderr,
+    cut_windows,
+    encode_documents,
+    score_blocks,
+    score_text,
+    window_and_stride,
+)
+from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.tokenization.bpe import train_bpe
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "naïve café — ünïcode €", "a <|endoftext|> in a text"]
@@ -185,6 +194,25 @@ def test_progress_counts_sequences_up_to_all_of_them(model):
     assert seen == sorted(seen)
 
 
+def test_a_sequence_whose_logits_are_no_numbers_is_named_among_all(model):
+    """Sequences are scored in several calls; the number is not that of the row in its call."""
+
+    class Network:
+        device, config = model.device, model.config
+
+        def log_likelihood(self, ids, **options):
+            bad = (ids == 15).all(1)
+            if bad.any():
+                raise NotFiniteError(int(bad.nonzero()[0]), math.nan)
+            return model.log_likelihood(ids, **options)
+
+    blocks = draw(40, 16)
+    blocks[33] = 15
+    message = "the log-likelihood of sequence 33 of 40 is no number: the network's logits are not finite"
+    with pytest.raises(ValueError, match=message):
+        score_blocks(Network(), blocks, num_samples=128)  # 16 sequences a call
+
+
 @pytest.mark.parametrize(
     ("blocks", "options", "message"),
     [
@@ -241,3 +269,89 @@ def test_text_without_tokens_or_separator_is_refused(tokenizer):
     model.config.eos_token_id = [3, 4]
     ids, _, _ = encode_documents(without_eos, ["a", "b"], model.config.eos_token_id)
     assert ids[1] == 3
+
+
+# ------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(("window", "stride"), [(5, 5), (5, 2), (5, 1), (1, 1), (7, 6)])
+def test_every_token_is_scored_once_given_at_least_window_minus_stride_earlier_ones(window, stride):
+    for total in range(1, 4 * window + 2):
+        scored = []
+        for ids, prompt_mask in cut_windows(torch.arange(total), window, stride):
+            assert ids.shape[1] <= window
+            for row, is_prompt in zip(ids, torch.zeros_like(ids) if prompt_mask is None else prompt_mask, strict=True):
+                new = row[~is_prompt.bool()]
+                assert (row.diff() == 1).all() and len(new)
+                assert int(new[0] - row[0]) == (window - stride if row[0] else 0)
+                scored += new.tolist()
+        assert scored == list(range(total))
+
+
+def test_a_stride_of_the_window_gives_disjoint_windows_without_prompts():
+    whole, last = cut_windows(torch.arange(14), 4, 4)
+    assert whole[0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert last[0].tolist() == [[12, 13]]
+    assert whole[1] is None and last[1] is None
+
+
+def test_strided_windows_are_the_sum_of_the_parts(tokenizer):
+    """A stride is given as prompts to `log_likelihood`; each row's draws depend on the row alone."""
+    model = make_model(vocab_size=270)
+    ids, _, _ = encode_documents(tokenizer, TEXT)
+    result = score_text(model, tokenizer, TEXT, window=8, stride=3, num_samples=4, seed=5)
+    nats, forward = 0.0, 0
+    for start in range(0, len(ids), 3):
+        row = ids[start : start + 8].unsqueeze(0)
+        prompt = (torch.arange(row.shape[1]) < (5 if start else 0)).unsqueeze(0)
+        if not prompt.all():
+            nats -= float(model.log_likelihood(row, prompt_mask=prompt, num_samples=4, seed=5).value)
+            forward += 4
+    assert result["nats_per_token"] == pytest.approx(nats / len(ids), rel=1e-5)
+    assert (result["num_tokens"], result["num_forward"]) == (len(ids), forward)
+    assert (result["window"], result["stride"]) == (8, 3)
+    counts = Counter(ids.tolist())
+    expected = -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values())
+    assert result["unigram_entropy"] == pytest.approx(expected)
+
+
+def test_the_default_window_is_the_models_and_the_stride_is_the_window(tokenizer):
+    model = make_model(vocab_size=270)
+    default = score_text(model, tokenizer, TEXT, num_samples=2)
+    assert (default["window"], default["stride"]) == (16, 16)
+    assert score_text(model, tokenizer, TEXT, num_samples=2, window=16, stride=16) == default
+    # The smallest limit of several models; a GPT-2 calls it n_positions.
+    limits = [model.config, GPT2Config(n_positions=12), MambaConfig()]
+    assert window_and_stride(limits, None, None) == (12, 12)
+    assert window_and_stride(limits, 9, None) == (9, 9)
+    assert window_and_stride(limits[2:], 5000, 7) == (5000, 7)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "message"),
+    [
+        (13, None, "window=13 must be between 1 and max_position_embeddings=12"),
+        (0, None, "window=0 must be between 1"),
+        (8, 9, "stride=9 must be between 1 and window=8"),
+        (None, 0, "stride=0 must be between 1 and window=12"),
+    ],
+)
+def test_impossible_windows_are_refused(window, stride, message):
+    with pytest.raises(ValueError, match=message):
+        window_and_stride([GPT2Config(n_positions=12)], window, stride)
+
+
+def test_a_model_without_a_limit_needs_a_window():
+    with pytest.raises(ValueError, match="has no max_position_embeddings; give the window, e.g. 1024"):
+        window_and_stride([MambaConfig()], None, None)
+
+
+def test_intervals_of_nats_are_given_for_what_is_no_bound_too(model):
+    for method in ("subtoken", "token_objective"):
+        result = score_blocks(model, draw(6, 6), method=method)
+        low, high = result["nats_per_token_interval_95"]
+        assert high - result["nats_per_token"] == pytest.approx(1.959964 * result["stderr"])
+        assert result["nats_per_token"] - low == pytest.approx(1.959964 * result["stderr"])
+        assert result["is_exact"] is False
+    assert score_blocks(model, draw(1, 6))["nats_per_token_interval_95"] is None
+    assert score_blocks(model, draw(1, 6), method="chain")["is_exact"] is True

@@ -1,0 +1,477 @@
+"""The lm-eval model `prime_v2`: `lm_eval --model prime_v2 --model_args pretrained=DIR --tasks sciq,boolq,arc_easy`.
+
+Tokenisation of requests, chat templates, few-shot prompts, caching of answers and the batches of `generate_until` are
+lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.likelihood`, one fixed setting for all tasks (docs/lm_eval.md).
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, Settings, score_questions
+from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
+from prime_v2.eval.published import PublishedSettings, mask_unit_schedule, published_score, published_settings
+from prime_v2.greedy_prime_v2 import decodes_to
+from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, TOKENS_PER_PASS
+
+log = logging.getLogger(__name__)
+
+# One setting for all tasks, chosen on training splits alone (benchmarks/likelihood_settings.py, docs/lm_eval.md).
+DEFAULT_METHOD = "chain"
+DEFAULT_SAMPLES, DEFAULT_ROLLING_SAMPLES = 128, 16
+DEFAULT_ADAPTIVE = 3.0
+TOKENS_PER_PASS_ACCELERATOR = 2**17
+# Arguments of HFLM that mean the same here.
+SHARED_ARGUMENTS = (
+    "add_bos_token",
+    "prefix_token_id",
+    "peft",
+    "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
+    "truncation",
+)
+NOT_FOR_BOUNDS = {"cfg": 0.0, "temperature": 1.0, "mask_unit": "1"}
+CHOICES_PER_GREEDY_CALL = 512
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's: texts, ids of context, of continuation
+
+
+@dataclass
+class _Question:
+    """Requests with one context: their numbers, the choice of each, and the choices, equal ones once."""
+
+    task: str | None
+    requests: list[int] = field(default_factory=list)
+    choice_of: list[int] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+
+class PrimeV2LM(HFLM):
+    """lm-eval model of a PrimeV2ForMaskedDiffusion. Arguments after those of lm-eval's HFLM that are listed above:
+
+    pretrained: folder or Hub repository (or the model itself, with `tokenizer`). device, dtype: by default CUDA with
+        bfloat16 where there is one, else the CPU with float32.
+    method: of `log_likelihood`, for answers by default "chain" and for rolling likelihoods the bound of the model's
+        reveal order; "token_objective" is the published score (`prime_v2.eval.published`), which is no likelihood.
+    num_samples, seed, adaptive: see `prime_v2.eval.likelihood.Settings`; adaptive=off draws num_samples always.
+    cfg, temperature, mask_unit: of the published score alone. published=true: its settings of each task, which were
+        tuned on the test sets.
+    batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by
+        default 8,192 tokens on a CPU and 131,072 elsewhere. No value depends on it.
+    max_denoising_steps: of generate_until, by default one token a step. scores: a JSONL file to write for each choice
+        its value, standard error, draws and passes.
+    Raises ValueError for anything unknown or impossible, naming it.
+    """
+
+    AUTO_MODEL_CLASS = None
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        tokenizer: Any = None,
+        revision: str = "main",
+        subfolder: str = "",
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        trust_remote_code: bool | None = None,
+        method: str | None = None,
+        num_samples: int | None = None,
+        seed: int = 0,
+        adaptive: float | str | bool | None = DEFAULT_ADAPTIVE,
+        cfg: float = 0.0,
+        temperature: float = 1.0,
+        mask_unit: str | int = "1",
+        published: bool = False,
+        tokens_per_pass: int | None = None,
+        max_denoising_steps: int | None = None,
+        scores: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_arguments(kwargs)
+        if pretrained is None:
+            raise ValueError(
+                "no model was named; add --model_args pretrained=DIR, a folder of a saved model or its name on the Hub"
+            )
+        device = str(choose_device(device))
+        self._dtype_asked = None if dtype in (None, "auto") else dtype
+        place = pretrained if not isinstance(pretrained, str) else _snapshot(pretrained, revision, subfolder)
+        super().__init__(
+            place, backend="causal", tokenizer=tokenizer, device=device, max_length=max_length, batch_size=1, **kwargs
+        )
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None:  # HFLM counts processes on several GPUs alone
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        limit = self.config.max_position_embeddings
+        if max_length is not None and not 1 < int(max_length) <= limit:
+            raise ValueError(f"max_length={max_length} is outside [2, {limit}], what the model takes; use {limit}")
+        self.seed, self.max_denoising_steps = int(seed), max_denoising_steps
+        self._set_batches(batch_size, tokens_per_pass)
+        self._set_scoring(method, num_samples, adaptive, published, cfg, temperature, mask_unit)
+        self._scores_file = None if scores is None else Path(scores)
+        if self._scores_file is not None and self.world_size > 1:
+            self._scores_file = self._scores_file.with_suffix(f".rank{self.rank}{self._scores_file.suffix}")
+        self._report = _Report(self.method_of_answers)
+
+    def _set_batches(self, batch_size: int | str, tokens_per_pass: int | None) -> None:
+        if tokens_per_pass is None:
+            tokens_per_pass = TOKENS_PER_PASS if self.device.type == "cpu" else TOKENS_PER_PASS_ACCELERATOR
+            if not str(batch_size).startswith("auto") and int(batch_size) > 1:
+                tokens_per_pass = int(batch_size) * self.max_length
+        self.tokens_per_pass = int(tokens_per_pass)
+        # HFLM's batches of generate_until.
+        self.batch_size_per_gpu = max(1, self.tokens_per_pass // self.max_length)
+
+    def _set_scoring(self, method, num_samples, adaptive, published, cfg, temperature, mask_unit) -> None:
+        if method is not None and method not in METHODS:
+            nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(METHODS)}")
+        if published:
+            method = method or "token_objective"
+            log.warning(
+                "published=true takes settings that were tuned for each task on its test set, and a score that is no "
+                "likelihood: for reproducing the published accuracies alone."
+            )
+        self.method_of_answers = method or DEFAULT_METHOD
+        given: dict[str, Any] = {"cfg": float(cfg), "temperature": float(temperature), "mask_unit": str(mask_unit)}
+        if self.method_of_answers != "token_objective":
+            for name, off in NOT_FOR_BOUNDS.items():
+                if given[name] != off:
+                    raise ValueError(
+                        f"{name}={given[name]} changes the published score alone, and method={self.method_of_answers} "
+                        f"is a likelihood; leave it out, or use method=token_objective"
+                    )
+            if published:
+                raise ValueError(f"published=true is method=token_objective; leave method={method} out")
+        mask_unit_schedule(mask_unit, self.config.num_subtokens)
+        count = DEFAULT_SAMPLES if num_samples is None else num_samples
+        self._published = None
+        if self.method_of_answers == "token_objective":
+            self._published = PublishedSettings(int(count), seed=self.seed, **given)
+        self._use_published_table = bool(published)
+        self.settings = Settings(
+            self.method_of_answers,
+            int(count),
+            self.seed,
+            None if adaptive in (None, False, 0, "off", "none", "None", "false", "False") else float(adaptive),
+            tokens_per_pass=self.tokens_per_pass,
+        )
+        self.method_of_texts = method or BOUND_OF_ORDER[self.config.reveal_order]
+        self.samples_of_texts = DEFAULT_ROLLING_SAMPLES if num_samples is None else int(num_samples)
+
+    # Loading, in place of HFLM's own: the package's classes, no code of the checkpoint
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        self._model, self._own_tokenizer = load_model_and_tokenizer(pretrained, self._device, self._dtype_asked)
+        self._config = self._model.config
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        elif tokenizer is None:
+            tokenizer = getattr(self, "_own_tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("a model object needs its tokenizer; give tokenizer=, a PrimeV2Tokenizer")
+        check_same_table(self._model, tokenizer, str(getattr(tokenizer, "name_or_path", "tokenizer")))
+        self.tokenizer = tokenizer
+
+    def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
+        if peft is not None:
+            from peft import PeftModel
+
+            self._model = PeftModel.from_pretrained(self._model, peft).eval()
+
+    # Likelihoods
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation given the context in nats, whether it is the deterministic decode).
+
+        A context that does not fit beside the longest continuation of its question loses its oldest tokens, for all
+        its continuations alike. ValueError for an empty continuation, and for one longer than max_length.
+        """
+        for number, request in enumerate(requests):
+            if not request.args[1]:
+                raise ValueError(f"{_place(requests, number)} has an empty continuation, which has no likelihood")
+        if any(request.args[0] == "" for request in requests) and self.prefix_token_id is None:
+            raise ValueError("a context is empty, and the tokenizer has no BOS or EOS token; give prefix_token_id=")
+        self._instances = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._instances = []
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        instances = getattr(self, "_instances", [])
+        instances = instances if len(instances) == len(requests) else []
+        questions = self._questions(requests, instances)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        total = sum(len(question.choices) for question in questions)
+        with tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc="Scoring choices") as bar:
+            try:
+                for found in self._scored(questions, bar.update):
+                    self._answer(found, questions, requests, answers)
+            except ChoiceError as error:
+                number = questions[error.question].requests[questions[error.question].choice_of.index(error.choice)]
+                raise ValueError(f"{_place(instances, number)}: {error}") from None
+        log.info("%s", self._report.sentence())
+        return answers
+
+    def _questions(self, requests: Sequence[Request], instances: Sequence[Instance]) -> list[_Question]:
+        """Requests of one document with one context are the choices of a question."""
+        groups: dict[Any, _Question] = {}
+        for number, (_, context, _) in enumerate(requests):
+            instance = instances[number] if instances else None
+            place = (instance.task_name, instance.doc_id) if instance is not None else (None, None)
+            question = groups.setdefault((place, tuple(context)), _Question(place[0]))
+            question.requests.append(number)
+        for question in groups.values():
+            continuations = [requests[number][2] for number in question.requests]
+            for number, ids in zip(question.requests, continuations, strict=True):
+                self._check_ids(requests[number], _place(instances, number))
+                if len(ids) > self.max_length:
+                    raise ValueError(
+                        f"{_place(instances, number)} has a continuation of {len(ids)} tokens, but the model takes "
+                        f"{self.max_length}; score it with loglikelihood_rolling, or shorten it"
+                    )
+            room = self.max_length - max(map(len, continuations))
+            context = requests[question.requests[0]][1]
+            self._report.truncated += len(context) > room
+            context = context[len(context) - room :] if len(context) > room else context
+            for number, ids in zip(question.requests, continuations, strict=True):
+                texts = requests[number][0]
+                length = max(1, len(texts[1].strip())) if texts else max(1, len(ids))
+                choice = Choice((*context, *ids), len(context), length)
+                if choice not in question.choices:
+                    question.choices.append(choice)
+                question.choice_of.append(question.choices.index(choice))
+        return list(groups.values())
+
+    def _check_ids(self, request: Request, place: str) -> None:
+        if not request[2]:
+            raise ValueError(f"{place} has a continuation without a token, which has no likelihood")
+        if max(max(request[1], default=0), max(request[2])) >= self.config.vocab_size:
+            raise ValueError(f"{place} spells the mask token {self.tokenizer.mask_token!r}, which is no text")
+
+    def _scored(self, questions: list[_Question], progress: Any) -> Iterator[list[tuple[int, QuestionScore]]]:
+        """Questions with their scores, in bunches that are large enough for the deterministic decode."""
+        if self._published is None:
+            choices = [question.choices for question in questions]
+            scores = score_questions(self.model, choices, self.settings, progress)
+        else:
+            scores = ((n, self._published_question(question, progress)) for n, question in enumerate(questions))
+        found: list[tuple[int, QuestionScore]] = []
+        for number, score in scores:
+            found.append((number, score))
+            if sum(len(score.choices) for _, score in found) >= CHOICES_PER_GREEDY_CALL:
+                yield found
+                found = []
+        if found:
+            yield found
+
+    def _published_question(self, question: _Question, progress: Any) -> QuestionScore:
+        settings = self._published
+        if self._use_published_table:
+            settings = published_settings(question.task or "", self.seed)
+        scores = []
+        for choice in question.choices:
+            draws = published_score(self.model, torch.tensor(choice.ids), choice.num_context, settings)
+            if not draws.isfinite().all():
+                raise ValueError(f"a choice of task {question.task}: the network's logits are not finite")
+            num_forward = len(draws) * (2 if settings.cfg > 0 else 1)
+            stderr = float(draws.std() / len(draws) ** 0.5) if len(draws) > 1 else float("nan")
+            scores.append(
+                ChoiceScore(
+                    float(draws.mean()), stderr, len(draws), num_forward, num_forward * len(choice.ids), [draws]
+                )
+            )
+            progress(1)
+        return QuestionScore(scores, num_rounds=1)
+
+    def _answer(self, found, questions: list[_Question], requests: Sequence[Request], answers: list) -> None:
+        """Fills in the answers of some questions, caches and counts them."""
+        choices = [choice for number, _ in found for choice in questions[number].choices]
+        greedy = self._are_greedy(choices)
+        lines = []
+        for number, score in found:
+            question, here = questions[number], [next(greedy) for _ in score.choices]
+            for each in score.choices:
+                each.draws = []
+            self._report.add(score, sum(passes for _, passes in here))
+            for request, choice in zip(question.requests, question.choice_of, strict=True):
+                answers[request] = (score.choices[choice].value, here[choice][0])
+                texts = requests[request][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[request])
+                details = {k: v for k, v in asdict(score.choices[choice]).items() if k != "draws"}
+                lines.append({"task": question.task, "request": texts, "is_greedy": here[choice][0], **details})
+                lines[-1] |= {"lead": score.lead, "lead_stderr": score.lead_stderr}
+        if self._scores_file is not None:
+            with self._scores_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _are_greedy(self, choices: list[Choice]) -> Iterator[tuple[bool, int]]:
+        """(Whether the deterministic decode gives the continuation, token passes that it took) of each choice."""
+        length = max(len(choice.ids) for choice in choices)
+        ids, mask = (torch.zeros(len(choices), length, dtype=torch.long) for _ in range(2))
+        for row, choice in enumerate(choices):
+            ids[row, : len(choice.ids)] = torch.tensor(choice.ids)
+            mask[row, : len(choice.ids)] = 1
+        context = torch.tensor([choice.num_context for choice in choices]).unsqueeze(1)
+        targets = (torch.arange(length) >= context) & mask.bool()
+        result = decodes_to(self.model, ids, mask, targets, self.tokens_per_pass)
+        for choice, is_greedy, passes in zip(
+            choices, result.matches.tolist(), result.num_forward.tolist(), strict=True
+        ):
+            yield is_greedy, passes * len(choice.ids)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in nats, or its bound: windows of max_length tokens, each scored on its own.
+
+        The windows of `prime-v2 ppl`: disjoint, nothing given. ValueError for a text without a token and for the
+        published score, from which lm-eval would compute a perplexity.
+        """
+        if self.method_of_texts == "token_objective":
+            raise ValueError("token_objective is no likelihood, so no perplexity follows from it; use method=subtoken")
+        totals = []
+        for number, request in enumerate(tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Scoring texts")):
+            (text,) = request.args
+            ids = self.tok_encode(text)
+            if not ids:
+                raise ValueError(f"{_place(requests, number)} is a text without a token, which has no likelihood")
+            self._check_ids((None, [], ids), _place(requests, number))
+            total = 0.0
+            for start in range(0, len(ids), self.max_length):
+                window = torch.tensor([ids[start : start + self.max_length]])
+                output = self.model.log_likelihood(
+                    window,
+                    method=self.method_of_texts,
+                    num_samples=self.samples_of_texts,
+                    seed=self.seed,
+                    tokens_per_pass=self.tokens_per_pass,
+                )
+                total += float(output.value)
+            totals.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    # Generation
+
+    @property
+    def max_gen_toks(self) -> int:
+        """lm-eval's 256, or half of what the model takes."""
+        return min(256, self.max_length // 2)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """`generate` on left-padded contexts; do_sample=False or temperature 0 is the deterministic decode."""
+        options = {name: value for name, value in kwargs.items() if value is not None}
+        if options.get("do_sample") is False or options.get("temperature") == 0:
+            for name in ("temperature", "top_p"):
+                options.pop(name, None)
+            options["do_sample"] = False
+        else:
+            options.setdefault("seed", self.seed)
+        new_tokens = max_length - context.shape[1]
+        steps = options.pop("max_denoising_steps", self.max_denoising_steps) or new_tokens
+        return self.model.generate(context, max_length=max_length, max_denoising_steps=int(steps), **options)
+
+    # What was done
+
+    def draws_report(self) -> dict[str, Any]:
+        """Method, draws and token passes of all likelihoods so far; see `_Report`."""
+        return self._report.as_dict()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, with the settings of the likelihoods and what they took."""
+        return {**super().get_model_info(), "likelihood": self.draws_report()}
+
+
+@dataclass
+class _Report:
+    """Counts over the likelihoods of a run (of this process)."""
+
+    method: str
+    choices: int = 0
+    draws: int = 0
+    summed: int = 0
+    truncated: int = 0
+    token_passes: int = 0
+    token_passes_is_greedy: int = 0
+    lead_stderrs: list[float] = field(default_factory=list, repr=False)
+
+    def add(self, score: QuestionScore, greedy_token_passes: int) -> None:
+        self.choices += len(score.choices)
+        self.draws += sum(choice.num_draws for choice in score.choices)
+        self.summed += sum(choice.num_draws == 0 for choice in score.choices)
+        self.token_passes += sum(choice.token_passes for choice in score.choices)
+        self.token_passes_is_greedy += greedy_token_passes
+        if score.lead_stderr == score.lead_stderr:
+            self.lead_stderrs.append(score.lead_stderr)
+
+    def as_dict(self) -> dict[str, Any]:
+        number = len(self.lead_stderrs)
+        return {
+            "method": self.method,
+            "is_likelihood_or_bound": self.method != "token_objective",
+            "choices": self.choices,
+            "choices_without_draws": self.summed,
+            "draws_per_choice": self.draws / self.choices if self.choices else 0.0,
+            "token_passes": self.token_passes,
+            "token_passes_is_greedy": self.token_passes_is_greedy,
+            "contexts_truncated": self.truncated,
+            "mean_stderr_of_lead": sum(self.lead_stderrs) / number if number else None,
+        }
+
+    def sentence(self) -> str:
+        each = self.draws / self.choices if self.choices else 0.0
+        return (
+            f"{self.choices:,} choices scored by {self.method}: {each:.1f} draws each, {self.summed:,} without draws; "
+            f"{self.token_passes:,} token passes; {self.truncated:,} contexts truncated"
+        )
+
+
+def _place(instances: Sequence[Instance], number: int) -> str:
+    """A request by its number, task and document."""
+    if not instances:
+        return f"request {number}"
+    instance = instances[number]
+    return f"request {number} (task {instance.task_name}, document {instance.doc_id})"
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
+    known = sorted((*own, *SHARED_ARGUMENTS))
+    for name, value in given.items():
+        if name not in SHARED_ARGUMENTS:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{name}={value!r} is no argument of the model prime_v2, the nearest is {nearest}; "
+                f"one of {', '.join(known)}"
+            )
+
+
+def _snapshot(pretrained: str, revision: str, subfolder: str) -> str:
+    """The folder of a revision or a part of a Hub repository; others as they are."""
+    if str(revision) == "main" or os.path.isdir(pretrained):
+        return os.path.join(pretrained, subfolder) if subfolder and os.path.isdir(pretrained) else pretrained
+    from huggingface_hub import snapshot_download
+
+    return os.path.join(snapshot_download(pretrained, revision=str(revision)), subfolder)
+
+
+__all__ = ["PrimeV2LM"]
