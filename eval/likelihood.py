@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_v2.draws_prime_v2 import sequence_key
+from prime_v2.draws_prime_v2 import draw_levels, sequence_key
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference
 from prime_v2.random_prime_v2 import hash64
 
-_QUESTION, _ROUND = 31, 32  # stream numbers, see diffusion_prime_v2
+_QUESTION = 31  # stream number, see diffusion_prime_v2
 ONE_ROUND = ("chain", "orders")  # nothing drawn, or no mean of draws
 PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passes: progress, cache, memory
 
@@ -26,9 +26,10 @@ PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passe
 class Settings:
     """How choices are scored; `method`, `num_samples` and `seed` as in `log_likelihood`.
 
-    adaptive: None, or z: rounds of draws (`first_draws`, then twice as many each time, `num_samples` in all) end for a
-        question when its best choice leads every other by z paired standard errors, in nats and in nats per unit of
-        `Choice.length` where the best differs.
+    adaptive: None, or z: rounds of draws, each doubling them, end for a question when its best choice leads every
+        other by z paired standard errors, in nats and in nats per unit of `Choice.length`. The draws of all rounds
+        together are stratified as if drawn at once (`draw_levels`). The first round has `num_samples` halved as long
+        as it stays whole and at least `first_draws`.
     common_masks: choices of a question draw the same masks. exhaustive: few masks are summed over, not drawn.
     """
 
@@ -52,15 +53,13 @@ class Settings:
             raise ValueError(f"tokens_per_pass={self.tokens_per_pass} must be at least 1; use {TOKENS_PER_PASS}")
 
     def rounds(self) -> list[int]:
-        """Draws of each round."""
+        """New draws of each round."""
         if self.adaptive is None or self.method in ONE_ROUND:
             return [self.num_samples]
-        sizes: list[int] = []
-        left = self.num_samples
-        while left > 0:
-            sizes.append(min(left, self.first_draws * 2 ** len(sizes)))
-            left -= sizes[-1]
-        return sizes
+        first, doublings = self.num_samples, 0
+        while first % 2 == 0 and first // 2 >= self.first_draws:
+            first, doublings = first // 2, doublings + 1
+        return [first, *(first * 2**each for each in range(doublings))]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class ChoiceScore:
     num_draws: int = 0
     num_forward: int = 0
     token_passes: int = 0
-    draws: list[Tensor] = field(default_factory=list, repr=False)  # (K,) of each round
+    draws: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.double), repr=False)  # (K,)
+    levels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.double), repr=False)  # (K,), rising
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
         ids[row, : len(choice.ids)] = torch.tensor(choice.ids)
         mask[row, : len(choice.ids)] = 1
         prompt[row, : choice.num_context] = 1
-    keys = torch.stack([_key(choice, settings, round_number) for choice in choices])
+    keys = torch.stack([_key(choice, settings) for choice in choices])
     try:
         output = model.log_likelihood(
             ids,
@@ -189,6 +189,7 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
             prompt,
             settings.method,
             num_samples=size,
+            refinement=round_number,
             keys=keys,
             exhaustive=settings.exhaustive,
             return_draws=True,
@@ -201,40 +202,28 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
         score.num_forward += num_forward
         score.token_passes += num_forward * len(choices[row].ids)
         if len(output.draws[row]) == 1 and output.stderr[row] == 0:  # nothing drawn: what was drawn before is dropped
-            score.draws, score.num_draws = [output.draws[row]], 0
+            score.draws, score.num_draws = output.draws[row], 0
             continue
-        score.draws.append(output.draws[row])
-        score.num_draws += len(output.draws[row])
+        levels, order = torch.cat([score.levels, draw_levels(keys[row], size, round_number)]).sort()
+        score.levels, score.draws = levels, torch.cat([score.draws, output.draws[row]])[order]
+        score.num_draws = len(levels)
 
 
-def _key(choice: Choice, settings: Settings, round_number: int) -> Tensor:
+def _key(choice: Choice, settings: Settings) -> Tensor:
     ids = torch.tensor(choice.ids)
     scored = torch.arange(len(ids)) >= choice.num_context
     if settings.common_masks:
         ids, scored = ids[~scored], scored[~scored]
-    return hash64(sequence_key(ids, scored, settings.seed), _QUESTION, _ROUND + round_number)
-
-
-def _pooled(rounds: list[Tensor], others: list[Tensor] | None = None) -> tuple[float, float]:
-    """Mean over the draws of all rounds, less that of the others, and its standard error; rounds are independent."""
-    zero = torch.zeros(1, dtype=torch.double)
-    others = others or [zero]
-    count = max(len(rounds), len(others))
-    pairs = list(zip(rounds * (count // len(rounds)), others * (count // len(others)), strict=True))
-    sizes = [max(len(first), len(second)) for first, second in pairs]
-    parts = [paired_difference(first, second) for first, second in pairs]
-    total = sum(sizes)
-    mean = sum(size * part[0] for size, part in zip(sizes, parts, strict=True)) / total
-    variance = sum((size * part[1]) ** 2 for size, part in zip(sizes, parts, strict=True)) / total**2
-    return mean, variance**0.5
+    return hash64(sequence_key(ids, scored, settings.seed), _QUESTION)
 
 
 def _summarise(score: QuestionScore) -> None:
+    nothing = torch.zeros(1, dtype=torch.double)
     for choice in score.choices:
-        choice.value, choice.stderr = _pooled(choice.draws)
+        choice.value, choice.stderr = paired_difference(choice.draws, nothing)
     if len(score.choices) > 1:
         ranked = sorted(score.choices, key=lambda choice: -choice.value)
-        score.lead, score.lead_stderr = _pooled(ranked[0].draws, ranked[1].draws)
+        score.lead, score.lead_stderr = paired_difference(ranked[0].draws, ranked[1].draws)
 
 
 def _is_decided(score: QuestionScore, choices: Sequence[Choice], settings: Settings) -> bool:
@@ -249,10 +238,7 @@ def _is_decided(score: QuestionScore, choices: Sequence[Choice], settings: Setti
         for other, each in enumerate(score.choices):
             if other == best:
                 continue
-            lead, stderr = _pooled(
-                [draws / lengths[best] for draws in score.choices[best].draws],
-                [draws / lengths[other] for draws in each.draws],
-            )
+            lead, stderr = paired_difference(score.choices[best].draws / lengths[best], each.draws / lengths[other])
             if not lead > settings.adaptive * stderr:
                 return False
     return True

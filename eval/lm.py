@@ -189,6 +189,12 @@ class PrimeV2LM(HFLM):
         check_same_table(self._model, tokenizer, str(getattr(tokenizer, "name_or_path", "tokenizer")))
         self.tokenizer = tokenizer
 
+    @property
+    def model(self) -> Any:
+        """The model itself; HFLM unwraps what Accelerate put around it, this also what peft did."""
+        model = super().model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
         if peft is not None:
             from peft import PeftModel
@@ -296,9 +302,7 @@ class PrimeV2LM(HFLM):
             num_forward = len(draws) * (2 if settings.cfg > 0 else 1)
             stderr = float(draws.std() / len(draws) ** 0.5) if len(draws) > 1 else float("nan")
             scores.append(
-                ChoiceScore(
-                    float(draws.mean()), stderr, len(draws), num_forward, num_forward * len(choice.ids), [draws]
-                )
+                ChoiceScore(float(draws.mean()), stderr, len(draws), num_forward, num_forward * len(choice.ids), draws)
             )
             progress(1)
         return QuestionScore(scores, num_rounds=1)
@@ -311,14 +315,14 @@ class PrimeV2LM(HFLM):
         for number, score in found:
             question, here = questions[number], [next(greedy) for _ in score.choices]
             for each in score.choices:
-                each.draws = []
+                each.draws = each.levels = torch.zeros(0)
             self._report.add(score, sum(passes for _, passes in here))
             for request, choice in zip(question.requests, question.choice_of, strict=True):
                 answers[request] = (score.choices[choice].value, here[choice][0])
                 texts = requests[request][0]
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answers[request])
-                details = {k: v for k, v in asdict(score.choices[choice]).items() if k != "draws"}
+                details = {k: v for k, v in asdict(score.choices[choice]).items() if k not in ("draws", "levels")}
                 lines.append({"task": question.task, "request": texts, "is_greedy": here[choice][0], **details})
                 lines[-1] |= {"lead": score.lead, "lead_stderr": score.lead_stderr}
         if self._scores_file is not None:

@@ -16,7 +16,7 @@ from .diffusion_prime_v2 import Noise, RevealOrder, draw_noise
 from .random_prime_v2 import hash64, uniforms
 
 ROWS_PER_PIECE = 256  # of one sequence, so that a long sequence's states do not fill the memory
-_SEQUENCE, _DRAW, _ORDER = 11, 12, 13  # stream numbers, see diffusion_prime_v2
+_SEQUENCE, _DRAW, _ORDER, _REFINEMENT = 11, 12, 13, 14  # stream numbers, see diffusion_prime_v2
 
 
 @dataclass
@@ -38,13 +38,40 @@ def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
     return hash64(seed, _SEQUENCE, hash64(positions, ids, scored.long()).sum())
 
 
+def draw_levels(key: Tensor, num_samples: int, refinement: int = 0) -> Tensor:
+    """Levels (K,) float64 of K = `num_samples` draws, rising; one in each of K equal strata of (0, 1).
+
+    refinement r > 0: the r-th lot of draws after the first K / 2^(r-1), as many as there are before it. Each earlier
+    draw lies in one half of its stratum, a new one is drawn in the other half, so that all 2 K together have one draw
+    in each of 2 K strata (nested scrambling, Owen 1995, in one dimension).
+    """
+    before = num_samples if refinement == 0 else num_samples >> (refinement - 1)
+    numbers = torch.arange(before, device=key.device)
+    levels = (numbers + uniforms(hash64(key, numbers), _DRAW)) / before
+    for lot in range(1, refinement + 1):
+        count = len(levels)
+        numbers = torch.arange(count, device=key.device)
+        upper = (levels * 2 * count).floor() - 2 * numbers  # 1 where the upper half is taken
+        new = (2 * numbers + 1 - upper + uniforms(hash64(key, _REFINEMENT, lot, numbers), _DRAW)) / (2 * count)
+        if lot == refinement:
+            return new
+        levels = torch.cat([levels, new]).sort().values
+    return levels
+
+
 def sampled_rows(
-    ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, num_samples: int, key: Tensor
+    ids: Tensor,
+    scored: Tensor,
+    sequence: int,
+    order: RevealOrder,
+    num_samples: int,
+    key: Tensor,
+    refinement: int = 0,
 ) -> Iterator[Rows]:
     """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k."""
     draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(key, draws)
-    levels = (draws + uniforms(keys, _DRAW)) / num_samples
+    keys = hash64(key, draws) if refinement == 0 else hash64(key, _REFINEMENT, refinement, draws)
+    levels = draw_levels(key, num_samples, refinement)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)
         maskable = scored.expand(len(keys[piece]), -1)
@@ -131,4 +158,4 @@ def all_orders(num_units: int) -> Iterator[Tensor]:
         yield torch.tensor(ranks)
 
 
-__all__ = ["Rows", "sequence_key"]
+__all__ = ["Rows", "draw_levels", "sequence_key"]

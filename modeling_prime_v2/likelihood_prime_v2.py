@@ -80,6 +80,7 @@ def log_likelihood(
     seed: int = 0,
     keys: Tensor | None = None,
     exhaustive: bool = True,
+    refinement: int = 0,
     return_draws: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2LogLikelihood:
@@ -97,12 +98,13 @@ def log_likelihood(
     exhaustive: sum over all masks (all orders) instead of drawing where they are no more than `num_samples`: the
         expectation itself, with standard error 0.
     keys (B,) int64: of the draws, instead of (seed, sequence); sequences with equal keys share their random numbers.
+    refinement: r > 0 draws the r-th lot of further draws, as many as there were before (`draw_levels`).
     return_draws: keep the single draws, for `paired_difference`.
     tokens_per_pass: rows x tokens of one pass of the network; changes no value.
     Raises ValueError for an unknown method, num_samples < 1, ids out of range, rows without a scored token, and
     non-finite results (`NotFiniteError`).
     """
-    plan = _Plan(model.config, method, num_samples, exhaustive)
+    plan = _Plan(model.config, method, num_samples, exhaustive, refinement)
     sequences = list(_unpadded(input_ids, attention_mask, prompt_mask, model.config))
     key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
     rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
@@ -124,14 +126,21 @@ def log_likelihood(
 class _Plan:
     """What a method runs for a sequence, and how its rows' nats become a likelihood."""
 
-    def __init__(self, config, method: str, num_samples: int, exhaustive: bool):
+    def __init__(self, config, method: str, num_samples: int, exhaustive: bool, refinement: int):
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
+        if refinement and (method not in SAMPLED_METHODS or num_samples % 2 ** (refinement - 1)):
+            raise ValueError(
+                f"refinement={refinement} of method={method!r} with num_samples={num_samples}: a sampled method takes "
+                f"it, with a multiple of {2 ** (refinement - 1)} draws"
+            )
         kind, self.objective = {"chain": ("token", "token"), "orders": (None, "subtoken"), **SAMPLED_METHODS}[method]
         self.order = RevealOrder.from_config(config, kind)
-        self.method, self.num_samples, self.exhaustive = method, num_samples, exhaustive
+        self.method, self.num_samples, self.refinement = method, num_samples, refinement
+        # As many rows as the draws would be, those of earlier lots included.
+        self.most_masks = 0 if not exhaustive else num_samples * 2 if refinement else num_samples
         self.is_bound = method in ("chain", "orders") or is_bound(
             self.objective, "elbo", config.num_subtokens, self.order, None
         )
@@ -142,7 +151,7 @@ class _Plan:
         if self.method == "chain" or units > 62:
             return self.method == "chain"
         number = math.factorial(units) if self.method == "orders" else num_masks(num_tokens, self.order)
-        return self.exhaustive and number <= self.num_samples
+        return number <= self.most_masks
 
     def rows(self, ids: Tensor, scored: Tensor, sequence: int, key: Tensor) -> Iterator[Rows]:
         num_tokens = int(scored.sum())
@@ -156,7 +165,7 @@ class _Plan:
             return order_rows(ids, scored, sequence, self.order, orders)
         if self.draws_nothing(num_tokens):
             return all_mask_rows(ids, scored, sequence, self.order)
-        return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key)
+        return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key, self.refinement)
 
     def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """Factor x nats (R,) of one sequence's rows to (draws (K,), value, standard error, degrees), float64."""
