@@ -29,7 +29,7 @@ format: setup ## rewrite the files as `lint` wants them
 setup: $(INSTALLED)
 
 # A new file in a package folder needs no new installation: the editable install maps folders, not files.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml _build.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit(f"prime-v2 needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
 	@test -x $(BIN)/pip || $(MAKE) --no-print-directory $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'

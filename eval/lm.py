@@ -32,6 +32,7 @@ DEFAULT_METHOD = "chain"
 DEFAULT_SAMPLES, DEFAULT_ROLLING_SAMPLES = 128, 16
 DEFAULT_ADAPTIVE = 3.0
 TOKENS_PER_PASS_ACCELERATOR = 2**17
+LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
 # Arguments of HFLM that mean the same here.
 SHARED_ARGUMENTS = (
     "add_bos_token",
@@ -107,6 +108,8 @@ class PrimeV2LM(HFLM):
             raise ValueError(
                 "no model was named; add --model_args pretrained=DIR, a folder of a saved model or its name on the Hub"
             )
+        if device in ("cuda", LM_EVAL_DEVICE) and not torch.cuda.is_available():
+            device = None  # lm-eval's command line names it when nobody has
         device = str(choose_device(device))
         self._dtype_asked = None if dtype in (None, "auto") else dtype
         place = pretrained if not isinstance(pretrained, str) else _snapshot(pretrained, revision, subfolder)

@@ -134,11 +134,120 @@ def paper_loss_table(results: Path) -> str:
     return markdown(heads, rows) + f"\n{_conditions(record)}"
 
 
+def settings_table(results: Path) -> str:
+    """Settings of the likelihoods of answers on training splits (benchmarks/likelihood_settings.py)."""
+    record = read_record(results / "likelihood_settings.json")
+    found = record["results"]
+    rows = [
+        [
+            f"**{row['setting']}**" if row["setting"] == found["chosen"] else row["setting"],
+            f"{row['accuracy']:.3f}",
+            f"{row['accuracy_below_best']:.3f} ± {row['accuracy_below_best_stderr']:.3f}",
+            f"{row['token_passes_per_question']:,.0f}",
+            f"{row['mean_stderr_of_lead']:.2f}",
+            f"{row['seconds']:,.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = [
+        "setting",
+        "accuracy",
+        "below the best ± stderr",
+        "token passes a question",
+        "stderr of the lead, nats",
+        "seconds",
+    ]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+def sciq_table(results: Path) -> str:
+    """Cost of SciQ beside the published protocol, and what each part brings (benchmarks/sciq_protocol.py)."""
+    record = read_record(results / "sciq_protocol.json")
+    found = record["results"]
+    first = found["rows"][0]
+    rows = []
+    for row in found["rows"]:
+        equal = row["token_passes_at_equal_stderr"]
+        rows.append(
+            [
+                row["setting"],
+                f"{row['draws']:.0f}",
+                f"{row['stderr']:.2f}",
+                f"{row['token_passes']:,.0f}",
+                f"{row['seconds']:.2f}",
+                f"{equal:,.0f}",
+                f"{first['token_passes'] / equal:,.0f} x",
+            ]
+        )
+    heads = [
+        "setting",
+        "draws a choice",
+        "stderr of the lead, nats",
+        "token passes a question",
+        "seconds a question",
+        "passes at equal stderr",
+        "fewer",
+    ]
+    full = found["all_questions"]
+    metrics = ", ".join(f"{name} {each['value']:.3f} ± {each['stderr']:.3f}" for name, each in full["metrics"].items())
+    batching = "; ".join(f"{each['rows of a pass']}: {each['seconds']:.0f} s" for each in found["batching"])
+    return (
+        markdown(heads, rows)
+        + f"\nAll {full['questions']:,} questions by lm-eval with the default, `is_greedy` included: "
+        f"{full['token_passes']:,.0f} token passes and {full['seconds']:.2f} s a question, "
+        f"{found['ratio_token_passes']:.0f} and {found['ratio_seconds']:.0f} times fewer than the published protocol "
+        f"({metrics}).\nAdaptive draws chose the same answer as all 128 in {found['adaptive_same_best_share']:.0%} of "
+        f"{found['questions']} questions. A million token passes, rows of a pass {batching}.\n\n{_conditions(record)}"
+    )
+
+
+def tasks_table(results: Path) -> str:
+    """lm-eval's tasks, with standard errors, for each `tasks_*.json` (`prime-v2 eval --output`)."""
+    records = [read_record(path) for path in sorted(results.glob("tasks_*.json"))]
+    names = [record["results"]["config"]["model_args"]["pretrained"].split("/")[-1] for record in records]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, record in zip(names, records, strict=True):
+        for row in record["results"]["scores"]:
+            stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+            place = (row["task"], row["metric"], row["scored_split"], f"{row['n']:,}")
+            cells.setdefault(place, {})[name] = f"{row['value']:.3f}{stderr}"
+    rows = [[*place, *(found.get(name, "–") for name in names)] for place, found in cells.items()]
+    commands = "\n".join(_conditions(record) for record in records)
+    return markdown(["task", "metric", "split", "questions", *names], rows) + f"\n{commands}"
+
+
+def perplexity_table(results: Path) -> str:
+    """A perplexity suite (`prime-v2 ppl --suite`): sets and models, bounds as bounds."""
+    record = read_record(results / "ppl_suite.json")
+    rows = []
+    for row in record["results"]["rows"]:
+        low, high = row["perplexity_interval_95"]
+        sign = "" if row["is_exact"] else "≤ "
+        rows.append(
+            [
+                row["set"],
+                row["model"],
+                f"`{row['method']}`",
+                f"{sign}{row['nats_per_token']:.3f} ± {1.96 * row['stderr']:.3f}",
+                f"{sign}{row['perplexity']:,.0f} [{low:,.0f}, {high:,.0f}]",
+                f"{sign}{row['bits_per_byte']:.3f}",
+                f"{row['num_tokens']:,}",
+                f"{row['num_samples']}",
+            ]
+        )
+    heads = ["set", "model", "method", "nats/token", "perplexity", "bits/byte", "tokens", "draws"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "training": training_table,
     "training_step": step_table,
     "entropy": entropy_table,
     "paper_loss": paper_loss_table,
+    "likelihood_settings": settings_table,
+    "sciq_protocol": sciq_table,
+    "tasks": tasks_table,
+    "perplexity": perplexity_table,
 }
 
 

@@ -300,6 +300,11 @@ def test_lm_evals_own_defaults_mean_automatic_batches(folder):
     assert (sized.tokens_per_pass, sized.batch_size) == (4 * 48, 4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that lm-eval names")
+def test_the_device_that_lm_eval_names_by_itself_falls_back_to_the_cpu(folder):
+    assert PrimeV2LM(pretrained=str(folder), device="cuda:0").device.type == "cpu"
+
+
 # peft reads a property that Transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_model_object_and_a_peft_adapter(folder, requests, tmp_path):

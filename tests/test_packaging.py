@@ -1,6 +1,9 @@
 """Wheel, source distribution and installed package, each built from a copy of the checkout, without the network."""
 
 import ast
+import base64
+import csv
+import hashlib
 import json
 import re
 import shutil
@@ -15,6 +18,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path, PurePosixPath
 
 import pytest
+from installed import HOOK, HOOK_FILE
+
+from prime_v2.eval.plugin import MODEL_CLASS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {  # where each package's files lie in the checkout
@@ -44,8 +50,10 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def build(source: Path, out: Path, kind: str) -> Path:
-    """One distribution, `kind` wheel or sdist, by the setuptools of this environment."""
-    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, cwd=source)
+    """One distribution, `kind` wheel, editable or sdist, by the setuptools of this environment."""
+    code = f"from build import ProjectBuilder; ProjectBuilder({str(source)!r}).build({kind!r}, {str(out)!r})"
+    out.mkdir(exist_ok=True)
+    run(sys.executable, "-c", code, cwd=out)
     (built,) = out.iterdir()
     return built
 
@@ -73,7 +81,21 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(checkout, tmp_path_factory.mktemp("wheel"), "wheel")
 
 
-def test_wheel_holds_every_file_of_the_package_folders_and_nothing_else(checkout: Path, wheel: Path):
+@pytest.fixture(scope="module")
+def editable_wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install -e .` installs."""
+    return build(checkout, tmp_path_factory.mktemp("editable"), "editable")
+
+
+def install(wheel: Path, home: Path) -> tuple[Path, Path]:
+    """(Interpreter, site-packages) of a new environment with the wheel alone."""
+    venv.create(home, symlinks=True)
+    python = home / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=home)
+    return python, Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
+
+
+def test_wheel_holds_every_file_of_the_package_folders_and_the_start_up_line(checkout: Path, wheel: Path):
     """A new sub-package or kind of data file that setup.cfg does not name fails here."""
     expected = {
         f"{package}/{path.relative_to(checkout / folder).as_posix()}"
@@ -82,8 +104,35 @@ def test_wheel_holds_every_file_of_the_package_folders_and_nothing_else(checkout
         if path.is_file() and "__pycache__" not in path.parts
     }
     held = {name for name in wheel_files(wheel) if not PurePosixPath(name).parts[0].endswith(".dist-info")}
-    assert held == expected
+    assert held == expected | {HOOK_FILE}
     assert "prime_v2/py.typed" in held
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable_wheel"])
+def test_wheels_hold_the_start_up_line_and_a_record_of_every_file(kind: str, request: pytest.FixtureRequest):
+    files = wheel_files(request.getfixturevalue(kind))
+    assert files[HOOK_FILE] == HOOK.encode()
+    (record,) = (name for name in files if name.endswith(".dist-info/RECORD"))
+    rows = {name: (digest, size) for name, digest, size in csv.reader(files[record].decode().splitlines())}
+    assert rows.pop(record) == ("", "")
+    assert rows == {
+        name: (
+            "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("="),
+            str(len(data)),
+        )
+        for name, data in files.items()
+        if name != record
+    }
+
+
+def test_wheel_names_the_command_and_the_model_of_lm_eval(wheel: Path):
+    (text,) = (text.decode() for name, text in wheel_files(wheel).items() if name.endswith("/entry_points.txt"))
+    points = ConfigParser()
+    points.read_string(text)
+    assert {section: dict(points[section]) for section in points.sections()} == {
+        "console_scripts": {"prime-v2": "prime_v2.eval.cli:main"},
+        "lm_eval.models": {"prime_v2": MODEL_CLASS},
+    }
 
 
 def test_wheel_states_version_licence_and_python(wheel: Path):
@@ -104,12 +153,9 @@ def test_source_distribution_builds_the_same_wheel(sdist: Path, wheel: Path, tmp
 
 def test_installed_wheel_imports_every_module_and_puts_only_prime_v2_into_site_packages(wheel: Path, tmp_path: Path):
     """In an environment that sees this one's dependencies by a path file, but not its editable install."""
-    home = tmp_path / "environment"
-    venv.create(home, symlinks=True)
-    python = home / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
-    assert {path.name for path in site_packages.iterdir()} == {"prime_v2", "prime_v2-0.1.0.dist-info"}
+    python, site_packages = install(wheel, tmp_path / "environment")
+    ours = {"prime_v2", "prime_v2-0.1.0.dist-info", HOOK_FILE}
+    assert {path.name for path in site_packages.iterdir()} == ours
 
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # The last line alone: importing must print nothing before it.
@@ -121,6 +167,14 @@ def test_installed_wheel_imports_every_module_and_puts_only_prime_v2_into_site_p
     assert {Path(file).relative_to(site_packages) for file in probe["files"].values()} == {
         path for path in modules if path.name != "__main__.py"
     }
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable_wheel"])
+def test_uninstalling_leaves_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
+    python, site_packages = install(request.getfixturevalue(kind), tmp_path / "environment")
+    assert (site_packages / HOOK_FILE).is_file()
+    run(sys.executable, "-m", "pip", "--python", python, "uninstall", "--yes", "prime-v2", cwd=tmp_path)
+    assert list(site_packages.glob("*")) == []  # pip may remove the folder too
 
 
 def test_every_import_is_a_declared_dependency():

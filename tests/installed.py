@@ -1,0 +1,30 @@
+"""Environments that have the package and the start-up line as an installation has them, without pip or a network."""
+
+import runpy
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BACKEND = runpy.run_path(str(ROOT / "_build.py"))
+HOOK_FILE, HOOK = BACKEND["HOOK_FILE"], BACKEND["HOOK"]
+
+
+def link_package(folder: Path) -> None:
+    """`folder/prime_v2` with the tree of the installed package, as links into the checkout."""
+    package = folder / "prime_v2"
+    package.mkdir(parents=True)
+    for path in (ROOT / "modeling_prime_v2").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in ("tokenization", "eval", "hub_card"):
+        (package / name).symlink_to(ROOT / name)
+
+
+def make_environment(home: Path, *paths: Path) -> Path:
+    """The interpreter of a new environment that has the start-up line, and `paths` on its sys.path."""
+    venv.create(home, symlinks=True)
+    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
+    # Its name sorts first, as that of an editable install does: the start-up line finds the package.
+    (site_packages / "__paths__.pth").write_text("".join(f"{path}\n" for path in paths))
+    (site_packages / HOOK_FILE).write_text(HOOK)
+    return home / "bin" / "python"
