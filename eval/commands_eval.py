@@ -237,8 +237,9 @@ def _shown(value: Any) -> Any:
 
 def run_tasks(data: Path, out: Path, tasks: str | None, split: Sequence[str], as_json: bool) -> None:
     """Write task files for `lm_eval --include_path OUT` and print what each will score."""
-    names = tasks_in(data) if tasks is None else expand_tasks(name for name in tasks.split(",") if name)
-    written = write_tasks(out, names, parse_splits(split), data)
+    splits = parse_splits(split)
+    names = tasks_in(data, splits) if tasks is None else expand_tasks(name for name in tasks.split(",") if name)
+    written = write_tasks(out, names, splits, data)
     print(json.dumps([asdict(each) for each in written]) if as_json else render_tasks(written))
 
 

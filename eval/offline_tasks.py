@@ -159,10 +159,19 @@ def parse_splits(items: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def tasks_in(data: Path) -> list[str]:
-    """The tasks of `TASKS` that a folder of JSONL folders holds files for. ValueError when it holds none."""
+def tasks_in(data: Path, splits: Mapping[str, str]) -> list[str]:
+    """The tasks of `TASKS` that a folder of JSONL folders holds a scored split of. ValueError when it holds none.
+
+    splits: from `parse_splits`; a task that has only a train split is among them when `splits` says to score that.
+    """
     _check_data_folder(data)
-    found = [task for task, source in TASKS.items() if _files(source, _upstream(source), data)]
+    found = [
+        task
+        for task, source in TASKS.items()
+        if (files := _files(source, _upstream(source), data))
+        # What has a train split alone is not scored unless that is asked for.
+        and (set(files) != {"train"} or task in splits or ALL_TASKS in splits)
+    ]
     if not found:
         folders = ", ".join(dict.fromkeys(source.folder for source in TASKS.values()))
         raise ValueError(f"{data} holds no data of a known task; it must have folders such as {folders}")

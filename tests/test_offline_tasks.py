@@ -219,7 +219,7 @@ def test_what_is_not_there_is_refused_by_name(own_data, tmp_path):
         write_tasks(tmp_path / "tasks", ["boolq"], {}, own_data)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="holds no data of a known task; it must have folders such as sciq, social_"):
-        tasks_in(tmp_path / "nothing")
+        tasks_in(tmp_path / "nothing", {})
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -229,10 +229,13 @@ def test_tasks_command_writes_the_tasks_that_are_there(own_data, tmp_path):
     def run(*arguments: object):
         return CliRunner().invoke(app, ["tasks", *map(str, arguments)])
 
-    refused = run(own_data, tmp_path / "out")
+    refused = run(own_data, tmp_path / "out", "--tasks", "gsm8k")
     assert refused.exit_code == 2
     assert refused.stderr.startswith(f"prime-v2 tasks: error: gsm8k: {own_data}/gsm8k has train.jsonl alone")
     assert not (tmp_path / "out").exists()
+
+    usual = run(own_data, tmp_path / "usual", "--json")
+    assert [each["task"] for each in json.loads(usual.stdout)] == [name for name in TASKS if name != "gsm8k"]
 
     (own_data / "piqa" / "validation.jsonl").unlink()
     done = run(own_data, tmp_path / "out", "--split", "gsm8k=train", "--json")
