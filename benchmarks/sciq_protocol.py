@@ -146,7 +146,7 @@ def main() -> int:
     drawn = Settings("subtoken", args.draws, args.seed)
     runs: dict[str, Callable[[], Cost]] = {
         "published protocol": lambda: published(lm, part, args.seed),
-        "default (chain)": lambda: ours(lm, part, lm.settings),
+        "default (chain)": lambda: ours(lm, part, lm.scoring.answers),
         "token, adaptive": lambda: ours(lm, part, Settings("token", 128, args.seed, adaptive=3.0)),
         "subtoken, adaptive": lambda: ours(lm, part, Settings("subtoken", 128, args.seed, adaptive=3.0)),
         "subtoken, all 128 draws": lambda: ours(lm, part, Settings("subtoken", 128, args.seed)),

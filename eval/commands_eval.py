@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     if known.config is not None:
         rest = ["--config", known.config, *rest]
     model = known.model or (None if known.config is not None else MODEL_NAME)
-    is_named = re.search(r"\bpretrained\b", " ".join(rest)) is not None
+    is_named = _names_a_model(rest)
     if place is not None and is_named:
         raise ValueError(f"{place} and pretrained= name a model each; leave one out")
     if place is not None:
@@ -76,6 +76,20 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     if not tasks and known.config is None:
         raise ValueError("no task was named; add --tasks sciq,boolq,arc_easy, or --tasks paper for the paper's eight")
     return EvalArguments(model, tasks, known.include_path, rest)
+
+
+def _names_a_model(arguments: Sequence[str]) -> bool:
+    """Whether --model_args has `pretrained`, as key=value or in JSON."""
+    values: list[str] = []
+    inside = False
+    for each in arguments:
+        name, sign, value = each.partition("=")
+        if each.startswith("-"):
+            inside = name in ("--model_args", "-a")
+            values += [value] * (inside and bool(sign))
+        elif inside:
+            values.append(each)
+    return any(re.search(r"""(^|[\s,{"'])pretrained["']?\s*[=:]""", value) for value in values)
 
 
 def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], as_json: bool, output: Path | None):

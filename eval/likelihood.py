@@ -6,6 +6,7 @@ choice leads clearly; rows of many questions share forward passes. A score depen
 not on the other questions, their order, the batch or the number of processes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prime_v2.draws_prime_v2 import draw_levels, sequence_key
-from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference
+from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
 from prime_v2.random_prime_v2 import hash64
 
 _QUESTION = 31  # stream number, see diffusion_prime_v2
@@ -27,7 +28,8 @@ class Settings:
     """How choices are scored; `method`, `num_samples` and `seed` as in `log_likelihood`.
 
     adaptive: None, or z: rounds of draws, each doubling them, end for a question when its best choice leads every
-        other by z paired standard errors, in nats and in nats per unit of `Choice.length`. The draws of all rounds
+        other by z paired standard errors, in nats and in nats per unit of `Choice.length`; for few effective degrees
+        of freedom by more, as sure as z of a normal (Student's t). The draws of all rounds
         together are stratified as if drawn at once (`draw_levels`). The first round has `num_samples` halved as long
         as it stays whole and at least `first_draws`.
     common_masks: choices of a question draw the same masks. exhaustive: few masks are summed over, not drawn.
@@ -221,9 +223,13 @@ def _summarise(score: QuestionScore) -> None:
     nothing = torch.zeros(1, dtype=torch.double)
     for choice in score.choices:
         choice.value, choice.stderr = paired_difference(choice.draws, nothing)
+        if choice.num_draws == 1:
+            choice.stderr = math.nan
     if len(score.choices) > 1:
         ranked = sorted(score.choices, key=lambda choice: -choice.value)
         score.lead, score.lead_stderr = paired_difference(ranked[0].draws, ranked[1].draws)
+        if any(choice.num_draws == 1 for choice in ranked[:2]):
+            score.lead_stderr = math.nan
 
 
 def _is_decided(score: QuestionScore, choices: Sequence[Choice], settings: Settings) -> bool:
@@ -238,10 +244,19 @@ def _is_decided(score: QuestionScore, choices: Sequence[Choice], settings: Setti
         for other, each in enumerate(score.choices):
             if other == best:
                 continue
-            lead, stderr = paired_difference(score.choices[best].draws / lengths[best], each.draws / lengths[other])
-            if not lead > settings.adaptive * stderr:
+            difference = score.choices[best].draws / lengths[best] - each.draws / lengths[other]
+            lead, stderr = paired_difference(difference, torch.zeros(1, dtype=torch.double))
+            if not lead > _reach(settings.adaptive, difference) * stderr:
                 return False
     return True
+
+
+def _reach(standard_errors: float, difference: Tensor) -> float:
+    """Standard errors that are as sure, for so few and heavy-tailed draws (K,), as `standard_errors` of a normal."""
+    from scipy.stats import norm, t
+
+    degrees = stratified_degrees(difference) if len(difference) > 1 else math.inf
+    return float(t.isf(norm.sf(standard_errors), degrees))
 
 
 __all__ = ["Choice", "ChoiceScore", "QuestionScore", "Settings", "interval", "score_questions"]

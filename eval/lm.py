@@ -4,14 +4,10 @@ Tokenisation of requests, chat templates, few-shot prompts, caching of answers a
 lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.likelihood`, one fixed setting for all tasks (docs/lm_eval.md).
 """
 
-import difflib
+import dataclasses
 import inspect
-import json
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,31 +15,28 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, Settings, score_questions
-from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
-from prime_v2.eval.published import PublishedSettings, mask_unit_schedule, published_score, published_settings
-from prime_v2.greedy_prime_v2 import decodes_to
-from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, TOKENS_PER_PASS
-
-log = logging.getLogger(__name__)
-
-# One setting for all tasks, chosen on training splits alone (benchmarks/likelihood_settings.py, docs/lm_eval.md).
-DEFAULT_METHOD = "chain"
-DEFAULT_SAMPLES, DEFAULT_ROLLING_SAMPLES = 128, 16
-DEFAULT_ADAPTIVE = 3.0
-TOKENS_PER_PASS_ACCELERATOR = 2**17
-LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
-# Arguments of HFLM that mean the same here.
-SHARED_ARGUMENTS = (
-    "add_bos_token",
-    "prefix_token_id",
-    "peft",
-    "chat_template_args",
-    "enable_thinking",
-    "think_end_token",
-    "truncation",
+from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
+from prime_v2.eval.lm_settings import (
+    DEFAULT_ADAPTIVE,
+    Report,
+    ScoreFile,
+    check_arguments,
+    check_cache,
+    fingerprint,
+    make_scoring,
+    snapshot,
+    tokens_of_a_pass,
+    whole_number,
 )
-NOT_FOR_BOUNDS = {"cfg": 0.0, "temperature": 1.0, "mask_unit": "1"}
+from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
+from prime_v2.eval.published import published_score, published_settings
+from prime_v2.greedy_prime_v2 import decodes_to
+from prime_v2.likelihood_prime_v2 import NotFiniteError
+from prime_v2.random_prime_v2 import hash64
+
+LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
+_REPEAT = 51  # stream number, see diffusion_prime_v2
+MAX_TOKEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 CHOICES_PER_GREEDY_CALL = 512
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's: texts, ids of context, of continuation
@@ -54,6 +47,7 @@ class _Question:
     """Requests with one context: their numbers, the choice of each, and the choices, equal ones once."""
 
     task: str | None
+    context: list[int]
     requests: list[int] = field(default_factory=list)
     choice_of: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
@@ -77,6 +71,7 @@ class PrimeV2LM(HFLM):
     """
 
     AUTO_MODEL_CLASS = None
+    add_bos_token: bool | None
 
     def __init__(
         self,
@@ -103,7 +98,8 @@ class PrimeV2LM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(kwargs)
+        own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
+        check_arguments(kwargs, own)
         if pretrained is None:
             raise ValueError(
                 "no model was named; add --model_args pretrained=DIR, a folder of a saved model or its name on the Hub"
@@ -112,7 +108,7 @@ class PrimeV2LM(HFLM):
             device = None  # lm-eval's command line names it when nobody has
         device = str(choose_device(device))
         self._dtype_asked = None if dtype in (None, "auto") else dtype
-        place = pretrained if not isinstance(pretrained, str) else _snapshot(pretrained, revision, subfolder)
+        place = pretrained if not isinstance(pretrained, str) else snapshot(pretrained, revision, subfolder)
         super().__init__(
             place, backend="causal", tokenizer=tokenizer, device=device, max_length=max_length, batch_size=1, **kwargs
         )
@@ -123,58 +119,19 @@ class PrimeV2LM(HFLM):
         if max_length is not None and not 1 < int(max_length) <= limit:
             raise ValueError(f"max_length={max_length} is outside [2, {limit}], what the model takes; use {limit}")
         self.seed, self.max_denoising_steps = int(seed), max_denoising_steps
-        self._set_batches(batch_size, tokens_per_pass)
-        self._set_scoring(method, num_samples, adaptive, published, cfg, temperature, mask_unit)
-        self._scores_file = None if scores is None else Path(scores)
-        if self._scores_file is not None and self.world_size > 1:
-            self._scores_file = self._scores_file.with_suffix(f".rank{self.rank}{self._scores_file.suffix}")
-        self._report = _Report(self.method_of_answers)
-
-    def _set_batches(self, batch_size: int | str, tokens_per_pass: int | None) -> None:
-        if tokens_per_pass is None:
-            tokens_per_pass = TOKENS_PER_PASS if self.device.type == "cpu" else TOKENS_PER_PASS_ACCELERATOR
-            if not str(batch_size).startswith("auto") and int(batch_size) > 1:
-                tokens_per_pass = int(batch_size) * self.max_length
-        self.tokens_per_pass = int(tokens_per_pass)
-        # HFLM's batches of generate_until.
-        self.batch_size_per_gpu = max(1, self.tokens_per_pass // self.max_length)
-
-    def _set_scoring(self, method, num_samples, adaptive, published, cfg, temperature, mask_unit) -> None:
-        if method is not None and method not in METHODS:
-            nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(METHODS)}")
-        if published:
-            method = method or "token_objective"
-            log.warning(
-                "published=true takes settings that were tuned for each task on its test set, and a score that is no "
-                "likelihood: for reproducing the published accuracies alone."
-            )
-        self.method_of_answers = method or DEFAULT_METHOD
-        given: dict[str, Any] = {"cfg": float(cfg), "temperature": float(temperature), "mask_unit": str(mask_unit)}
-        if self.method_of_answers != "token_objective":
-            for name, off in NOT_FOR_BOUNDS.items():
-                if given[name] != off:
-                    raise ValueError(
-                        f"{name}={given[name]} changes the published score alone, and method={self.method_of_answers} "
-                        f"is a likelihood; leave it out, or use method=token_objective"
-                    )
-            if published:
-                raise ValueError(f"published=true is method=token_objective; leave method={method} out")
-        mask_unit_schedule(mask_unit, self.config.num_subtokens)
-        count = DEFAULT_SAMPLES if num_samples is None else num_samples
-        self._published = None
-        if self.method_of_answers == "token_objective":
-            self._published = PublishedSettings(int(count), seed=self.seed, **given)
-        self._use_published_table = bool(published)
-        self.settings = Settings(
-            self.method_of_answers,
-            int(count),
-            self.seed,
-            None if adaptive in (None, False, 0, "off", "none", "None", "false", "False") else float(adaptive),
-            tokens_per_pass=self.tokens_per_pass,
+        if max_denoising_steps is not None:
+            self.max_denoising_steps = whole_number("max_denoising_steps", max_denoising_steps, 1, 256)
+        self.tokens_per_pass = tokens_of_a_pass(batch_size, tokens_per_pass, self.max_length, self.device.type)
+        self.batch_size_per_gpu = max(1, self.tokens_per_pass // self.max_length)  # of HFLM's generate_until
+        guidance = {"cfg": cfg, "temperature": temperature, "mask_unit": mask_unit}
+        self.scoring = make_scoring(
+            self.config, method, num_samples, self.seed, adaptive, bool(published), guidance, self.tokens_per_pass
         )
-        self.method_of_texts = method or BOUND_OF_ORDER[self.config.reveal_order]
-        self.samples_of_texts = DEFAULT_ROLLING_SAMPLES if num_samples is None else int(num_samples)
+        if published and self.add_bos_token is None:
+            self.add_bos_token = False  # as the published script encodes
+        self.scores = None if scores is None else ScoreFile(scores, self.rank, self.world_size)
+        self._report = Report(self.scoring)
+        self._instances: Sequence[Instance] = []
 
     # Loading, in place of HFLM's own: the package's classes, no code of the checkpoint
 
@@ -204,6 +161,13 @@ class PrimeV2LM(HFLM):
 
             self._model = PeftModel.from_pretrained(self._model, peft).eval()
 
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes lm-eval's cache, unless it holds scores of another model or other settings (ValueError)."""
+        if cache_hook.dbdict is not None:
+            tokens = [self.max_length, self.add_bos_token, self.prefix_token_id, self.max_denoising_steps]
+            check_cache(cache_hook.dbdict, fingerprint(self._model, self.scoring.describe(), tokens))
+        super().set_cache_hook(cache_hook)
+
     # Likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -215,7 +179,7 @@ class PrimeV2LM(HFLM):
         for number, request in enumerate(requests):
             if not request.args[1]:
                 raise ValueError(f"{_place(requests, number)} has an empty continuation, which has no likelihood")
-        if any(request.args[0] == "" for request in requests) and self.prefix_token_id is None:
+        if any(not request.args[0].strip() for request in requests) and self.prefix_token_id is None:
             raise ValueError("a context is empty, and the tokenizer has no BOS or EOS token; give prefix_token_id=")
         self._instances = requests
         try:
@@ -226,9 +190,11 @@ class PrimeV2LM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        instances = getattr(self, "_instances", [])
-        instances = instances if len(instances) == len(requests) else []
+        instances = self._instances if len(self._instances) == len(requests) else []
         questions = self._questions(requests, instances)
+        if self.scoring.published_by_task:
+            for question in questions:
+                published_settings(question.task or "")
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         total = sum(len(question.choices) for question in questions)
         with tqdm(total=total, disable=disable_tqdm or self.rank != 0, desc="Scoring choices") as bar:
@@ -238,16 +204,20 @@ class PrimeV2LM(HFLM):
             except ChoiceError as error:
                 number = questions[error.question].requests[questions[error.question].choice_of.index(error.choice)]
                 raise ValueError(f"{_place(instances, number)}: {error}") from None
-        log.info("%s", self._report.sentence())
+        self._report.log(self.max_length)
+        if self.scores is not None:
+            self.scores.write()
         return answers
 
     def _questions(self, requests: Sequence[Request], instances: Sequence[Instance]) -> list[_Question]:
         """Requests of one document with one context are the choices of a question."""
         groups: dict[Any, _Question] = {}
-        for number, (_, context, _) in enumerate(requests):
+        for number, (texts, context, _) in enumerate(requests):
+            if not context and texts is not None:  # of white space alone, which lm-eval gives to the continuation
+                context = [self.prefix_token_id]
             instance = instances[number] if instances else None
             place = (instance.task_name, instance.doc_id) if instance is not None else (None, None)
-            question = groups.setdefault((place, tuple(context)), _Question(place[0]))
+            question = groups.setdefault((place, tuple(context)), _Question(place[0], context))
             question.requests.append(number)
         for question in groups.values():
             continuations = [requests[number][2] for number in question.requests]
@@ -259,8 +229,8 @@ class PrimeV2LM(HFLM):
                         f"{self.max_length}; score it with loglikelihood_rolling, or shorten it"
                     )
             room = self.max_length - max(map(len, continuations))
-            context = requests[question.requests[0]][1]
-            self._report.truncated += len(context) > room
+            context = question.context
+            self._report.add_context(len(context) > room)
             context = context[len(context) - room :] if len(context) > room else context
             for number, ids in zip(question.requests, continuations, strict=True):
                 texts = requests[number][0]
@@ -273,17 +243,20 @@ class PrimeV2LM(HFLM):
 
     def _check_ids(self, request: Request, place: str) -> None:
         if not request[2]:
-            raise ValueError(f"{place} has a continuation without a token, which has no likelihood")
+            raise ValueError(
+                f"{place} has a continuation without a token of its own (it merges with the context), which has no "
+                f"likelihood; begin it with a space"
+            )
         if max(max(request[1], default=0), max(request[2])) >= self.config.vocab_size:
             raise ValueError(f"{place} spells the mask token {self.tokenizer.mask_token!r}, which is no text")
 
     def _scored(self, questions: list[_Question], progress: Any) -> Iterator[list[tuple[int, QuestionScore]]]:
         """Questions with their scores, in bunches that are large enough for the deterministic decode."""
-        if self._published is None:
+        if self.scoring.published is None:
             choices = [question.choices for question in questions]
-            scores = score_questions(self.model, choices, self.settings, progress)
+            scores = score_questions(self.model, choices, self.scoring.answers, progress)
         else:
-            scores = ((n, self._published_question(question, progress)) for n, question in enumerate(questions))
+            scores = ((n, self._published_question(n, question, progress)) for n, question in enumerate(questions))
         found: list[tuple[int, QuestionScore]] = []
         for number, score in scores:
             found.append((number, score))
@@ -293,15 +266,15 @@ class PrimeV2LM(HFLM):
         if found:
             yield found
 
-    def _published_question(self, question: _Question, progress: Any) -> QuestionScore:
-        settings = self._published
-        if self._use_published_table:
+    def _published_question(self, number: int, question: _Question, progress: Any) -> QuestionScore:
+        settings = self.scoring.published
+        if self.scoring.published_by_task:
             settings = published_settings(question.task or "", self.seed)
         scores = []
-        for choice in question.choices:
+        for index, choice in enumerate(question.choices):
             draws = published_score(self.model, torch.tensor(choice.ids), choice.num_context, settings)
             if not draws.isfinite().all():
-                raise ValueError(f"a choice of task {question.task}: the network's logits are not finite")
+                raise ChoiceError(number, index, "the network's logits are not finite")
             num_forward = len(draws) * (2 if settings.cfg > 0 else 1)
             stderr = float(draws.std() / len(draws) ** 0.5) if len(draws) > 1 else float("nan")
             scores.append(
@@ -314,7 +287,7 @@ class PrimeV2LM(HFLM):
         """Fills in the answers of some questions, caches and counts them."""
         choices = [choice for number, _ in found for choice in questions[number].choices]
         greedy = self._are_greedy(choices)
-        lines = []
+        settings = self.scoring.answers
         for number, score in found:
             question, here = questions[number], [next(greedy) for _ in score.choices]
             for each in score.choices:
@@ -325,12 +298,12 @@ class PrimeV2LM(HFLM):
                 texts = requests[request][0]
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answers[request])
-                details = {k: v for k, v in asdict(score.choices[choice]).items() if k not in ("draws", "levels")}
-                lines.append({"task": question.task, "request": texts, "is_greedy": here[choice][0], **details})
-                lines[-1] |= {"lead": score.lead, "lead_stderr": score.lead_stderr}
-        if self._scores_file is not None:
-            with self._scores_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                if self.scores is not None:
+                    each = score.choices[choice]
+                    line = {"task": question.task, "request": texts, "method": settings.method, "seed": self.seed}
+                    line |= {k: v for k, v in asdict(each).items() if k not in ("draws", "levels")}
+                    line |= {"lead": score.lead, "lead_stderr": score.lead_stderr, "is_greedy": here[choice][0]}
+                    self.scores.add(line)
 
     def _are_greedy(self, choices: list[Choice]) -> Iterator[tuple[bool, int]]:
         """(Whether the deterministic decode gives the continuation, token passes that it took) of each choice."""
@@ -353,29 +326,34 @@ class PrimeV2LM(HFLM):
         The windows of `prime-v2 ppl`: disjoint, nothing given. ValueError for a text without a token and for the
         published score, from which lm-eval would compute a perplexity.
         """
-        if self.method_of_texts == "token_objective":
+        if self.scoring.method_of_texts == "token_objective":
             raise ValueError("token_objective is no likelihood, so no perplexity follows from it; use method=subtoken")
         totals = []
         for number, request in enumerate(tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Scoring texts")):
             (text,) = request.args
-            ids = self.tok_encode(text)
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            ids = encoded["input_ids"]
             if not ids:
                 raise ValueError(f"{_place(requests, number)} is a text without a token, which has no likelihood")
-            self._check_ids((None, [], ids), _place(requests, number))
-            total = 0.0
-            for start in range(0, len(ids), self.max_length):
-                window = torch.tensor([ids[start : start + self.max_length]])
-                output = self.model.log_likelihood(
-                    window,
-                    method=self.method_of_texts,
-                    num_samples=self.samples_of_texts,
-                    seed=self.seed,
-                    tokens_per_pass=self.tokens_per_pass,
-                )
-                total += float(output.value)
-            totals.append(total)
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            try:
+                totals.append(self._log_likelihood_of_text(ids))
+            except NotFiniteError as error:
+                raise ValueError(f"{_place(requests, number)}: {error}") from None
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
+
+    def _log_likelihood_of_text(self, ids: list[int]) -> float:
+        total = 0.0
+        for start in range(0, len(ids), self.max_length):
+            output = self.model.log_likelihood(
+                torch.tensor([ids[start : start + self.max_length]]),
+                method=self.scoring.method_of_texts,
+                num_samples=self.scoring.samples_of_texts,
+                seed=self.seed,
+                tokens_per_pass=self.tokens_per_pass,
+            )
+            total += float(output.value)
+        return total
 
     # Generation
 
@@ -383,6 +361,38 @@ class PrimeV2LM(HFLM):
     def max_gen_toks(self) -> int:
         """lm-eval's 256, or half of what the model takes."""
         return min(256, self.max_length // 2)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts, by HFLM; equal requests draw different samples, whatever batches they fall into.
+
+        An empty context is the BOS token, or EOS where there is none. ValueError for more new tokens than fit.
+        """
+        lots: dict[int, list[int]] = {}
+        seen: dict[str, int] = {}
+        prepared = []
+        for number, request in enumerate(requests):
+            context, options = request.args
+            new_tokens = next((options[name] for name in MAX_TOKEN_NAMES if options.get(name)), self.max_gen_toks)
+            if int(new_tokens) >= self.max_length:
+                raise ValueError(
+                    f"{_place(requests, number)} asks for max_gen_toks={new_tokens} new tokens, but the model takes "
+                    f"{self.max_length} with the context; use {self.max_length // 2}"
+                )
+            if not context:
+                context = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
+            self._report.add_context(len(self.tok_encode(context)) > self.max_length - int(new_tokens))
+            place = f"{context} {options}"
+            lots.setdefault(seen.get(place, 0), []).append(number)
+            seen[place] = seen.get(place, 0) + 1
+            prepared.append(dataclasses.replace(request, arguments=(context, options)))
+        texts = [""] * len(requests)
+        for lot, numbers in lots.items():
+            self._seed_of_lot = self.seed if lot == 0 else int(hash64(self.seed, _REPEAT, lot))
+            found = super().generate_until([prepared[number] for number in numbers], disable_tqdm=disable_tqdm)
+            for number, text in zip(numbers, found, strict=True):
+                texts[number] = text
+        self._report.log(self.max_length)
+        return texts
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """`generate` on left-padded contexts; do_sample=False or temperature 0 is the deterministic decode."""
@@ -392,64 +402,24 @@ class PrimeV2LM(HFLM):
                 options.pop(name, None)
             options["do_sample"] = False
         else:
-            options.setdefault("seed", self.seed)
+            options.setdefault("seed", self._seed_of_lot)
         new_tokens = max_length - context.shape[1]
         steps = options.pop("max_denoising_steps", self.max_denoising_steps) or new_tokens
-        return self.model.generate(context, max_length=max_length, max_denoising_steps=int(steps), **options)
+        try:
+            return self.model.generate(context, max_length=max_length, max_denoising_steps=int(steps), **options)
+        except ValueError as error:
+            text = self.tok_decode(context[0][options["attention_mask"][0].bool()].tolist())
+            raise ValueError(f"the batch whose first context ends in {text[-60:]!r}: {error}") from None
 
     # What was done
 
     def draws_report(self) -> dict[str, Any]:
-        """Method, draws and token passes of all likelihoods so far; see `_Report`."""
+        """Method, draws and token passes of all likelihoods so far; see `Report`."""
         return self._report.as_dict()
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, with the settings of the likelihoods and what they took."""
         return {**super().get_model_info(), "likelihood": self.draws_report()}
-
-
-@dataclass
-class _Report:
-    """Counts over the likelihoods of a run (of this process)."""
-
-    method: str
-    choices: int = 0
-    draws: int = 0
-    summed: int = 0
-    truncated: int = 0
-    token_passes: int = 0
-    token_passes_is_greedy: int = 0
-    lead_stderrs: list[float] = field(default_factory=list, repr=False)
-
-    def add(self, score: QuestionScore, greedy_token_passes: int) -> None:
-        self.choices += len(score.choices)
-        self.draws += sum(choice.num_draws for choice in score.choices)
-        self.summed += sum(choice.num_draws == 0 for choice in score.choices)
-        self.token_passes += sum(choice.token_passes for choice in score.choices)
-        self.token_passes_is_greedy += greedy_token_passes
-        if score.lead_stderr == score.lead_stderr:
-            self.lead_stderrs.append(score.lead_stderr)
-
-    def as_dict(self) -> dict[str, Any]:
-        number = len(self.lead_stderrs)
-        return {
-            "method": self.method,
-            "is_likelihood_or_bound": self.method != "token_objective",
-            "choices": self.choices,
-            "choices_without_draws": self.summed,
-            "draws_per_choice": self.draws / self.choices if self.choices else 0.0,
-            "token_passes": self.token_passes,
-            "token_passes_is_greedy": self.token_passes_is_greedy,
-            "contexts_truncated": self.truncated,
-            "mean_stderr_of_lead": sum(self.lead_stderrs) / number if number else None,
-        }
-
-    def sentence(self) -> str:
-        each = self.draws / self.choices if self.choices else 0.0
-        return (
-            f"{self.choices:,} choices scored by {self.method}: {each:.1f} draws each, {self.summed:,} without draws; "
-            f"{self.token_passes:,} token passes; {self.truncated:,} contexts truncated"
-        )
 
 
 def _place(instances: Sequence[Instance], number: int) -> str:
@@ -458,27 +428,6 @@ def _place(instances: Sequence[Instance], number: int) -> str:
         return f"request {number}"
     instance = instances[number]
     return f"request {number} (task {instance.task_name}, document {instance.doc_id})"
-
-
-def _check_arguments(given: dict[str, Any]) -> None:
-    own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
-    known = sorted((*own, *SHARED_ARGUMENTS))
-    for name, value in given.items():
-        if name not in SHARED_ARGUMENTS:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{name}={value!r} is no argument of the model prime_v2, the nearest is {nearest}; "
-                f"one of {', '.join(known)}"
-            )
-
-
-def _snapshot(pretrained: str, revision: str, subfolder: str) -> str:
-    """The folder of a revision or a part of a Hub repository; others as they are."""
-    if str(revision) == "main" or os.path.isdir(pretrained):
-        return os.path.join(pretrained, subfolder) if subfolder and os.path.isdir(pretrained) else pretrained
-    from huggingface_hub import snapshot_download
-
-    return os.path.join(snapshot_download(pretrained, revision=str(revision)), subfolder)
 
 
 __all__ = ["PrimeV2LM"]

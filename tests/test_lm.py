@@ -274,7 +274,7 @@ def test_logits_that_are_not_finite_name_the_request(folder, requests, settings)
         ({"method": "tokens"}, "method='tokens' is unknown, the nearest is token; one of subtoken, token"),
         ({"num_sample": 3}, "num_sample=3 is no argument of the model prime_v2, the nearest is num_samples"),
         ({"parallelize": True}, "parallelize=True is no argument of the model prime_v2"),
-        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 128"),
         ({"adaptive": -1}, "adaptive=-1.0 must be a positive number"),
         ({"cfg": 0.5}, "cfg=0.5 changes the published score alone, and method=chain is a likelihood; leave it out"),
         ({"cfg": 0.5, "method": "subtoken"}, "cfg=0.5 changes .* method=subtoken is a likelihood"),

@@ -1,0 +1,279 @@
+"""Settings of the lm-eval model: arguments and what they mean, the report of a run, the file of scores, cache keys."""
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prime_v2.diffusion_prime_v2 import RevealOrder
+from prime_v2.eval.likelihood import QuestionScore, Settings
+from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
+from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, SAMPLED_METHODS, TOKENS_PER_PASS
+
+log = logging.getLogger(__name__)
+
+# One setting for all tasks, chosen on training splits alone (benchmarks/likelihood_settings.py, docs/lm_eval.md).
+DEFAULT_METHOD = "chain"
+DEFAULT_SAMPLES, DEFAULT_ROLLING_SAMPLES = 128, 16
+DEFAULT_ADAPTIVE = 3.0
+TOKENS_PER_PASS_ACCELERATOR = 2**17
+# Arguments of HFLM that mean the same here.
+SHARED_ARGUMENTS = (
+    "add_bos_token",
+    "prefix_token_id",
+    "peft",
+    "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
+    "truncation",
+)
+NOT_FOR_BOUNDS = {"cfg": 0.0, "temperature": 1.0, "mask_unit": "1"}
+CACHE_KEY = "prime_v2 settings"
+
+
+def check_arguments(given: dict[str, Any], own: list[str]) -> None:
+    """ValueError for a name that is neither in `own` nor in SHARED_ARGUMENTS, with the nearest that is."""
+    known = sorted((*own, *SHARED_ARGUMENTS))
+    for name, value in given.items():
+        if name not in SHARED_ARGUMENTS:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{name}={value!r} is no argument of the model prime_v2, the nearest is {nearest}; "
+                f"one of {', '.join(known)}"
+            )
+
+
+def whole_number(name: str, value: Any, least: int, example: int) -> int:
+    """An integer of at least `least`, also written as text; ValueError otherwise."""
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}={value} must be an integer of at least {least}; use {example}")
+    return number
+
+
+def _real_number(name: str, value: Any, example: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be a number; use {example}") from None
+
+
+def tokens_of_a_pass(batch_size: Any, tokens_per_pass: Any, max_length: int, device_type: str) -> int:
+    """lm-eval's default batch size of 1, and auto, leave it to us; more are rows of `max_length` tokens."""
+    if tokens_per_pass is not None:
+        return whole_number("tokens_per_pass", tokens_per_pass, 1, TOKENS_PER_PASS)
+    if not str(batch_size).startswith("auto"):
+        rows = whole_number("batch_size", batch_size, 1, 32)
+        if rows > 1:
+            return rows * max_length
+    return TOKENS_PER_PASS if device_type == "cpu" else TOKENS_PER_PASS_ACCELERATOR
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How answers and texts are scored. published: settings of the published score, where that is the method."""
+
+    answers: Settings
+    method_of_texts: str
+    samples_of_texts: int
+    published: PublishedSettings | None
+    published_by_task: bool
+
+    def describe(self) -> dict[str, Any]:
+        """All of it that a score depends on, JSON-ready."""
+        return {key: value for key, value in asdict(self).items() if key != "answers"} | {
+            key: value for key, value in asdict(self.answers).items() if key != "tokens_per_pass"
+        }
+
+
+def make_scoring(
+    config: Any,
+    method: str | None,
+    num_samples: Any,
+    seed: int,
+    adaptive: Any,
+    published: bool,
+    given: dict[str, Any],
+    tokens_per_pass: int,
+) -> Scoring:
+    """`given`: cfg, temperature, mask_unit. Raises ValueError for what is unknown, impossible or has no effect."""
+    if method is not None and method not in METHODS:
+        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(METHODS)}")
+    given = {
+        "cfg": _real_number("cfg", given["cfg"], 0.5),
+        "temperature": _real_number("temperature", given["temperature"], 1.0),
+        "mask_unit": str(given["mask_unit"]),
+    }
+    if published:
+        _check_published(method, num_samples, given)
+        method = "token_objective"
+    of_answers = method or DEFAULT_METHOD
+    if of_answers in SAMPLED_METHODS:
+        RevealOrder.from_config(config, SAMPLED_METHODS[of_answers][0])
+    if of_answers != "token_objective":
+        for name, off in NOT_FOR_BOUNDS.items():
+            if given[name] != off:
+                raise ValueError(
+                    f"{name}={given[name]} changes the published score alone, and method={of_answers} is a "
+                    f"likelihood; leave it out, or use method=token_objective"
+                )
+    mask_unit_schedule(given["mask_unit"], config.num_subtokens)
+    count = None if num_samples is None else whole_number("num_samples", num_samples, 1, DEFAULT_SAMPLES)
+    if of_answers == "chain" and count is not None:
+        log.warning("num_samples=%d is of texts alone: answers are scored by chain, which draws nothing.", count)
+    samples = DEFAULT_SAMPLES if count is None else count
+    return Scoring(
+        Settings(of_answers, samples, seed, _standard_errors(adaptive), tokens_per_pass=tokens_per_pass),
+        method or BOUND_OF_ORDER[config.reveal_order],
+        DEFAULT_ROLLING_SAMPLES if count is None else count,
+        PublishedSettings(samples, seed=seed, **given) if of_answers == "token_objective" else None,
+        published,
+    )
+
+
+def _check_published(method: str | None, num_samples: Any, given: dict[str, Any]) -> None:
+    if method not in (None, "token_objective"):
+        raise ValueError(f"published=true is method=token_objective; leave method={method} out")
+    named = [name for name, off in NOT_FOR_BOUNDS.items() if given[name] != off]
+    named += ["num_samples"] * (num_samples is not None)
+    if named:
+        raise ValueError(f"published=true takes {named[0]} from the published settings; leave one of the two out")
+    log.warning(
+        "published=true takes settings that were tuned for each task on its test set, and a score that is no "
+        "likelihood: for reproducing the published accuracies alone."
+    )
+
+
+def _standard_errors(adaptive: Any) -> float | None:
+    if adaptive is True or str(adaptive).lower() in ("true", "on"):
+        return DEFAULT_ADAPTIVE
+    if adaptive in (None, False, 0) or str(adaptive).lower() in ("off", "none", "false"):
+        return None
+    return _real_number("adaptive", adaptive, DEFAULT_ADAPTIVE)
+
+
+@dataclass
+class Report:
+    """Counts over the likelihoods of a run (of this process)."""
+
+    scoring: Scoring
+    choices: int = 0
+    draws: int = 0
+    summed: int = 0
+    contexts: int = 0
+    truncated: int = 0
+    token_passes: int = 0
+    token_passes_is_greedy: int = 0
+    lead_stderrs: list[float] = field(default_factory=list, repr=False)
+
+    def add(self, score: QuestionScore, greedy_token_passes: int) -> None:
+        self.choices += len(score.choices)
+        self.draws += sum(choice.num_draws for choice in score.choices)
+        self.summed += sum(choice.num_draws == 0 for choice in score.choices)
+        self.token_passes += sum(choice.token_passes for choice in score.choices)
+        self.token_passes_is_greedy += greedy_token_passes
+        if math.isfinite(score.lead_stderr):
+            self.lead_stderrs.append(score.lead_stderr)
+
+    def add_context(self, truncated: bool) -> None:
+        self.contexts += 1
+        self.truncated += truncated
+
+    def as_dict(self) -> dict[str, Any]:
+        number = len(self.lead_stderrs)
+        return {
+            **self.scoring.describe(),
+            "is_likelihood_or_bound": self.scoring.answers.method != "token_objective",
+            "choices": self.choices,
+            "choices_without_draws": self.summed,
+            "draws_per_choice": self.draws / self.choices if self.choices else 0.0,
+            "token_passes": self.token_passes,
+            "token_passes_is_greedy": self.token_passes_is_greedy,
+            "contexts": self.contexts,
+            "contexts_truncated": self.truncated,
+            "mean_stderr_of_lead": sum(self.lead_stderrs) / number if number else None,
+        }
+
+    def log(self, max_length: int) -> None:
+        """What the likelihoods took; a warning where contexts did not fit."""
+        log.info("%s", json.dumps(self.as_dict()))
+        if self.truncated:
+            log.warning(
+                "%d of %d contexts lost their oldest tokens to fit into the %d that the model takes.",
+                self.truncated,
+                self.contexts,
+                max_length,
+            )
+
+
+class ScoreFile:
+    """The JSONL file of `scores=`: a line for each answer, written when all are scored."""
+
+    def __init__(self, path: str, rank: int, world_size: int):
+        self.path = Path(path)
+        if world_size > 1:
+            self.path = self.path.with_suffix(f".rank{rank}{self.path.suffix}")
+        if self.path.exists():
+            raise ValueError(f"scores={self.path} exists; give another name, or delete it first")
+        if not self.path.parent.is_dir():
+            raise ValueError(f"scores={self.path}: the folder {self.path.parent} does not exist; make it first")
+        self.lines: list[str] = []
+
+    def add(self, line: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.lines.append(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def write(self) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(self.lines)
+        os.replace(temporary, self.path)
+
+
+def fingerprint(model: Any, *settings: Any) -> str:
+    """Hash of a model's configuration and weights (sums of each tensor) and of all else that a score depends on."""
+    digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
+    digest.update(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().double()
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {float(values.sum())!r} {float(values.square().sum())!r}".encode()
+        )
+    return digest.hexdigest()
+
+
+def check_cache(database: Any, mark: str) -> None:
+    """lm-eval keys its cache by the requests' texts alone: ValueError unless this one holds scores of this `mark`."""
+    if CACHE_KEY not in database:
+        if len(database):
+            raise ValueError(f"--use_cache {database.filename} holds scores of something else; give another name")
+        database[CACHE_KEY] = mark
+        database.commit()
+    elif database[CACHE_KEY] != mark:
+        raise ValueError(
+            f"--use_cache {database.filename} holds scores of another model or other settings; give another name"
+        )
+
+
+def snapshot(pretrained: str, revision: str, subfolder: str) -> str:
+    """The folder of a revision or a part of a Hub repository; others as they are."""
+    if Path(pretrained).is_dir():
+        return str(Path(pretrained) / subfolder) if subfolder else pretrained
+    if str(revision) == "main" and not subfolder:
+        return pretrained
+    from huggingface_hub import snapshot_download
+
+    return str(Path(snapshot_download(pretrained, revision=str(revision))) / subfolder)
+
+
+__all__ = ["Report", "ScoreFile", "Scoring", "make_scoring"]
