@@ -378,7 +378,7 @@ class PrimeV2LM(HFLM):
                     f"{_place(requests, number)} asks for max_gen_toks={new_tokens} new tokens, but the model takes "
                     f"{self.max_length} with the context; use {self.max_length // 2}"
                 )
-            if not context:
+            if not self.tok_encode(context):  # a tokenizer that adds BOS does so here too
                 context = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
             self._report.add_context(len(self.tok_encode(context)) > self.max_length - int(new_tokens))
             place = f"{context} {options}"
