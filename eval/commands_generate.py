@@ -60,24 +60,9 @@ def run_generate(
     new = slice(input_ids.shape[1], output.sequences.shape[1] - (0 if suffix_ids is None else suffix_ids.shape[1]))
     texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     if as_json:
-        result = {
-            "model": model_name,
-            "prompt": prompt,
-            "suffix": suffix,
-            "options": options,
-            "samples": [
-                {"text": text, "completion": completion, "num_forward": passes}
-                for text, completion, passes in zip(
-                    texts,
-                    tokenizer.batch_decode(output.sequences[:, new], skip_special_tokens=True),
-                    output.num_forward.tolist(),
-                    strict=True,
-                )
-            ],
-            "network_seconds": output.network_seconds,
-            "sampling_seconds": output.sampling_seconds,
-        }
-        print(json.dumps(result, ensure_ascii=False))
+        completions = tokenizer.batch_decode(output.sequences[:, new], skip_special_tokens=True)
+        asked = {"model": model_name, "prompt": prompt, "suffix": suffix, "options": options}
+        print(json.dumps({**asked, **_as_json(texts, completions, output)}, ensure_ascii=False))
         return
     for number, text in enumerate(texts, 1):
         if num_samples > 1:
@@ -112,6 +97,17 @@ class _Tick:
         self.done += 1
         self.show(self.done, self.steps)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _as_json(texts: list[str], completions: list[str], output: Any) -> dict[str, Any]:
+    return {
+        "samples": [
+            {"text": text, "completion": completion, "num_forward": passes}
+            for text, completion, passes in zip(texts, completions, output.num_forward.tolist(), strict=True)
+        ],
+        "network_seconds": output.network_seconds,
+        "sampling_seconds": output.sampling_seconds,
+    }
 
 
 class DraftView:

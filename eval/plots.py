@@ -43,17 +43,7 @@ def plot_training(
     upper, lower = figure.subplots(2, 1, sharex=True)
     unit, name = _unit(max(entry["tokens"] for entry in [*losses, *bounds]))
     if bounds:
-        upper.errorbar(
-            [entry["tokens"] / unit for entry in bounds],
-            [entry["eval_bound"] for entry in bounds],
-            yerr=[NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds],
-            color="tab:orange",
-            marker="o",
-            markersize=4,
-            linewidth=1.4,
-            capsize=3,
-            label="held-out bound on -log p (95% interval)",
-        )
+        _draw_bounds(upper, bounds, unit)
     upper.axhline(
         unigram_entropy,
         color="0.25",
@@ -79,6 +69,20 @@ def plot_training(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
     return path
+
+
+def _draw_bounds(axes: Any, bounds: list[dict[str, Any]], unit: float) -> None:
+    axes.errorbar(
+        [entry["tokens"] / unit for entry in bounds],
+        [entry["eval_bound"] for entry in bounds],
+        yerr=[NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds],
+        color="tab:orange",
+        marker="o",
+        markersize=4,
+        linewidth=1.4,
+        capsize=3,
+        label="held-out bound on -log p (95% interval)",
+    )
 
 
 def _points(history: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -147,14 +147,18 @@ def pack_blocks(
         with open(aside_json, "wb") as file:
             file.write(json.dumps(info, indent=1).encode())
             _sync(file)
-        # Between the two renames there must be no JSON, or it would describe the other file.
-        _info_path(path).unlink(missing_ok=True)
-        os.replace(aside, path)
-        os.replace(aside_json, _info_path(path))
+        _move_pair(aside, aside_json, path)
     finally:
         aside.unlink(missing_ok=True)
         aside_json.unlink(missing_ok=True)
     return PackedBlocks(path)
+
+
+def _move_pair(aside: Path, aside_json: Path, path: Path) -> None:
+    # Between the two renames there must be no JSON, or it would describe the other file.
+    _info_path(path).unlink(missing_ok=True)
+    os.replace(aside, path)
+    os.replace(aside_json, _info_path(path))
 
 
 def _refuse_short_text(num_documents: int, num_tokens: int, block_size: int) -> NoReturn:
