@@ -29,12 +29,12 @@ RARE_MARGINAL = 1e-25
 class HiddenTokens:
     """The N tokens that have a hidden unit, and what is asked of each.
 
-    ids (N,) int64; visible (N, S) bool; weights (N,) float, the factor of each token's nats in the loss;
+    ids (N,) int64; visible (N, S) bool (None without a code table); weights (N,) float, the factor of a token's nats;
     goal (N, S) bool for "prefix", the digits visible after the next reveal.
     """
 
     ids: Tensor
-    visible: Tensor
+    visible: Tensor | None
     weights: Tensor
     goal: Tensor | None = None
 
@@ -53,6 +53,11 @@ def hidden_nats(hidden_states, head_weight, table, tokens: HiddenTokens, kind: s
     need_gradient = torch.is_grad_enabled()
     with torch.autocast(device_type, enabled=False):
         return _ChunkedNats.apply(hidden_states, head_weight, table, tokens, kind, carry_over, dtype, need_gradient)
+
+
+def token_nats(hidden_states, head_weight, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`hidden_nats` of whole tokens without a code table: -log softmax at ids (N,), weighted by weights (N,)."""
+    return hidden_nats(hidden_states, head_weight, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
 
 
 class _ChunkedNats(torch.autograd.Function):
@@ -110,12 +115,17 @@ class _Chunk:
 
     def __init__(self, table, kind: str, carry_over: bool, need_gradient: bool, dtype: torch.dtype):
         self.table, self.kind, self.carry_over, self.need_gradient = table, kind, carry_over, need_gradient
+        if table is None:
+            return
         self.packed = table.packed_codes()  # (V,)
         self.columns = table.codes[:-1] + table.base * torch.arange(table.num_subtokens, device=self.packed.device)
         self.one_hot = table.one_hot(dtype) if kind == "digits" else None
 
     def __call__(self, logits: Tensor, tokens: HiddenTokens, part: slice) -> tuple[Tensor, Tensor | None]:
-        ids, visible, weights = tokens.ids[part], tokens.visible[part], tokens.weights[part].to(logits.dtype)
+        ids, weights = tokens.ids[part], tokens.weights[part].to(logits.dtype)
+        if self.kind == "token" and not self.carry_over:
+            return self._token(logits, ids, weights)
+        visible = tokens.visible[part]
         differs = self.packed ^ self.packed[ids].unsqueeze(1)  # (C, V)
         if self.carry_over:
             logits.masked_fill_((differs & self.table.pack_visible(visible).unsqueeze(1)) != 0, -torch.inf)

@@ -105,7 +105,7 @@ def log_likelihood(
     non-finite results (`NotFiniteError`).
     """
     plan = _Plan(model.config, method, num_samples, exhaustive, refinement)
-    sequences = list(_unpadded(input_ids, attention_mask, prompt_mask, model.config))
+    sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
     key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
     rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
     nats = score_rows(model, rows, plan.order, plan.objective, len(input_ids), tokens_per_pass)
@@ -231,7 +231,7 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     return float(difference.mean()), float(stratified_stderr(difference))
 
 
-def _unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:
+def unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, ids (L,), scored (L,) bool) without padding, longest first so that a pass holds rows of like length."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
@@ -260,7 +260,7 @@ def score_rows(model, rows: Iterator[Rows], order: RevealOrder, objective: str, 
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(rows, tokens_per_pass):
+        for batch in batches(rows, tokens_per_pass):
             for row_nats, part in zip(_score(model, batch, order, objective), batch, strict=True):
                 nats[part.sequence].append(row_nats.cpu() * part.factor.cpu())
     finally:
@@ -268,7 +268,7 @@ def score_rows(model, rows: Iterator[Rows], order: RevealOrder, objective: str, 
     return [torch.cat(each) for each in nats]
 
 
-def _batches(parts: Iterator[Rows], tokens_per_pass: int) -> Iterator[list[Rows]]:
+def batches(parts: Iterator[Rows], tokens_per_pass: int) -> Iterator[list[Rows]]:
     """Groups rows, splitting those of one sequence where needed, so that rows x longest stays within the limit."""
     batch: list[Rows] = []
     rows = longest = 0

@@ -1,33 +1,25 @@
 """MDM-Prime-v2 network in Transformers: a bidirectional Llama over sub-tokens, and its masked diffusion loss."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
+from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
-from .likelihood_prime_v2 import PrimeV2LogLikelihood, log_likelihood
-
-NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
+from .likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, PrimeV2LogLikelihood, log_likelihood
 
 
 @dataclass
@@ -47,147 +39,15 @@ class PrimeV2Output(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class PrimeV2RMSNorm(nn.RMSNorm):
-    """RMSNorm, PyTorch's own kernel: it keeps its input for the backward pass and nothing else."""
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping the two inputs and nothing else for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_up = grad * nn.functional.silu(gate)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad_up
-
-
-class PrimeV2MLP(nn.Module):
-    """SwiGLU feed-forward network."""
-
-    def __init__(self, config: PrimeV2Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
-
-
-class PrimeV2SubtokenEmbedding(nn.Module):
-    """Embeds states (B, L, S) into (B, L, D): "sum", "concat" or "concat_shared" of one vector a digit.
-
-    Rows of the table are ordered `j * (base + 1) + digit`, the masked digit being `base` ("concat_shared" has base + 1
-    rows in all).
-    """
-
-    def __init__(self, config: PrimeV2Config):
-        super().__init__()
-        self.form, self.base, self.num_subtokens = config.subtoken_embedding, config.base, config.num_subtokens
-        positions = 1 if self.form == "concat_shared" else self.num_subtokens
-        width = config.hidden_size if self.form == "sum" else config.hidden_size // self.num_subtokens
-        self.table = nn.Embedding(positions * (self.base + 1), width)
-
-    def forward(self, subtoken_ids: Tensor) -> Tensor:
-        rows = subtoken_ids
-        if self.form != "concat_shared":
-            rows = rows + (self.base + 1) * torch.arange(self.num_subtokens, device=rows.device)
-        if self.form == "sum":
-            flat = nn.functional.embedding_bag(rows.flatten(0, -2), self.table.weight, mode="sum")
-            return flat.unflatten(0, rows.shape[:-1])
-        return self.table(rows).flatten(-2)
-
-
-class PrimeV2Attention(nn.Module):
-    """Bidirectional attention with rotary positions, grouped queries and optional RMS-normalised queries and keys."""
-
-    def __init__(self, config: PrimeV2Config, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs) -> tuple[Tensor, Tensor]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, heads, L, head_dim)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-class PrimeV2Layer(GradientCheckpointingLayer):
-    """Pre-norm Transformer block: attention, then SwiGLU."""
-
-    def __init__(self, config: PrimeV2Config, layer_idx: int):
-        super().__init__()
-        self.self_attn = PrimeV2Attention(config, layer_idx)
-        self.mlp = PrimeV2MLP(config)
-        self.input_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class PrimeV2PreTrainedModel(PreTrainedModel):
-    """Flags and initialisation that all PrimeV2 models share."""
+class PrimeV2Model(PrimeV2Backbone):
+    """The network up to the last norm: states (B, L, S) to hidden states (B, L, D)."""
 
     config: PrimeV2Config
     config_class = PrimeV2Config
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["PrimeV2Layer"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": PrimeV2Layer, "attentions": PrimeV2Attention}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, PrimeV2CodeTable):
-            init.copy_(module.codes, module.build())
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError(
-            f"vocab_size={self.config.vocab_size} is fixed by the code table, which gives each token its digits; "
-            f"build a tokenizer and a model with the vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
-        )
-
-
-class PrimeV2Model(PrimeV2PreTrainedModel):
-    """The network up to the last norm: states (B, L, S) to hidden states (B, L, D)."""
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
-        self.embed_subtokens = PrimeV2SubtokenEmbedding(config)
-        self.layers = nn.ModuleList([PrimeV2Layer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
+        self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.base + 1)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -210,17 +70,15 @@ class PrimeV2Model(PrimeV2PreTrainedModel):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=mask, **kwargs
-            )
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     """MDM-Prime-v2 with its head: logits, training loss, likelihood bounds and generation."""
 
+    config: PrimeV2Config
+    config_class = PrimeV2Config
     generation_config_class = PrimeV2GenerationConfig
 
     def __init__(self, config: PrimeV2Config):
@@ -230,6 +88,18 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PrimeV2CodeTable):
+            init.copy_(module.codes, module.build())
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            f"vocab_size={self.config.vocab_size} is fixed by the code table, which gives each token its digits; "
+            f"build a tokenizer and a model with the vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
+        )
 
     def get_output_embeddings(self) -> nn.Module | None:
         return getattr(self, "lm_head", None)
@@ -247,6 +117,16 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     def decode(self, subtoken_ids: Tensor) -> Tensor:
         """Digits (B, L, S) to token ids (B, L); ValueError for a pattern that is no token."""
         return self.code_table.decode(subtoken_ids)
+
+    @property
+    def likelihood_methods(self) -> tuple[str, ...]:
+        """The `method`s of `log_likelihood` that this config has."""
+        return METHODS if self.config.stage_digits else tuple(each for each in METHODS if each != "nested")
+
+    @property
+    def bound_method(self) -> str:
+        """The `method` whose value is reported: the bound of the order in which the model reveals its units."""
+        return BOUND_OF_ORDER[self.config.reveal_order]
 
     @property
     def loss_is_bound(self) -> bool:
@@ -303,12 +183,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config, order = self.config, RevealOrder.from_config(self.config)
-        check_shapes(input_ids, attention_mask, labels)
-        scored = labels != NOT_SCORED
-        if attention_mask is not None:
-            scored = scored & attention_mask.bool()
-        ids = torch.where(scored, labels, input_ids)
-        check_labels(input_ids, ids, scored, config)
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
         if noise_keys is None:
             noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
         if noise_levels is None:
@@ -356,6 +231,10 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         """Log-likelihood of each sequence, or its lower bound, in nats: see `likelihood_prime_v2.log_likelihood`."""
         return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
 
+    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+        """Whether the deterministic decode fills in exactly the targets: see `greedy_prime_v2.decodes_to`."""
+        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:
     """ValueError unless states (B, L, S) and their mask (B, L) can be fed to the network."""
@@ -366,48 +245,8 @@ def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) ->
             f"the input has shape {tuple(subtoken_ids.shape)}, but states are (B, L, {config.num_subtokens}); "
             f"token ids are (B, L)"
         )
-    batch, length = subtoken_ids.shape[:2]
-    if batch == 0 or length == 0:
-        raise ValueError(f"the batch has {batch} rows of {length} tokens; give at least one row of one token")
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"the input has {length} tokens, but max_position_embeddings={config.max_position_embeddings}; "
-            f"cut it to {config.max_position_embeddings} tokens"
-        )
+    check_length(subtoken_ids, attention_mask, config)
     check_ids(subtoken_ids, config.base + 1, f"digits, {config.base} for masked")
-    if attention_mask is not None and attention_mask.dim() == 2:
-        if attention_mask.shape != (batch, length):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but the input has {(batch, length)}"
-            )
-        empty = (attention_mask != 0).sum(1) == 0
-        if empty.any():
-            raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row")
-
-
-def check_shapes(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:
-    """ValueError unless ids, mask and labels are (B, L) alike, with at least one row of one token."""
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
-    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}")
-
-
-def check_labels(input_ids: Tensor, ids: Tensor, scored: Tensor, config) -> None:
-    """ValueError unless the batch has a scored token, with labels equal to the input where it is not masked."""
-    if torch.compiler.is_compiling():
-        return
-    if not scored.any():
-        raise ValueError("no label to score: every one is -100 or padding; give clean token ids where to score")
-    check_ids(ids[scored], config.vocab_size, "labels are predictable tokens")
-    changed = scored & (ids != input_ids) & (input_ids != config.mask_token_id)
-    if changed.any():
-        row, column = (int(each) for each in changed.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}, {column}]={int(ids[row, column])} differs from input_ids={int(input_ids[row, column])}; "
-            f"labels are the clean input ids, not shifted, with -100 where nothing is scored"
-        )
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

@@ -1,0 +1,164 @@
+"""The Transformer that all families share: Llama's, with attention to both sides, or back alone (`config.causal`)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
+
+NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
+
+
+class PrimeV2RMSNorm(nn.RMSNorm):
+    """RMSNorm, PyTorch's own kernel: it keeps its input for the backward pass and nothing else."""
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping the two inputs and nothing else for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = grad * nn.functional.silu(gate)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up
+
+
+class PrimeV2MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: PrimeV2BackboneConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+
+
+class PrimeV2SubtokenEmbedding(nn.Module):
+    """Embeds states (B, L, S) into (B, L, D): "sum", "concat" or "concat_shared" of one vector a digit.
+
+    A digit has `num_values` values: base + 1 where it can be masked (then the digit `base`), else base. Rows of the
+    table are ordered `j * num_values + digit` ("concat_shared" has num_values rows in all).
+    """
+
+    def __init__(self, config, num_values: int):
+        super().__init__()
+        self.form, self.num_values, self.num_subtokens = config.subtoken_embedding, num_values, config.num_subtokens
+        positions = 1 if self.form == "concat_shared" else self.num_subtokens
+        width = config.hidden_size if self.form == "sum" else config.hidden_size // self.num_subtokens
+        self.table = nn.Embedding(positions * num_values, width)
+
+    def forward(self, subtoken_ids: Tensor) -> Tensor:
+        rows = subtoken_ids
+        if self.form != "concat_shared":
+            rows = rows + self.num_values * torch.arange(self.num_subtokens, device=rows.device)
+        if self.form == "sum":
+            flat = nn.functional.embedding_bag(rows.flatten(0, -2), self.table.weight, mode="sum")
+            return flat.unflatten(0, rows.shape[:-1])
+        return self.table(rows).flatten(-2)
+
+
+class PrimeV2Attention(nn.Module):
+    """Attention with rotary positions, grouped queries and optional RMS-normalised queries and keys."""
+
+    def __init__(self, config: PrimeV2BackboneConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = config.causal
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, heads, L, head_dim)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class PrimeV2Layer(GradientCheckpointingLayer):
+    """Pre-norm Transformer block: attention, then SwiGLU."""
+
+    def __init__(self, config: PrimeV2BackboneConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PrimeV2Attention(config, layer_idx)
+        self.mlp = PrimeV2MLP(config)
+        self.input_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class PrimeV2PreTrainedModel(PreTrainedModel):
+    """Flags that the models of all families share."""
+
+    config: PrimeV2BackboneConfig
+    config_class = PrimeV2BackboneConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PrimeV2Layer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": PrimeV2Layer, "attentions": PrimeV2Attention}
+
+
+class PrimeV2Backbone(PrimeV2PreTrainedModel):
+    """Layers and last norm: embedded tokens (B, L, D) to hidden states (B, L, D). A family adds its embedding."""
+
+    def __init__(self, config: PrimeV2BackboneConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([PrimeV2Layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
+
+    def run_layers(self, hidden_states: Tensor, position_ids: Tensor, attention_mask, **kwargs) -> Tensor:
+        """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it."""
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+            )
+        return self.norm(hidden_states)
+
+
+__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding"]
