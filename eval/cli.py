@@ -5,96 +5,18 @@ stderr and exit status 2; any other exception is a fault of ours and keeps its t
 """
 
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-PROGRAM = "prime-v2"
-
-
-class _BadInput(Exception):
-    """A sentence about the input of a command, ready to print."""
-
-
-class _Command(TyperCommand):
-    """A sub-command whose refusals name it."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            sentence = bad_input(error)
-            if sentence is None:
-                raise
-            raise _BadInput(f"{ctx.command_path}: error: {sentence}") from error
-
-
-class _Group(TyperGroup):
-    """Ends the process with the statuses above, under typer's test runner as well."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        try:
-            status = super().main(args, PROGRAM, complete_var, False, windows_expand_args, **extra)
-        except _BadInput as error:
-            status = _fail(str(error))
-        except Exception as error:
-            # Typer's own refusals (an unknown option, a value of the wrong kind); where they live differs by version.
-            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
-                raise
-            status = self._usage_error(error)
-        if not standalone_mode:
-            return status
-        sys.exit(status if isinstance(status, int) else 0)
-
-    @staticmethod
-    def _usage_error(error: Any) -> int:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            return 2
-        place = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
-        return _fail(f"{place}: error: {_sentence(error.format_message())}; see {place} --help")
-
-
-def _fail(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2
-
-
-def bad_input(error: Exception) -> str | None:
-    """One sentence for an error that the input caused, None for any other."""
-    if isinstance(error, BrokenPipeError):
-        return None
-    if isinstance(error, OSError) and error.strerror:
-        return _sentence(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    if isinstance(error, ValueError | OSError):
-        return _sentence(str(error))
-    from huggingface_hub.errors import StrictDataclassError
-
-    if isinstance(error, StrictDataclassError):
-        inner = error.__cause__ or error
-        return _sentence(str(inner).split("ValueError: ")[-1].split("TypeError: ")[-1])
-    return None
-
-
-def _sentence(text: str) -> str:
-    return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
-
+from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output, bad_input
+from prime_v2.eval.commands_scaling import scaling_app
 
 app = typer.Typer(
     name=PROGRAM,
-    cls=_Group,
+    cls=Group,
     help="MDM-Prime-v2: sample from masked diffusion language models over sub-tokens, and measure them.",
     no_args_is_help=True,
     add_completion=False,
@@ -130,7 +52,7 @@ Split = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Split of a Hub data set [default: test for ppl, train for entropy]. For other sources train, dev or "
+        help="Split of a Hub data set [default: test for ppl and analyze, train for entropy]. For other sources train, dev or "
         "test: the documents that train.py puts there [default: all documents].",
     ),
 ]
@@ -140,17 +62,9 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...
 Dtype = Annotated[
     str | None, typer.Option(metavar="NAME", help="Type of the weights [default: bfloat16 on cuda, else float32]")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
-    ),
-]
 
 
-@app.command(cls=_Command, short_help="Draw samples from a model.")
+@app.command(cls=Command, short_help="Draw samples from a model.")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text that the sample starts with.")] = "",
@@ -223,14 +137,15 @@ PplMethod = Annotated[
     typer.Option(
         metavar="NAME",
         help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
-        "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound. A causal model "
-        "has causal alone, its exact likelihood, and keeps it beside diffusion models.",
+        "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound; uniform, "
+        "interpolating: the bounds of these families. A causal model has causal alone, its exact likelihood. A model "
+        "that has not the method asked for keeps its own beside others.",
         show_default="the bound of the order that the model was trained with",
     ),
 ]
 
 
-@app.command(cls=_Command, short_help="Bound the likelihood, perplexity and bits per byte of text.")
+@app.command(cls=Command, short_help="Bound the likelihood, perplexity and bits per byte of text.")
 def ppl(
     model: Model,
     source: PplSource = None,
@@ -274,7 +189,7 @@ def ppl(
     run_ppl([model, *(also or [])], text or suite_text, scoring, as_json, output)
 
 
-@app.command(cls=_Command, short_help="Sub-token entropy of text (the paper's Table 1).")
+@app.command(cls=Command, short_help="Sub-token entropy of text (the paper's Table 1).")
 def entropy(
     source: Source,
     tokenizer: Annotated[
@@ -309,7 +224,7 @@ TaskSplit = Annotated[
 
 @app.command(
     "eval",
-    cls=_Command,
+    cls=Command,
     short_help="Score benchmark tasks with lm-eval.",
     context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
 )
@@ -346,7 +261,7 @@ def evaluate(
     run_eval(arguments or [], data, split or [], as_json, output)
 
 
-@app.command(cls=_Command, short_help="Write lm-eval task files that read JSONL folders.")
+@app.command(cls=Command, short_help="Write lm-eval task files that read JSONL folders.")
 def tasks(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with a folder of JSONL files for each task.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the task files.")],
@@ -366,7 +281,60 @@ def tasks(
     run_tasks(data, out, only, split or [], as_json)
 
 
-@app.command(cls=_Command, short_help="Write a model's card from the record of its run.")
+MaskedShare = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="X",
+        help="Level in [0, 1] of the noise that a masked-diffusion model sees, 0 for clean text; repeatable "
+        "[default: 0, 0.5 and 0.9]. Causal models see clean text.",
+    ),
+]
+
+
+@app.command(cls=Command, short_help="Spectra of the weights and attention patterns, of one model or two.")
+def analyze(
+    model_a: Annotated[
+        str, typer.Argument(metavar="MODEL_A", help="Folder of a saved model, or its name on the Hub.")
+    ],
+    model_b: Annotated[
+        str | None, typer.Argument(metavar="MODEL_B", help="Another one, set beside it.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help=f"{SOURCE_HELP} A file may also come second.", show_default="docs"),
+    ] = None,
+    masked_share: MaskedShare = None,
+    max_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to measure, at most.")] = 16,
+    window: Window = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the masks and of the Gaussian reference.")] = 0,
+    split: Split = None,
+    text_field: TextField = "text",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Type of the weights.")] = "float32",
+    as_json: Json = False,
+    output: Output = None,
+    figure_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also draw analysis_spectra.png and analysis_attention.png, new files, in DIR."
+        ),
+    ] = None,
+) -> None:
+    """Spectra of the weight matrices and attention patterns of a model, or of two side by side.
+
+    Models are Prime-v2 or causal ones (AutoModelForCausalLM) with projections named as in Llama, OPT or GPT-2.
+
+    \b
+    prime-v2 analyze MODEL my_text.txt
+    prime-v2 analyze MODEL gpt2 my_text.txt --output analysis.json --figure-dir figures
+    """
+    from prime_v2.eval.commands_analyze import Analysis, run_analyze
+
+    options = Analysis(masked_share, max_windows, window, seed, device, dtype)
+    run_analyze((model_a, model_b, text), split, text_field, options, as_json, output, figure_dir)
+
+
+@app.command(cls=Command, short_help="Write a model's card from the record of its run.")
 def card(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run or of a saved model.")],
     record: Annotated[
@@ -385,6 +353,9 @@ def card(
         raise ValueError(f"{folder} is not a folder; give the folder of a run or of a saved model")
     path = write_card(folder, read_record(record or find_record(folder)))
     print(json.dumps({"card": str(path)}) if as_json else f"wrote {path}")
+
+
+app.add_typer(scaling_app)
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str,
     with progress_bar("scoring sequences") as show:
         score = score_text(model, tokenizer, kept, method=method, progress=show, **scoring.options())
     return {
-        "model": _labels([model_name])[0],
+        "model": labels_of([model_name])[0],
         "source": text.source,
         "split": text.split,
         "max_documents": text.max_documents,
@@ -149,7 +149,7 @@ def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Sco
     from prime_v2.eval.loading import load_config, load_scorer
     from prime_v2.eval.perplexity import score_text, window_and_stride
 
-    methods, labels = _methods(models, scoring.method), _labels(models)
+    methods, labels = _methods(models, scoring.method), labels_of(models)
     window, stride = window_and_stride([load_config(each) for each in models], scoring.window, scoring.stride)
     sets, skipped = _read_sets(text, models[0])
     rows, about = [], []
@@ -194,29 +194,37 @@ def _read_sets(text: TextSource | SuiteSource, run_folder: str) -> tuple[list[Se
 
 
 def _methods(models: list[str], asked: str | None) -> list[str]:
-    """The method of each model. asked: None for each model's own; otherwise that of the diffusion models.
+    """The method of each model. asked: None for each model's own; otherwise that of the models that have it.
 
-    Raises ValueError for an unknown method and for one that no model here, or one of them, cannot have.
+    Raises ValueError for an unknown method, for one that no model here has, and for "causal" beside a model that has
+    others.
     """
     from prime_v2.eval.causal import METHOD, check_method
+    from prime_v2.eval.families import FAMILIES, FAMILY_OF_TYPE, bound_method
     from prime_v2.eval.loading import is_causal, load_config
-    from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS
 
     if asked is not None:
-        nearest("--method", asked, [*METHODS, METHOD])
-    causal = [is_causal(each) for each in models]
-    if asked not in (None, METHOD) and all(causal):
+        nearest("--method", asked, sorted({method for family in FAMILIES.values() for method in family.methods}))
+    methods, reported = [], []
+    for name in models:
+        config = None if is_causal(name) else load_config(name)
+        methods.append((METHOD,) if config is None else FAMILY_OF_TYPE[config.model_type].methods)
+        reported.append(METHOD if config is None else bound_method(config))
+    having = [asked in each for each in methods]
+    if asked not in (None, METHOD) and all(each == (METHOD,) for each in methods):
         check_method(asked)
-    if asked == METHOD and not all(causal):
+    if asked == METHOD and not all(having):
+        other = having.index(False)
         raise ValueError(
-            f"method={METHOD!r} is for causal models; {models[causal.index(False)]} is a diffusion model and has "
-            f"{', '.join(METHODS)}"
+            f"method={METHOD!r} is for causal models; {models[other]} is a diffusion model and has "
+            f"{', '.join(methods[other])}"
         )
-    own = [METHOD if is_one else asked for is_one, name in zip(causal, models, strict=True)]
-    return [each or BOUND_OF_ORDER[load_config(name).reveal_order] for each, name in zip(own, models, strict=True)]
+    if asked is not None and not any(having):
+        raise ValueError(f"method={asked!r} is none of {models[0]}, which has {', '.join(methods[0])}")
+    return [asked if has else own for has, own in zip(having, reported, strict=True)]
 
 
-def _labels(models: list[str]) -> list[str]:
+def labels_of(models: list[str]) -> list[str]:
     """Names for a record: of a folder its own, with as many folders above as tell the models apart."""
     paths = [Path(os.path.abspath(Path(each).expanduser())) for each in models]
     parts = [path.parts if path.exists() else (name,) for path, name in zip(paths, models, strict=True)]
@@ -332,4 +340,14 @@ def run_entropy(
         print(render_table(rows))
 
 
-__all__ = ["Scoring", "SuiteSource", "TextSource", "render_score", "render_table", "run_entropy", "run_ppl"]
+__all__ = [
+    "RUN_FILE",
+    "Scoring",
+    "SuiteSource",
+    "TextSource",
+    "labels_of",
+    "render_score",
+    "render_table",
+    "run_entropy",
+    "run_ppl",
+]

@@ -11,9 +11,11 @@ PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """{"total", "non_embedding"}: the second leaves out the sub-token embedding and the head."""
+    """{"total", "non_embedding"}: the second leaves out the input embedding and the head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    if getattr(model, "head_nodes", None) is not None:
+        outside.add(id(model.head_nodes.table.weight))
     non_embedding = sum(each.numel() for each in model.parameters() if id(each) not in outside)
     return {"total": total, "non_embedding": non_embedding}
 

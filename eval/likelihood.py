@@ -19,7 +19,7 @@ from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired
 from prime_v2.random_prime_v2 import hash64
 
 _QUESTION = 31  # stream number, see diffusion_prime_v2
-ONE_ROUND = ("chain", "orders")  # nothing drawn, or no mean of draws
+ONE_ROUND = ("chain", "causal", "orders")  # nothing drawn, or no mean of draws
 PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passes: progress, cache, memory
 
 

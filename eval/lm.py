@@ -30,7 +30,6 @@ from prime_v2.eval.lm_settings import (
 )
 from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
 from prime_v2.eval.published import published_score, published_settings
-from prime_v2.greedy_prime_v2 import decodes_to
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.random_prime_v2 import hash64
 
@@ -314,7 +313,7 @@ class PrimeV2LM(HFLM):
             mask[row, : len(choice.ids)] = 1
         context = torch.tensor([choice.num_context for choice in choices]).unsqueeze(1)
         targets = (torch.arange(length) >= context) & mask.bool()
-        result = decodes_to(self.model, ids, mask, targets, self.tokens_per_pass)
+        result = self.model.decodes_to(ids, mask, targets, tokens_per_pass=self.tokens_per_pass)
         for choice, is_greedy, passes in zip(
             choices, result.matches.tolist(), result.num_forward.tolist(), strict=True
         ):
@@ -403,10 +402,11 @@ class PrimeV2LM(HFLM):
             options["do_sample"] = False
         else:
             options.setdefault("seed", self._seed_of_lot)
-        new_tokens = max_length - context.shape[1]
-        steps = options.pop("max_denoising_steps", self.max_denoising_steps) or new_tokens
+        steps = options.pop("max_denoising_steps", self.max_denoising_steps) or max_length - context.shape[1]
+        if not self.config.causal:
+            options["max_denoising_steps"] = int(steps)
         try:
-            return self.model.generate(context, max_length=max_length, max_denoising_steps=int(steps), **options)
+            return self.model.generate(context, max_length=max_length, **options)
         except ValueError as error:
             text = self.tok_decode(context[0][options["attention_mask"][0].bool()].tolist())
             raise ValueError(f"the batch whose first context ends in {text[-60:]!r}: {error}") from None

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2.diffusion_prime_v2 import RevealOrder
+from prime_v2.eval.families import FAMILY_OF_TYPE, bound_method, label_of
 from prime_v2.eval.likelihood import QuestionScore, Settings
+from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
-from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, SAMPLED_METHODS, TOKENS_PER_PASS
+from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +108,10 @@ def make_scoring(
     tokens_per_pass: int,
 ) -> Scoring:
     """`given`: cfg, temperature, mask_unit. Raises ValueError for what is unknown, impossible or has no effect."""
-    if method is not None and method not in METHODS:
-        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(METHODS)}")
+    methods = FAMILY_OF_TYPE[config.model_type].methods
+    if method is not None and method not in methods:
+        nearest = difflib.get_close_matches(str(method), methods, n=1, cutoff=0.0)[0]
+        raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(methods)}")
     given = {
         "cfg": _real_number("cfg", given["cfg"], 0.5),
         "temperature": _real_number("temperature", given["temperature"], 1.0),
@@ -116,8 +119,10 @@ def make_scoring(
     }
     if published:
         _check_published(method, num_samples, given)
+        if "token_objective" not in methods:
+            raise ValueError(f"published=true is for MDM-Prime models, not {label_of(config)}; leave it out")
         method = "token_objective"
-    of_answers = method or DEFAULT_METHOD
+    of_answers = method or (DEFAULT_METHOD if DEFAULT_METHOD in methods else bound_method(config))
     if of_answers in SAMPLED_METHODS:
         RevealOrder.from_config(config, SAMPLED_METHODS[of_answers][0])
     if of_answers != "token_objective":
@@ -127,14 +132,16 @@ def make_scoring(
                     f"{name}={given[name]} changes the published score alone, and method={of_answers} is a "
                     f"likelihood; leave it out, or use method=token_objective"
                 )
-    mask_unit_schedule(given["mask_unit"], config.num_subtokens)
+    mask_unit_schedule(given["mask_unit"], getattr(config, "num_subtokens", 1))
     count = None if num_samples is None else whole_number("num_samples", num_samples, 1, DEFAULT_SAMPLES)
-    if of_answers == "chain" and count is not None:
-        log.warning("num_samples=%d is of texts alone: answers are scored by chain, which draws nothing.", count)
+    if of_answers in EXACT_METHODS and count is not None:
+        log.warning(
+            "num_samples=%d is of texts alone: answers are scored by %s, which draws nothing.", count, of_answers
+        )
     samples = DEFAULT_SAMPLES if count is None else count
     return Scoring(
         Settings(of_answers, samples, seed, _standard_errors(adaptive), tokens_per_pass=tokens_per_pass),
-        method or BOUND_OF_ORDER[config.reveal_order],
+        method or bound_method(config),
         DEFAULT_ROLLING_SAMPLES if count is None else count,
         PublishedSettings(samples, seed=seed, **given) if of_answers == "token_objective" else None,
         published,

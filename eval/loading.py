@@ -8,7 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from prime_v2.eval.families import FAMILY_OF_TYPE
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -20,7 +23,7 @@ def load_model_and_tokenizer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> tuple[Any, Any]:
-    """(PrimeV2ForMaskedDiffusion in evaluation mode, PrimeV2Tokenizer) of a folder or a Hub repository.
+    """(A model of one of our families in evaluation mode, its PrimeV2Tokenizer) of a folder or a Hub repository.
 
     device: None takes CUDA where there is one, else the CPU. Apple's MPS has no float64, which likelihoods are summed
         in, and is used only when asked for.
@@ -30,8 +33,7 @@ def load_model_and_tokenizer(
     """
     device, dtype = _choose(device, dtype)
     place = _locate(path_or_repo)
-    _check_type(place, causal=False)
-    return _load_prime(place, device, dtype)
+    return _load_own(place, _check_type(place, foreign=False), device, dtype)
 
 
 def load_scorer(
@@ -49,8 +51,9 @@ def load_scorer(
 
     device, dtype = _choose(device, dtype)
     place = _locate(path_or_repo)
-    if not is_causal(place):
-        return _load_prime(place, device, dtype)
+    model_type = _check_type(place, foreign=True)
+    if model_type in FAMILY_OF_TYPE:
+        return _load_own(place, model_type, device, dtype)
     model = _load_weights(AutoModelForCausalLM, place, dtype).to(device).eval()
     tokenizer = load_tokenizer(place)
     try:
@@ -60,23 +63,20 @@ def load_scorer(
 
 
 def is_causal(path_or_repo: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint holds a causal language model of Transformers; False for one of Prime-v2.
+    """Whether a checkpoint holds a causal language model of Transformers; False for one of our families.
 
     Reads its configuration alone. Raises ValueError where there is none, and for any other model type.
     """
-    from prime_v2 import PrimeV2Config
-
-    return _check_type(_locate(path_or_repo), causal=True) != PrimeV2Config.model_type
+    return _check_type(_locate(path_or_repo), foreign=True) not in FAMILY_OF_TYPE
 
 
 def load_config(path_or_repo: str | os.PathLike[str]) -> Any:
     """The configuration of a checkpoint that `load_scorer` takes, without its weights."""
     from transformers import AutoConfig
 
-    from prime_v2 import PrimeV2Config
-
     place = _locate(path_or_repo)
-    make = AutoConfig if is_causal(place) else PrimeV2Config
+    model_type = _check_type(place, foreign=True)
+    make = FAMILY_OF_TYPE[model_type].config_class if model_type in FAMILY_OF_TYPE else AutoConfig
     return _loaded(lambda: make.from_pretrained(place, trust_remote_code=False), place, "a model")
 
 
@@ -87,10 +87,8 @@ def _choose(device, dtype) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def _load_prime(place: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    from prime_v2 import PrimeV2ForMaskedDiffusion
-
-    model = _load_weights(PrimeV2ForMaskedDiffusion, place, dtype).to(device).eval()
+def _load_own(place: str, model_type: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    model = _load_weights(FAMILY_OF_TYPE[model_type].model_class, place, dtype).to(device).eval()
     tokenizer = load_tokenizer(place)
     check_same_table(model, tokenizer, place)
     return model, tokenizer
@@ -144,9 +142,13 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
 def check_same_table(model: Any, tokenizer: Any, place: str) -> None:
     """ValueError unless the tokenizer splits every token into the digits that the model was trained with."""
-    codes, table = model.code_table.codes[:-1].cpu().numpy(), getattr(tokenizer, "code_table", None)
+    table = getattr(tokenizer, "code_table", None)
     if table is None:
         raise ValueError(f"the tokenizer of {place} has no code table; save the PrimeV2Tokenizer beside the model")
+    if getattr(model, "code_table", None) is None:  # a family of whole tokens
+        codes = np.arange(model.config.vocab_size)[:, None]
+    else:
+        codes = model.code_table.codes[:-1].cpu().numpy()
     if table.shape != codes.shape:
         difference = f"{tuple(table.shape)} instead of {tuple(codes.shape)}"
     elif (table != codes).any():
@@ -175,21 +177,19 @@ def _locate(path_or_repo: str | os.PathLike[str]) -> str:
     return place
 
 
-def _check_type(place: str, causal: bool) -> str:
-    """The model type of a checkpoint; ValueError unless it is Prime-v2, or (`causal`) a causal one of Transformers."""
+def _check_type(place: str, foreign: bool) -> str:
+    """The model type of a checkpoint; ValueError unless it is ours, or (`foreign`) a causal one of Transformers."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from prime_v2 import PrimeV2Config
 
     if Path(place).is_dir():
         _check_folder(Path(place))
     content, _ = _loaded(lambda: PreTrainedConfig.get_config_dict(place), place, "a model")
     model_type = content.get("model_type")
-    if model_type != PrimeV2Config.model_type and not (causal and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        also = " and causal language models of Transformers, such as 'gpt2', are" if causal else " is"
+    if model_type not in FAMILY_OF_TYPE and not (foreign and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        also = " and causal language models of Transformers, such as 'gpt2'," if foreign else ""
         raise ValueError(
-            f"{place} holds a model of type {model_type!r}; only {PrimeV2Config.model_type!r}{also} supported"
+            f"{place} holds a model of type {model_type!r}; only {', '.join(FAMILY_OF_TYPE)}{also} are supported"
         )
     return model_type
 

@@ -34,6 +34,7 @@ def score_blocks(
     seed: int = 0,
     text_bytes: int | None = None,
     progress: Progress | None = None,
+    keep_sequences: bool = False,
 ) -> dict[str, Any]:
     """Nats per token of blocks (N, L) of clean token ids without padding, each block scored on its own; JSON-ready.
 
@@ -51,9 +52,12 @@ def score_blocks(
     and only where `is_bound`:
         perplexity, perplexity_interval_95 (from `stderr`, None without one)
         text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given
+    and with `keep_sequences` nats_of_sequences, the nats of each block to 1e-3: models that score the same blocks are
+    compared block by block (`prime_v2.eval.compare_report.paired`).
     Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
-    return _score([(_as_ids(blocks), None)], model, method, num_samples, seed, text_bytes, progress)
+    groups = [(_as_ids(blocks), None)]
+    return _score(groups, model, method, num_samples, seed, text_bytes, progress, keep_sequences)
 
 
 def score_text(
@@ -169,7 +173,9 @@ def _as_ids(blocks: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
     return ids.long()
 
 
-def _score(groups: list[Windows], model, method, num_samples, seed, text_bytes, progress) -> dict[str, Any]:
+def _score(
+    groups: list[Windows], model, method, num_samples, seed, text_bytes, progress, keep_sequences: bool = False
+) -> dict[str, Any]:
     """The result of `score_blocks` for groups of windows of different lengths."""
     if text_bytes is not None and text_bytes < 1:
         raise ValueError(f"text_bytes={text_bytes} must be at least 1; leave it out where the bytes are not known")
@@ -195,7 +201,10 @@ def _score(groups: list[Windows], model, method, num_samples, seed, text_bytes, 
             if progress is not None:
                 progress(done, num_sequences)
     scored = torch.cat([ids.flatten() if mask is None else ids[~mask] for ids, mask in groups])
-    return _summary(outputs, scored, method, num_samples, text_bytes)
+    result = _summary(outputs, scored, method, num_samples, text_bytes)
+    if keep_sequences:
+        result["nats_of_sequences"] = [round(float(each), 3) for output in outputs for each in -output.value]
+    return result
 
 
 def _summary(outputs: list[Any], scored: Tensor, method: str, num_samples: int, text_bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.records import read_record
+from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -248,6 +249,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sciq_protocol": sciq_table,
     "tasks": tasks_table,
     "perplexity": perplexity_table,
+    **SCALING_TABLES,
 }
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from prime_v2.eval.families import bound_method, label_of
 from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
 from prime_v2.eval.perplexity import score_blocks, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
 from prime_v2.eval.trainer import DiffusionTrainer
 from prime_v2.hub_card.card import write_card
-from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER
 from prime_v2.tokenization.corpus import docs_versions
 from prime_v2.tokenization.packing import PackedBlocks
 
@@ -24,7 +24,7 @@ def first_blocks(blocks: PackedBlocks, count: int) -> torch.Tensor:
 
 def score_dev(model, blocks: torch.Tensor, draws: int, bytes_per_token: float) -> dict[str, float]:
     """The valid bound on the dev blocks in the units that trackers plot, beside the tokens' unigram entropy."""
-    method, text_bytes = BOUND_OF_ORDER[model.config.reveal_order], round(bytes_per_token * blocks.numel())
+    method, text_bytes = bound_method(model.config), round(bytes_per_token * blocks.numel())
     result = score_blocks(model, blocks, method=method, num_samples=draws, seed=0, text_bytes=text_bytes)
     return {
         "eval_bound": result["nats_per_token"],
@@ -70,7 +70,7 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
         return numbers
     print(
         f"model: {counts['total']:,} parameters, {counts['non_embedding']:,} without embeddings and head; "
-        f"{model.config.num_subtokens} digits of base {model.config.base} for {model.config.vocab_size:,} tokens\n"
+        f"{label_of(model.config)}, {_digits(model.config)} for {model.config.vocab_size:,} tokens\n"
         f"run: {training.max_steps:,} steps x {run.global_batch} x {run.block_size} = {tokens:,} tokens, "
         f"{numbers['flops_6nd']:.2e} FLOPs by 6ND, {numbers['flops_measured']:.2e} measured, about "
         f"{expected / 60:.1f} minutes on {training.world_size} x {training.device.type}",
@@ -82,12 +82,19 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
     return numbers
 
 
+def _digits(config) -> str:
+    digits = getattr(config, "num_subtokens", 1)
+    return "whole tokens" if digits == 1 else f"{digits} digits of base {config.base}"
+
+
 def generate_samples(model, tokenizer, run: Any, seed: int) -> list[str]:
     """Documents from their start: the prompt is the EOS that ends the document before, as in the training blocks."""
     model.eval()
     start = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
     length = min(run.block_size, 128) - 1
-    options = {"max_new_tokens": length, "max_denoising_steps": length, "eos_token_id": None}
+    options = {"max_new_tokens": length, "eos_token_id": None, "do_sample": True}
+    if not model.config.causal:
+        options["max_denoising_steps"] = length
     return [
         tokenizer.decode(model.generate(start, seed=seed + i, **options)[0, 1:], skip_special_tokens=True)
         for i in range(run.num_generated if length else 0)
@@ -98,26 +105,28 @@ def final_evaluation(model, run: Any, test: PackedBlocks, seed: int) -> dict[str
     """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
     blocks = first_blocks(test, run.test_sequences)
     text_bytes = round(test.bytes_per_token * blocks.numel())
-    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes}
-    return {
-        "bound": score_blocks(model, blocks, method=BOUND_OF_ORDER[model.config.reveal_order], **options),
-        "token_objective": score_blocks(model, blocks, method="token_objective", **options),
-    }
+    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes, "keep_sequences": True}
+    found = {"bound": score_blocks(model, blocks, method=bound_method(model.config), **options)}
+    if "token_objective" in model.likelihood_methods:
+        found["token_objective"] = score_blocks(model, blocks, method="token_objective", **options)
+    return found
 
 
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     results = record["results"]
-    bound, loss = results["evaluation"]["bound"], results["evaluation"]["token_objective"]
+    bound, loss = results["evaluation"]["bound"], results["evaluation"].get("token_objective")
     interval = bound["perplexity_interval_95"] or [bound["perplexity"]] * 2
-    errors = ["" if each["stderr"] is None else f" +- {each['stderr']:.4f}" for each in (bound, loss)]
-    not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
+    name, at_most = ("log-likelihood", "") if bound["is_exact"] else ("bound", "at most ")
     print(
         f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
         f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
-        f"  bound             {bound['nats_per_token']:.4f}{errors[0]} nats/token, perplexity at most "
-        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte\n"
-        f"  the paper's loss  {loss['nats_per_token']:.4f}{errors[1]} nats/token{not_bound}\n"
+        f"  {name:<17} {_with_error(bound)} nats/token, perplexity {at_most}"
+        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte"
     )
+    if loss is not None:
+        not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
+        print(f"  the paper's loss  {_with_error(loss)} nats/token{not_bound}")
+    print()
     if results["samples"]:
         print(f"a sample:\n  {' '.join(results['samples'][0].split())[:600]}\n")
     print(
@@ -125,6 +134,10 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
         f"record: {folder}/results/train.json   plot: {folder}/loss.png\n"
         f"more: prime-v2 generate {folder} --watch"
     )
+
+
+def _with_error(result: dict[str, Any]) -> str:
+    return f"{result['nats_per_token']:.4f}" + ("" if result["stderr"] is None else f" +- {result['stderr']:.4f}")
 
 
 def finish(
@@ -145,6 +158,8 @@ def finish(
     sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
     sizes.setdefault("train_tokens", numbers["tokens"])  # of a stream: what was read
     results = {
+        "family": label_of(model.config),
+        "label": run.label or label_of(model.config),
         "config": model.config.to_dict(),
         "training": {
             **numbers,
@@ -153,7 +168,7 @@ def finish(
                 for each in losses
             ),
             "device": training.device.type,
-            "objective": model.config.objective,
+            "objective": getattr(model.config, "objective", None),
             "loss_is_bound": model.loss_is_bound,
         },
         "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),

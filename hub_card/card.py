@@ -84,8 +84,13 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
     from huggingface_hub import ModelCard, ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    for name in ("bound", "token_objective"):
-        check_score(look_up(record, f"results.evaluation.{name}"), f"results.evaluation.{name}")
+    check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
+    loss = look_up(record, "results.evaluation").get("token_objective")  # of MDM-Prime models alone
+    if loss is not None:
+        check_score(loss, "results.evaluation.token_objective")
+    elif look_up(record, "results.config.model_type") == "prime_v2":
+        raise ValueError("the record has no results.evaluation.token_objective; write the card from a complete record")
+    exact = bool(record["results"]["evaluation"]["bound"].get("is_exact"))
     data = ModelCardData(
         license=LICENSE_ID,
         library_name="transformers",
@@ -103,6 +108,8 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
         card_data=data.to_yaml(),
         model_name=model_name,
         plot=plot,
+        kind=look_up(record, "results.config.model_type"),
+        exact=exact,
         get=lambda path: look_up(record, path),
         has=lambda path: _has(record, path),
     )
@@ -166,12 +173,16 @@ def _plus_minus(score: dict[str, Any]) -> str:
 
 def _perplexity(score: dict[str, Any]) -> str:
     interval = look_up(score, "perplexity_interval_95")
-    upper = f"≤ {look_up(score, 'perplexity'):.2f}"
+    upper = f"{_sign(score)} {look_up(score, 'perplexity'):.2f}"
     return upper if interval is None else f"{upper} (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def _bits(score: dict[str, Any]) -> str:
-    return f"≤ {look_up(score, 'bits_per_byte'):.4f}"
+    return f"{_sign(score)} {look_up(score, 'bits_per_byte'):.4f}"
+
+
+def _sign(score: dict[str, Any]) -> str:
+    return "=" if score.get("is_exact") else "≤"
 
 
 def _fence(text: str) -> str:

@@ -6,26 +6,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "PrimeV2ArmConfig": "configuration_arm_prime_v2",
     "PrimeV2Config": "configuration_prime_v2",
+    "PrimeV2ForCausalLM": "modeling_arm_prime_v2",
+    "PrimeV2ForInterpolatingDiffusion": "modeling_interpolating_prime_v2",
     "PrimeV2ForMaskedDiffusion": "modeling_prime_v2",
+    "PrimeV2ForUniformDiffusion": "modeling_uniform_prime_v2",
     "PrimeV2GenerationConfig": "generation_prime_v2",
     "PrimeV2GenerationOutput": "generation_prime_v2",
+    "PrimeV2InterpolatingConfig": "configuration_interpolating_prime_v2",
     "PrimeV2LogLikelihood": "likelihood_prime_v2",
     "PrimeV2Model": "modeling_prime_v2",
     "PrimeV2Output": "modeling_prime_v2",
     "PrimeV2Tokenizer": "tokenization",
+    "PrimeV2UniformConfig": "configuration_uniform_prime_v2",
     "build_tokenizer": "tokenization",
 }
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from prime_v2.configuration_arm_prime_v2 import PrimeV2ArmConfig as PrimeV2ArmConfig
+    from prime_v2.configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig as PrimeV2InterpolatingConfig
     from prime_v2.configuration_prime_v2 import PrimeV2Config as PrimeV2Config
+    from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig as PrimeV2UniformConfig
     from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
     from prime_v2.generation_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
     from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
+    from prime_v2.modeling_arm_prime_v2 import PrimeV2ForCausalLM as PrimeV2ForCausalLM
+    from prime_v2.modeling_interpolating_prime_v2 import (
+        PrimeV2ForInterpolatingDiffusion as PrimeV2ForInterpolatingDiffusion,
+    )
     from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion as PrimeV2ForMaskedDiffusion
     from prime_v2.modeling_prime_v2 import PrimeV2Model as PrimeV2Model
     from prime_v2.modeling_prime_v2 import PrimeV2Output as PrimeV2Output
+    from prime_v2.modeling_uniform_prime_v2 import PrimeV2ForUniformDiffusion as PrimeV2ForUniformDiffusion
     from prime_v2.tokenization import PrimeV2Tokenizer as PrimeV2Tokenizer
     from prime_v2.tokenization import build_tokenizer as build_tokenizer
 

@@ -29,6 +29,11 @@ def base_needed(vocab_size: int, num_subtokens: int) -> int:
     return base
 
 
+def num_nodes(base: int, ends: tuple[int, ...]) -> int:
+    """Nodes of the code tree at the digit counts `ends`."""
+    return sum(base**end for end in ends)
+
+
 def build_code_table(
     vocab_size: int,
     base: int,
@@ -100,10 +105,24 @@ class PrimeV2CodeTable(nn.Module):
             config.base,
             config.num_subtokens,
             config.shuffle_seed,
-            config.shuffle_ratio,
+            config.shuffle_ratio if config.code_source == "shuffle" else 0.0,
             config.shuffle_domain,
         )
         return torch.cat([table, torch.full((1, config.num_subtokens), config.base)])
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Take the table C (V, S), digits in 0..base-1 with distinct rows, of a config with code_source="data"."""
+        codes = codes.to(self.codes)
+        if self.config.code_source != "data":
+            raise ValueError(f'code_source={self.config.code_source!r} draws the table; use code_source="data"')
+        if codes.shape != self.codes[:-1].shape or codes.min() < 0 or codes.max() >= self.base:
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)} spanning [{codes.min()}, {codes.max()}] must be "
+                f"{tuple(self.codes[:-1].shape)} in [0, {self.base - 1}]"
+            )
+        if len(codes.unique(dim=0)) != len(codes):
+            raise ValueError("two tokens have the same code; every token needs a code of its own")
+        self.codes[:-1] = codes
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (...) int64 in [0, V], V meaning masked, to digits (..., S) int64 in [0, base], base = masked."""

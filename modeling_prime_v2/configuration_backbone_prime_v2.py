@@ -10,7 +10,7 @@ from .code_table_prime_v2 import MAX_SHUFFLED_CODES, base_needed, digits_needed
 
 CODE_CHOICES = {
     "shuffle_domain": ("codes", "vocab"),
-    "subtoken_embedding": ("sum", "concat", "concat_shared"),
+    "code_source": ("shuffle", "data"),
 }
 SIZES = (
     "vocab_size",
@@ -107,14 +107,20 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
     Args:
         base: digits run over 0..base-1. None means 2, or the smallest base that fits when `num_subtokens` is given.
         num_subtokens: S, the digits of a token (the paper's l); None means ceil(log_base V). 1 leaves tokens whole.
+        code_source: "shuffle", the table of `build_code_table`; or "data", a table that comes with the weights, made
+            from text (`prime_v2.tokenization.codes`). A fresh model then holds the unshuffled table until
+            `code_table.set_codes` is called.
         shuffle_seed, shuffle_ratio, shuffle_domain: the index shuffle, see `build_code_table`.
         subtoken_embedding: "sum" of S tables of width D, "concat" of S tables of width D / S, or "concat_shared", one
             table of width D / S used for every digit.
         The other fields are those of `PrimeV2BackboneConfig`.
     """
 
+    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared")  # values of subtoken_embedding
+
     base: int | None = None
     num_subtokens: int | None = None
+    code_source: str = "shuffle"
     shuffle_seed: int = 0
     shuffle_ratio: int | float = 1.0
     shuffle_domain: str = "codes"
@@ -135,7 +141,7 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
         self._check_codes()
 
     def _check_codes(self):
-        for name, choices in CODE_CHOICES.items():
+        for name, choices in {**CODE_CHOICES, "subtoken_embedding": self.embeddings}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
         if self.num_subtokens < 1:
@@ -161,7 +167,7 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
                 f"shuffle_domain='codes' would permute {self.base**digits} codes, more than {MAX_SHUFFLED_CODES}; "
                 f"use num_subtokens={digits_needed(self.vocab_size, self.base)} or shuffle_domain='vocab'"
             )
-        if self.subtoken_embedding != "sum" and self.hidden_size % digits:
+        if self.subtoken_embedding.startswith("concat") and self.hidden_size % digits:
             raise ValueError(
                 f"subtoken_embedding={self.subtoken_embedding!r} needs hidden_size={self.hidden_size} to be a "
                 f"multiple of num_subtokens={digits}; "

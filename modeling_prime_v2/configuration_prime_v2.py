@@ -1,9 +1,13 @@
 """Configuration of an MDM-Prime-v2 network."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 
+from .code_table_prime_v2 import num_nodes
 from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 
+MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
     "objective": ("token", "subtoken"),
@@ -20,11 +24,19 @@ class PrimeV2Config(PrimeV2CodedConfig):
     Args:
         vocab_size: V, the number of tokens that can be predicted. The mask token has the id V.
         num_subtokens: S, the digits of a token (the paper's l); None means ceil(log_base V). 1 is plain MDM.
+        subtoken_embedding: of states, also "prefix" (a vector of its own for each node of the code tree at the stages'
+            ends) or "ancestors" (the sum of the vectors down to the node), both for reveal_order "nested" or "token";
+            or "groups" (a sum over groups of `group_digits` digits, a vector for each state of a group).
+        tree_levels: digit counts at which "ancestors" has vectors, the stages' ends among them; None is those ends.
+        head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
         carry_over: filter the tokens that contradict a visible digit out of the softmax.
         objective: "token", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "subtoken", the
             negative evidence lower bound of `reveal_order` from the marginals of the digits.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
+        stage_rates: of "nested", how fast each stage follows the one before (`RevealOrder`); None is [J, ..., 2, 1],
+            iid reveal times that are sorted. Larger first rates reveal the leading digits of all tokens earlier.
+        token_order_share: share of the training sequences whose noise hides whole tokens, whatever the reveal_order.
         reveal_order: the unit that is hidden and revealed: each "digit" (published), the whole "token", or "nested",
             stages of leading digits that end at the counts in `stage_digits`, e.g. [6, 11].
         whole_token_above: hide whole tokens when the masked share exceeds this (the published 1.1B recipe uses 0.5).
@@ -35,6 +47,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     """
 
     model_type = "prime_v2"
+    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "prefix", "ancestors", "groups")
 
     carry_over: bool = True
     objective: str = "token"
@@ -42,6 +55,11 @@ class PrimeV2Config(PrimeV2CodedConfig):
     noise_form: str = "count"
     reveal_order: str = "digit"
     stage_digits: list[int] | None = None
+    stage_rates: list[float] | None = None
+    token_order_share: int | float = 0.0
+    group_digits: int | None = None
+    tree_levels: list[int] | None = None
+    head_ancestors: bool = False
     whole_token_above: int | float | None = None
     mask_token_id: int | None = None
 
@@ -62,14 +80,33 @@ class PrimeV2Config(PrimeV2CodedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
         super().validate_architecture()
-        self._validate_objective()
+        self._check_objective()
+        self._check_stages()
+        self._check_embedding()
 
-    def _validate_objective(self):
+    def _check_objective(self):
         if self.mask_token_id != self.vocab_size:
             raise ValueError(
                 f"mask_token_id={self.mask_token_id} must be vocab_size={self.vocab_size}, the first id outside the "
                 f"vocabulary; leave it out"
             )
+        if not 0 <= self.token_order_share <= 1:
+            raise ValueError(f"token_order_share={self.token_order_share} is outside [0, 1]; use 0.0")
+        if self.token_order_share and self.reveal_order != "nested":
+            raise ValueError(
+                f"token_order_share={self.token_order_share} needs reveal_order='nested', not {self.reveal_order!r}; "
+                f"leave it out"
+            )
+        if self.whole_token_above is not None:
+            if not 0 <= self.whole_token_above <= 1:
+                raise ValueError(f"whole_token_above={self.whole_token_above} is outside [0, 1]; use 0.5 or None")
+            if self.reveal_order != "digit":
+                raise ValueError(
+                    f"whole_token_above={self.whole_token_above} needs reveal_order='digit', "
+                    f"not {self.reveal_order!r}; leave it out"
+                )
+
+    def _check_stages(self):
         if (self.reveal_order == "nested") != (self.stage_digits is not None):
             raise ValueError(
                 f"reveal_order={self.reveal_order!r} with stage_digits={self.stage_digits}: 'nested' needs the digit "
@@ -84,14 +121,69 @@ class PrimeV2Config(PrimeV2CodedConfig):
                     f"stage_digits={self.stage_digits} must rise from at least 1 to num_subtokens="
                     f"{self.num_subtokens}; use e.g. [{self.num_subtokens}]"
                 )
-        if self.whole_token_above is not None:
-            if not 0 <= self.whole_token_above <= 1:
-                raise ValueError(f"whole_token_above={self.whole_token_above} is outside [0, 1]; use 0.5 or None")
-            if self.reveal_order != "digit":
+        if self.stage_rates is not None:
+            if self.stage_digits is None or len(self.stage_rates) != len(self.stage_digits):
                 raise ValueError(
-                    f"whole_token_above={self.whole_token_above} needs reveal_order='digit', "
-                    f"not {self.reveal_order!r}; leave it out"
+                    f"stage_rates={self.stage_rates} needs one rate for each of stage_digits={self.stage_digits}; "
+                    f"use e.g. reveal_order='nested', stage_digits=[6, {self.num_subtokens}], stage_rates=[4, 1]"
                 )
+            if min(self.stage_rates) <= 0 or self.noise_form != "time":
+                raise ValueError(
+                    f"stage_rates={self.stage_rates} must be positive and need noise_form='time', not "
+                    f"{self.noise_form!r}"
+                )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Digit counts, rising to S, at which nodes of the code tree have vectors."""
+        return tuple(self.tree_levels or self.stage_digits or (self.num_subtokens,))
+
+    def _check_embedding(self):
+        form = self.subtoken_embedding
+        if self.tree_levels is not None:
+            rising = sorted(set(self.tree_levels)) == self.tree_levels and self.tree_levels[0] >= 1
+            ends = set(self.stage_digits or [self.num_subtokens])
+            if not rising or self.tree_levels[-1] != self.num_subtokens or not ends <= set(self.tree_levels):
+                raise ValueError(
+                    f"tree_levels={self.tree_levels} must rise from at least 1 to num_subtokens={self.num_subtokens} "
+                    f"and hold the stages' ends {sorted(ends)}; use e.g. {sorted(ends)}"
+                )
+            if form != "ancestors" and not self.head_ancestors:
+                raise ValueError(
+                    f"tree_levels={self.tree_levels} is for subtoken_embedding='ancestors' and head_ancestors=true; "
+                    f"leave it out"
+                )
+        if self.head_ancestors and len(self.levels) < 2:
+            raise ValueError(
+                f"head_ancestors=True needs a level above the tokens, but there is {list(self.levels)}; use e.g. "
+                f"tree_levels=[{(self.num_subtokens + 1) // 2}, {self.num_subtokens}]"
+            )
+        if self.head_ancestors and self.tie_word_embeddings:
+            raise ValueError("head_ancestors=True with tie_word_embeddings=True: a tied head has no rows of its own")
+        if (form == "groups") != (self.group_digits is not None):
+            raise ValueError(
+                f"subtoken_embedding={form!r} with group_digits={self.group_digits}: 'groups' needs it and the others "
+                f"take none; use e.g. subtoken_embedding='groups' and group_digits=4"
+            )
+        if form in ("prefix", "ancestors"):
+            if self.reveal_order == "digit":
+                raise ValueError(
+                    f"subtoken_embedding={form!r} has no vector for any set of visible digits; use "
+                    f"reveal_order='nested' or 'token', or subtoken_embedding='groups'"
+                )
+            rows = num_nodes(self.base, (0, *self.levels))
+        elif form == "groups":
+            if not 1 <= self.group_digits <= self.num_subtokens:
+                raise ValueError(
+                    f"group_digits={self.group_digits} is outside [1, num_subtokens={self.num_subtokens}]; use 4"
+                )
+            rows = (self.base + 1) ** self.group_digits
+        else:
+            return
+        if rows > MAX_STATES:
+            raise ValueError(
+                f"subtoken_embedding={form!r} would need {rows} rows, more than {MAX_STATES}; use fewer digits"
+            )
 
     def validate_token_ids(self):
         """Warn as Transformers does, except for the mask id, which is V here by design."""

@@ -38,6 +38,14 @@ BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHOD
 TOKENS_PER_PASS = 8192  # rows of (sequence x draw) share a forward pass up to this many tokens
 
 
+def methods_of(config) -> tuple[str, ...]:
+    """The methods that a PrimeV2Config has: "nested" with stages alone, digits in any order if states have vectors."""
+    missing = [] if config.stage_digits else ["nested"]
+    if config.subtoken_embedding in ("prefix", "ancestors"):
+        missing += [method for method, (order, _) in SAMPLED_METHODS.items() if order == "digit"]
+    return tuple(method for method in METHODS if method not in missing)
+
+
 class NotFiniteError(ValueError):
     """The network's logits gave a likelihood that is no number; `row` is the first such sequence."""
 
@@ -129,6 +137,11 @@ class _Plan:
     def __init__(self, config, method: str, num_samples: int, exhaustive: bool, refinement: int):
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+        if method not in methods_of(config) and config.stage_digits:
+            raise ValueError(
+                f"method={method!r} hides digits in any order, but subtoken_embedding={config.subtoken_embedding!r} "
+                f"has vectors for leading digits alone; use one of {', '.join(methods_of(config))}"
+            )
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
         if refinement and (method not in SAMPLED_METHODS or num_samples % 2 ** (refinement - 1)):
@@ -148,7 +161,7 @@ class _Plan:
     def draws_nothing(self, num_tokens: int) -> bool:
         """Whether the rows of a sequence of `num_tokens` scored tokens are all that there are."""
         units = num_tokens * self.order.units_per_token
-        if self.method == "chain" or units > 62:
+        if self.method == "chain" or units > 62 or (self.order.stage_rates and self.method != "orders"):
             return self.method == "chain"
         number = math.factorial(units) if self.method == "orders" else num_masks(num_tokens, self.order)
         return number <= self.most_masks

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
@@ -19,7 +19,8 @@ from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_le
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
-from .likelihood_prime_v2 import BOUND_OF_ORDER, METHODS, PrimeV2LogLikelihood, log_likelihood
+from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
+from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 
 
 @dataclass
@@ -47,7 +48,7 @@ class PrimeV2Model(PrimeV2Backbone):
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
-        self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.base + 1)
+        self.embed_subtokens = make_embedding(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -87,6 +88,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         self.code_table = PrimeV2CodeTable(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_nodes = PrimeV2HeadNodes(config) if config.head_ancestors else None
         self.post_init()
 
     @torch.no_grad()
@@ -108,6 +110,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         """The head (V, D); tied, it is the embedding of each token's code, so its rank is at most S b + 1."""
         if self.config.tie_word_embeddings:
             return self.model.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
+        if self.head_nodes is not None:
+            return self.lm_head.weight + self.head_nodes(self.code_table.codes[:-1])
         return self.lm_head.weight
 
     def encode(self, ids: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     @property
     def likelihood_methods(self) -> tuple[str, ...]:
         """The `method`s of `log_likelihood` that this config has."""
-        return METHODS if self.config.stage_digits else tuple(each for each in METHODS if each != "nested")
+        return methods_of(self.config)
 
     @property
     def bound_method(self) -> str:
@@ -132,7 +136,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     def loss_is_bound(self) -> bool:
         """Whether the loss is an upper bound on -log p(x) per token, see `diffusion_prime_v2.is_bound`."""
         config, order = self.config, RevealOrder.from_config(self.config)
-        return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, config.whole_token_above)
+        mixed = config.whole_token_above if not config.token_order_share else config.token_order_share
+        return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, mixed)
 
     @can_return_tuple
     def forward(
@@ -189,7 +194,15 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         if noise_levels is None:
             seed = int(torch.randint(2**62, ()))
             noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
-        noise = draw_noise(scored, order, noise_keys, noise_levels, config.noise_form, config.whole_token_above)
+        noise = draw_noise(
+            scored,
+            order,
+            noise_keys,
+            noise_levels,
+            config.noise_form,
+            config.whole_token_above,
+            config.token_order_share,
+        )
         digits = self.code_table.encode(ids)
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
@@ -213,13 +226,15 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             asked = noise.maskable
         rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None
-        if noise.goal is not None:
+        if noise.goal is not None and (objective == "subtoken" or noise.rate is None):
             kind, goal = "prefix", noise.goal[rows, columns]
+            multiplicity = multiplicity if noise.rate is None else noise.rate[rows, columns]
         elif objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
         elif objective == "subtoken" and order.kind == "nested":
-            multiplicity = noise.hidden_count[rows, columns]
-            kind, goal = "prefix", order.next_visible(multiplicity)
+            hidden_count = noise.hidden_count[rows, columns]
+            multiplicity = order.rate(hidden_count)
+            kind, goal = "prefix", order.next_visible(hidden_count)
         tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
         total, nats = hidden_nats(
             hidden_states[rows, columns], self.head_weight(), self.code_table, tokens, kind, self.config.carry_over

@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
-from prime_v2.eval.cli import app, bad_input
+from prime_v2.eval.cli import app
+from prime_v2.eval.commands_base import bad_input
 from prime_v2.eval.commands_generate import PICTURES, DraftView
 from prime_v2.eval.commands_score import render_score
 from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
@@ -104,7 +105,7 @@ def test_unknown_commands_and_options_are_refused_in_one_sentence(model_dir):
     assert result.stderr.startswith("prime-v2: error: No such command 'train'")
     assert "No such option: --speed" in refused("generate", model_dir, "--speed")
     assert "Missing argument 'SOURCE'" in refused("ppl", model_dir)
-    assert "'guess' is not one of 'subtoken'" in refused("ppl", model_dir, "docs", "--method", "guess")
+    assert "'guess' is not one of 'causal'" in refused("ppl", model_dir, "docs", "--method", "guess")
     assert "'--num-samples'" in refused("generate", model_dir, "--num-samples", 0)
 
 

@@ -54,8 +54,8 @@ RECIPES = recipes()
 
 
 def options_of_train() -> set[str]:
-    """The fields of RunOptions in train.py, read from its source: importing it would load what is not needed here."""
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    """The fields of RunOptions, read from its source: importing it would load what is not needed here."""
+    tree = ast.parse((ROOT / "eval" / "training_options.py").read_text(encoding="utf-8"))
     (options,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunOptions")
     return {node.target.id for node in options.body if isinstance(node, ast.AnnAssign)}
 

@@ -346,7 +346,7 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(diffusion, 
     (strange / "config.json").write_text('{"model_type": "t5"}')
     (strange / "model.safetensors").touch()
     for arguments, message in (
-        ([diffusion, *suite, "--method", "subtokn"], "--method: 'subtokn' is not one of 'subtoken', 'token', "),
+        ([diffusion, *suite, "--method", "subtokn"], "--method: 'subtokn' is not one of 'causal', 'chain', "),
         ([diffusion, *suite, "--method", "subtokn"], "; the nearest is 'subtoken'"),
         (
             [arm, *suite, "--method", "token"],
@@ -357,7 +357,7 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(diffusion, 
         ([diffusion, *suite, "--window", 65], "window=65 must be between 1 and max_position_embeddings=64"),
         ([diffusion, *suite, "--window", 8, "--stride", 9], "stride=9 must be between 1 and window=8"),
         ([diffusion, *suite, "--also", tmp_path / "nowhere"], "does not exist; give a folder"),
-        ([diffusion, *suite, "--also", strange], "holds a model of type 't5'; only 'prime_v2' and causal"),
+        ([diffusion, *suite, "--also", strange], "holds a model of type 't5'; only prime_v2, "),
         ([diffusion, *suite, "--also", diffusion], "is given twice; once will do"),
         ([diffusion, *suite, "--only", "pbt"], "the nearest is 'ptb'"),
         ([diffusion, "docs", *suite], "give either a SOURCE or --suite NAME"),

@@ -8,7 +8,7 @@ import pytest
 from prime_v2.eval.tables import TABLES, main, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "paper_loss.md", ROOT / "docs" / "lm_eval.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("paper_loss.md", "lm_eval.md", "scaling.md"))]
 
 
 def test_the_tables_of_readme_and_docs_are_those_of_the_records(capsys):

@@ -1,6 +1,5 @@
 """train.py from end to end on a few steps: records, resume, refusals, interruption."""
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from prime_v2 import PrimeV2Tokenizer
+from prime_v2.eval import training
 from prime_v2.tokenization import prepare
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.corpus import read_documents
@@ -33,12 +33,8 @@ MODEL = ["--model", "hidden_size=32", "num_hidden_layers=1", "num_attention_head
 
 @pytest.fixture(scope="module")
 def train():
-    """train.py as a module (nothing in the package imports it)."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    """What train.py calls."""
+    return training
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -62,6 +63,48 @@ def build_tokenizer(
             f"mask_token={str(mask_token)!r} is already the token {backend.token_to_id(str(mask_token))} of the base "
             f"tokenizer; use one outside its vocabulary, e.g. mask_token='<|prime_mask|>'"
         )
+    table = _table(vocab_size, base, num_subtokens, shuffle_seed, shuffle_ratio, shuffle_domain)
+    return PrimeV2Tokenizer(
+        tokenizer_object=backend, code_table=table, mask_token=mask_token, **special, **{**inherited, **kwargs}
+    )
+
+
+def recode_tokenizer(
+    tokenizer: PrimeV2Tokenizer,
+    base: int | None = None,
+    num_subtokens: int | None = None,
+    shuffle_seed: int = 0,
+    shuffle_ratio: float = 1.0,
+    shuffle_domain: str = "codes",
+    codes: np.ndarray | None = None,
+) -> PrimeV2Tokenizer:
+    """The same tokenizer, ids and mask token included, with other digits; arguments as of `build_tokenizer`.
+
+    codes: a table C (V, S) instead of the shuffled one (`prime_v2.tokenization.codes`); the shuffle has no part then.
+    """
+    vocab_size = len(tokenizer.code_table)
+    if codes is None:
+        table = _table(vocab_size, base, num_subtokens, shuffle_seed, shuffle_ratio, shuffle_domain)
+    else:
+        table = {"base": base or 2, "num_subtokens": codes.shape[1], "code_source": "data", "codes": codes}
+        table["vocab_size"] = vocab_size
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    # Not name_or_path, the folder that it was loaded from.
+    inherited = {name: getattr(tokenizer, name) for name in INHERITED[1:]}
+    return PrimeV2Tokenizer(
+        tokenizer_object=backend, code_table=table, **{**dict(tokenizer.special_tokens_map), **inherited}
+    )
+
+
+def _table(
+    vocab_size: int,
+    base: int | None,
+    num_subtokens: int | None,
+    shuffle_seed: int,
+    shuffle_ratio: float,
+    shuffle_domain: str,
+) -> dict[str, Any]:
+    """The code table with what made it, as PrimeV2Tokenizer keeps it."""
     for name, value in {"base": base, "num_subtokens": num_subtokens, "shuffle_seed": shuffle_seed}.items():
         if isinstance(value, bool) or not isinstance(value, int | None):
             raise ValueError(f"{name}={value!r} must be an integer")
@@ -71,10 +114,7 @@ def build_tokenizer(
         num_subtokens = digits_needed(vocab_size, max(2, base))
     shuffle = {"shuffle_seed": shuffle_seed, "shuffle_ratio": shuffle_ratio, "shuffle_domain": shuffle_domain}
     codes = build_code_table(vocab_size, base, num_subtokens, shuffle_seed, shuffle_ratio, shuffle_domain)
-    table = {"vocab_size": vocab_size, "base": base, "num_subtokens": num_subtokens, **shuffle, "codes": codes}
-    return PrimeV2Tokenizer(
-        tokenizer_object=backend, code_table=table, mask_token=mask_token, **special, **{**inherited, **kwargs}
-    )
+    return {"vocab_size": vocab_size, "base": base, "num_subtokens": num_subtokens, **shuffle, "codes": codes}
 
 
 def _unwrap(base_tokenizer: Any) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:
@@ -109,4 +149,4 @@ def _load(name: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-__all__ = ["build_tokenizer"]
+__all__ = ["build_tokenizer", "recode_tokenizer"]

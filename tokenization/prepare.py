@@ -8,16 +8,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
+from prime_v2.code_table_prime_v2 import digits_needed
 from prime_v2.tokenization.bpe import train_bpe
-from prime_v2.tokenization.build import build_tokenizer
+from prime_v2.tokenization.build import build_tokenizer, recode_tokenizer
+from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
 from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
 from prime_v2.tokenization.packing import PackedBlocks, pack_blocks
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
+WHOLE_TOKENS = "tokenizer_of_whole_tokens"  # folder of the tokenizer before its tokens are split into digits
 CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
+MAX_CODE_BLOCKS = 2**17  # of the training text, so many blocks are read to make codes from it
 # Of a streamed data set, so many documents per wanted block are read for the dev and test splits.
 DOCUMENTS_PER_EVAL_BLOCK = 4
 
@@ -69,23 +74,75 @@ def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list
 
 
 def prepare_text(
-    text: TextOptions, code_options: dict[str, Any], folder: Path
+    text: TextOptions,
+    code_options: dict[str, Any],
+    folder: Path,
+    shared: Path | None = None,
+    codes: str = "shuffle",
 ) -> tuple[PrimeV2Tokenizer, dict[str, PackedBlocks]]:
-    """Tokenizer and packed splits, kept in `folder`: made by the first process, read by all, not made twice.
+    """Tokenizer and packed splits of a run: made by the first process, read by all, not made twice.
 
-    code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). Returns the tokenizer and the splits
-    train (not when streaming), dev and test. Raises ValueError for a bad source, see `read_documents`, `pack_blocks`.
+    code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). folder: the run's own, which keeps
+    its tokenizer. shared: folder of the splits, by default the run's own; runs with other digits can share it.
+    codes: "shuffle", or what they are made from: "similarity" or "frequency" in the training text, or an .npy file of
+    vectors (V, K) of the tokens.
+    Returns the tokenizer and the splits train (not when streaming), dev and test. Raises ValueError for a bad source,
+    see `read_documents`, `pack_blocks`, and for a shared folder that was made of other text.
     """
     splits = ("dev", "test") if text.streaming else ("train", "dev", "test")
+    shared = shared or folder
     with PartialState().main_process_first():
-        if not (folder / "complete").exists():
-            _make(text, code_options, folder, splits)
+        if not (shared / "complete").exists():
+            _make(text, shared, splits)
+        _check_same_text(text, shared)
+        if not (folder / "tokenizer" / "complete").exists():
+            whole = PrimeV2Tokenizer.from_pretrained(shared / WHOLE_TOKENS)
+            recode_tokenizer(whole, **_codes(codes, code_options, whole, shared)).save_pretrained(folder / "tokenizer")
+            (folder / "tokenizer" / "complete").touch()
     return PrimeV2Tokenizer.from_pretrained(folder / "tokenizer"), {
-        each: PackedBlocks(folder / each) for each in splits
+        each: PackedBlocks(shared / each) for each in splits
     }
 
 
-def _make(text: TextOptions, code_options: dict[str, Any], folder: Path, splits: tuple[str, ...]) -> None:
+def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer, shared: Path) -> dict[str, Any]:
+    """Arguments of `recode_tokenizer`; ValueError for codes that there are not, and a shuffle beside made codes."""
+    if codes == "shuffle":
+        return code_options
+    unused = [name for name in code_options if name.startswith("shuffle")]
+    if unused:
+        raise ValueError(f"--codes {codes} makes the table from text, so {unused[0]} has no effect; leave it out")
+    vocab_size, base = len(tokenizer.code_table), code_options.get("base") or 2
+    num_subtokens = code_options.get("num_subtokens") or digits_needed(vocab_size, base)
+    if codes in SOURCES:
+        train = PackedBlocks(shared / "train")
+        blocks = np.stack([train[i] for i in range(min(len(train), MAX_CODE_BLOCKS))])
+        table = codes_from_text(codes, blocks, vocab_size, base, num_subtokens)
+    else:
+        table = tree_codes(_vectors(Path(codes), vocab_size), base, num_subtokens)
+    return {"base": base, "codes": table}
+
+
+def _vectors(path: Path, vocab_size: int) -> np.ndarray:
+    if path.suffix != ".npy" or not path.is_file():
+        raise ValueError(f"--codes {path} is neither shuffle, {', '.join(SOURCES)} nor an .npy file; use similarity")
+    vectors = np.load(path, allow_pickle=False)
+    if vectors.ndim != 2 or len(vectors) != vocab_size or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"--codes {path} holds {vectors.shape}, but must hold a finite vector for each of {vocab_size}"
+        )
+    return vectors.astype(np.float64)
+
+
+def _check_same_text(text: TextOptions, shared: Path) -> None:
+    found = json.loads((shared / "text.json").read_text(encoding="utf-8"))
+    for key, value in vars(text).items():
+        if found.get(key) != value and (text.streaming or key not in ("eval_sequences", "test_sequences")):
+            raise ValueError(
+                f"--data_dir {shared} holds text with {key}={found.get(key)!r}, not {value!r}; use another folder"
+            )
+
+
+def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = text
     if text.data == "docs":  # parsed once, then read for each split
@@ -93,10 +150,10 @@ def _make(text: TextOptions, code_options: dict[str, Any], folder: Path, splits:
     if text.tokenizer == "bpe":
         bpe = train_bpe(documents_of(source, "train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
         tokenizer = build_tokenizer(
-            bpe, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size, **code_options
+            bpe, num_subtokens=1, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size
         )
     else:
-        tokenizer = build_tokenizer(text.tokenizer, **code_options)
+        tokenizer = build_tokenizer(text.tokenizer, num_subtokens=1)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {text.tokenizer} has no EOS token to put between documents; use one that has")
     limits = {"dev": text.eval_sequences, "test": text.test_sequences} if text.streaming else {}
@@ -116,7 +173,8 @@ def _make(text: TextOptions, code_options: dict[str, Any], folder: Path, splits:
         except ValueError as error:
             shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
             raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / WHOLE_TOKENS)
+    (folder / "text.json").write_text(json.dumps(vars(text), indent=1) + "\n", encoding="utf-8")
     (folder / "complete").touch()
 
 

@@ -1,0 +1,103 @@
+"""What makes a sub-command of `prime-v2`: one sentence on stderr and exit status 2 for bad input, and shared options.
+
+Bad input is ValueError, OSError, a configuration that Transformers refuses or a wrong option; any other exception is
+a fault of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+PROGRAM = "prime-v2"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
+    ),
+]
+
+
+class BadInput(Exception):
+    """A sentence about the input of a command, ready to print."""
+
+
+class Command(TyperCommand):
+    """A sub-command whose refusals name it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            sentence = bad_input(error)
+            if sentence is None:
+                raise
+            raise BadInput(f"{ctx.command_path}: error: {sentence}") from error
+
+
+class Group(TyperGroup):
+    """Ends the process with the statuses above, under typer's test runner as well."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            status = super().main(args, PROGRAM, complete_var, False, windows_expand_args, **extra)
+        except BadInput as error:
+            status = _fail(str(error))
+        except Exception as error:
+            # Typer's own refusals (an unknown option, a value of the wrong kind); where they live differs by version.
+            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+                raise
+            status = self._usage_error(error)
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
+
+    @staticmethod
+    def _usage_error(error: Any) -> int:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        place = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
+        return _fail(f"{place}: error: {_sentence(error.format_message())}; see {place} --help")
+
+
+def _fail(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 2
+
+
+def bad_input(error: Exception) -> str | None:
+    """One sentence for an error that the input caused, None for any other."""
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        return _sentence(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    if isinstance(error, ValueError | OSError):
+        return _sentence(str(error))
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, StrictDataclassError):
+        inner = error.__cause__ or error
+        return _sentence(str(inner).split("ValueError: ")[-1].split("TypeError: ")[-1])
+    return None
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
+
+
+__all__ = ["PROGRAM", "BadInput", "Command", "Group", "Json", "Output", "bad_input"]

@@ -1,0 +1,114 @@
+"""The families of models behind one trainer and one way of measuring: their classes, names and reported methods."""
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from prime_v2.likelihood_prime_v2 import BOUND_OF_ORDER, METHODS
+
+
+@dataclass(frozen=True)
+class Family:
+    """`name` is the value of `--family`; config and model are classes of `module_prime_v2`s, imported when asked for.
+
+    bound: the method of `log_likelihood` that is reported, None where it depends on the configuration; methods: all
+    that there are. digits: whether a token can be split (`num_subtokens` above 1).
+    """
+
+    name: str
+    model_type: str
+    config: tuple[str, str]
+    model: tuple[str, str]
+    methods: tuple[str, ...]
+    bound: str | None
+    digits: bool
+
+    @property
+    def config_class(self) -> Any:
+        return getattr(importlib.import_module(f"prime_v2.{self.config[0]}"), self.config[1])
+
+    @property
+    def model_class(self) -> Any:
+        return getattr(importlib.import_module(f"prime_v2.{self.model[0]}"), self.model[1])
+
+    def fields(self) -> set[str]:
+        """Fields of the configuration that a run may set."""
+        names = {each.name for each in dataclasses.fields(self.config_class)}
+        return names - {"vocab_size", "mask_token_id"}
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "prime",
+            "prime_v2",
+            ("configuration_prime_v2", "PrimeV2Config"),
+            ("modeling_prime_v2", "PrimeV2ForMaskedDiffusion"),
+            METHODS,
+            None,
+            digits=True,
+        ),
+        Family(
+            "arm",
+            "prime_v2_arm",
+            ("configuration_arm_prime_v2", "PrimeV2ArmConfig"),
+            ("modeling_arm_prime_v2", "PrimeV2ForCausalLM"),
+            ("causal",),
+            "causal",
+            digits=True,
+        ),
+        Family(
+            "uniform",
+            "prime_v2_uniform",
+            ("configuration_uniform_prime_v2", "PrimeV2UniformConfig"),
+            ("modeling_uniform_prime_v2", "PrimeV2ForUniformDiffusion"),
+            ("uniform",),
+            "uniform",
+            digits=False,
+        ),
+        Family(
+            "interpolating",
+            "prime_v2_interpolating",
+            ("configuration_interpolating_prime_v2", "PrimeV2InterpolatingConfig"),
+            ("modeling_interpolating_prime_v2", "PrimeV2ForInterpolatingDiffusion"),
+            ("interpolating", "chain"),
+            "interpolating",
+            digits=False,
+        ),
+    )
+}
+FAMILY_OF_TYPE = {family.model_type: family for family in FAMILIES.values()}
+
+
+def family_named(name: str) -> Family:
+    """The family of a `--family`; ValueError for a name that there is not."""
+    if name not in FAMILIES:
+        raise ValueError(f"--family {name} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def bound_method(config: Any) -> str:
+    """The method of `log_likelihood` that is reported for a model of this configuration: an exact value or a bound."""
+    return FAMILY_OF_TYPE[config.model_type].bound or BOUND_OF_ORDER[config.reveal_order]
+
+
+def label_of(config: Any) -> str:
+    """The name of a model's family as the field uses it, from its configuration or the dictionary of one."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    kind, digits = values["model_type"], values.get("num_subtokens", 1)
+    if kind == "prime_v2_arm":
+        return "ARM" if digits == 1 else "ARM over sub-tokens"
+    if kind == "prime_v2_uniform":
+        return "uniform-state"
+    if kind == "prime_v2_interpolating":
+        return f"interpolating, alpha_0 = {values['alpha_0']:g}"
+    if digits == 1:
+        return "MDM"
+    if values["reveal_order"] != "digit":
+        return f"sub-tokens, {values['reveal_order']} order"
+    return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"
+
+
+__all__ = ["FAMILIES", "FAMILY_OF_TYPE", "Family", "bound_method", "family_named", "label_of"]

@@ -1,0 +1,101 @@
+"""Tables of docs/scaling.md, from the records of `prime-v2 scaling fit`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prime_v2.eval.records import read_record
+
+PUBLISHED, PUBLISHED_PRIME = "scaling_published.json", "scaling_published_prime_v2.json"
+
+
+def law_table(results: Path) -> str:
+    """Approach 3 of the published families whose loss is a bound."""
+    return _laws(read_record(results / PUBLISHED))
+
+
+def minima_table(results: Path) -> str:
+    """Approach 2 of the published families whose loss is a bound."""
+    return _minima(read_record(results / PUBLISHED))
+
+
+def efficiency_table(results: Path) -> str:
+    """FLOPs of one published family for the loss of the other, at budgets that both have."""
+    from prime_v2.eval.scaling_families import common_budgets, compare, from_json
+    from prime_v2.eval.scaling_report import between, number
+    from prime_v2.eval.tables import markdown
+
+    record = read_record(results / PUBLISHED)
+    fits = {name: from_json(each) for name, each in record["results"]["families"].items()}
+    rows = []
+    for names in (("MDM", "ARM"), ("ARM", "MDM")):
+        for row in compare(fits, names, common_budgets(fits["ARM"], fits["MDM"])):
+            factor = "infinite" if row["factor"] is None else number(row["factor"])
+            rows.append(
+                [
+                    f"{names[0]} at {row['flops']:.3g} FLOPs",
+                    f"{row['approach']}",
+                    f"{row['loss']:.3f}",
+                    f"{names[1]}: {factor} {between(row['factor_interval_95'])}",
+                    "yes" if row["extrapolated"] else "no",
+                ]
+            )
+    heads = ["loss to reach", "approach", "nats/token", "times the FLOPs [95%]", "extrapolated"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+def not_a_bound_table(results: Path) -> str:
+    """Both approaches for the published training loss of MDM-Prime-v2, marked as no bound."""
+    record = read_record(results / PUBLISHED_PRIME)
+    return f"{_laws(record)}\n{_minima(record)}"
+
+
+def _laws(record: dict[str, Any]) -> str:
+    from prime_v2.eval.scaling_report import between, number
+    from prime_v2.eval.tables import markdown
+
+    rows = []
+    for family in record["results"]["families"].values():
+        law = family["approach_3"]
+        cells = [
+            f"{number(law[name]['value'])} {between(law[name]['interval_95'])}"
+            for name in ("E", "A", "B", "a", "b", "parameters_exponent", "tokens_exponent")
+        ]
+        rows.append([family["label"], *cells, f"{law['residual_rms_log']:.4f}", f"{family['points']}"])
+    heads = ["family", "E", "A", "B", "a", "b", "N* ~ C^", "D* ~ C^", "rms of log L", "points"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+def _minima(record: dict[str, Any]) -> str:
+    from prime_v2.eval.scaling_report import between, short
+    from prime_v2.eval.tables import markdown
+
+    rows = []
+    for family in record["results"]["families"].values():
+        for budget in family["approach_2"]["budgets"]:
+            cells = [
+                f"{form(budget[name])} {between(budget[f'{name}_interval_95'], form)}"
+                for name, form in (("parameters", short), ("tokens", short), ("loss", "{:.3f}".format))
+            ]
+            rows.append([family["label"], f"{budget['flops']:.3g}", f"{budget['sizes']}", *cells])
+        power = family["approach_2"]["power_laws"]
+        laws = [
+            f"C^{power[name]['exponent']:.3f} {between(power[name]['exponent_interval_95'], '{:.3f}'.format)}"
+            for name in ("parameters", "tokens", "loss")
+        ]
+        rows.append([family["label"], "power law", "", *laws])
+    heads = ["family", "FLOPs", "sizes", "N* [95%]", "D* [95%]", "loss, nats/token [95%]"]
+    return markdown(heads, rows) + f"\n{_conditions(record)}"
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    samples = record["results"]["bootstrap"]
+    return f"`{record['command']}` ({samples:,} bootstrap samples, seed {record['seed']}).\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "scaling_law": law_table,
+    "scaling_minima": minima_table,
+    "scaling_efficiency": efficiency_table,
+    "scaling_not_a_bound": not_a_bound_table,
+}

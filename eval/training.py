@@ -1,0 +1,227 @@
+"""A training run from its options to its record: prepare, train or continue, evaluate."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from prime_v2.eval.families import family_named
+from prime_v2.eval.records import code_version, write_json
+from prime_v2.eval.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
+from prime_v2.eval.training_options import RunOptions, parse_options
+from prime_v2.eval.training_report import estimate, finish, first_blocks, print_summary, score_dev
+from prime_v2.tokenization.packing import StreamedBlocks, TrainingOrder
+from prime_v2.tokenization.prepare import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
+
+# Where things lie and what they are called; changing these continues the same run.
+MACHINE_OPTIONS = {"record", "config", "data_dir", "label"}
+# Of TrainingArguments, what decides the course of a run; a folder whose run differs in one of them is not continued.
+COURSE = (
+    "learning_rate",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "bf16",
+)
+
+
+def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the course of the run, JSON-ready."""
+    of_run = {key: value for key, value in dataclasses.asdict(run).items() if key not in MACHINE_OPTIONS}
+    of_training = {key: training.to_dict()[key] for key in COURSE}
+    return json.loads(json.dumps({**of_run, **of_training, "model": model_options}))
+
+
+def check_folder(folder: Path, course: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run.
+
+    A run without a checkpoint has nothing to lose: it gives way to another.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "run.json").exists():
+        raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
+    found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    differing = [key for key in course if found.get(key) != course[key]]
+    finished = (folder / "results" / "train.json").exists()
+    if differing and not finished and get_last_checkpoint(str(folder)) is None:
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        return False
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"--output_dir {folder} holds a run with {key}={found.get(key)!r}, not {course[key]!r}"
+            f"{f' (and {len(differing) - 1} more options differ)' if len(differing) > 1 else ''}; "
+            f"use another folder, or the same options to continue it"
+        )
+    return finished
+
+
+def make_model(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], tokenizer) -> Any:
+    """A model of the run's family with fresh weights."""
+    family = family_named(run.family)
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    from_text = tokenizer.code_table_parameters.get("code_source") == "data"
+    config = family.config_class(
+        **{
+            "vocab_size": tokenizer.code_table.shape[0],
+            "max_position_embeddings": run.block_size,
+            **special,
+            **({"code_source": "data", "num_subtokens": tokenizer.code_table.shape[1]} if from_text else {}),
+            **model_options,
+        }
+    )
+    transformers.set_seed(training.seed)
+    model = family.model_class(config)
+    if from_text:
+        model.code_table.set_codes(torch.from_numpy(tokenizer.code_table))
+    model.generation_config.update(**special)
+    return model
+
+
+def text_options(run: RunOptions, seed: int) -> TextOptions:
+    names = [each.name for each in dataclasses.fields(TextOptions) if each.name != "seed"]
+    return TextOptions(**{name: getattr(run, name) for name in names}, seed=seed)
+
+
+def training_set(run: RunOptions, training: TrainingArguments, tokenizer, data):
+    num_samples = training.max_steps * run.global_batch
+    if not run.streaming:
+        return TrainingOrder(data["train"], num_samples, training.seed)
+    text = text_options(run, training.seed)
+    return StreamedBlocks(
+        lambda _: documents_of(text, "train"),
+        encode_batch(tokenizer),
+        block_size=run.block_size,
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=tokenizer.code_table.shape[0],
+        num_samples=num_samples,
+    )
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` gives a CPU process one thread; take this process's share of the cores instead."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer, data, stop) -> DiffusionTrainer:
+    trainer = DiffusionTrainer(
+        model=model,
+        args=training,
+        tokens_per_step=run.global_batch * run.block_size,
+        global_batch=run.global_batch,
+        score=partial(
+            score_dev,
+            blocks=first_blocks(data["dev"], run.eval_sequences),
+            draws=run.eval_num_samples,
+            bytes_per_token=data["dev"].bytes_per_token,
+        ),
+        train_dataset=training_set(run, training, tokenizer, data),
+        eval_dataset=data["dev"],
+        data_collator=Collator(run.global_batch, training.seed, run.short_share),
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
+    return trainer
+
+
+def train(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], code: dict[str, Any]) -> int:
+    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input."""
+    folder, state = Path(training.output_dir), PartialState()
+    course = course_of(run, training, model_options)
+    finished = check_folder(folder, course)
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    if finished:
+        if state.is_main_process:
+            print(f"{folder} holds this run, finished; for another, give a new --output_dir")
+            print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
+        return 0
+    new = not folder.exists() or not any(folder.iterdir())
+    try:
+        if state.is_main_process:
+            write_json(folder / "run.json", course)
+        state.wait_for_everyone()
+        code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
+        if run.family != "prime":  # whose tokens are whole unless asked otherwise
+            code_options.setdefault("num_subtokens", 1)
+        shared = None if run.data_dir is None else Path(run.data_dir)
+        text = text_options(run, training.seed)
+        tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
+        model = make_model(run, training, model_options, tokenizer)
+    except Exception:
+        if new and state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    stop = StopOnSignal()
+    trainer = make_trainer(run, training, model, tokenizer, data, stop)
+    numbers = estimate(trainer, run)
+    last = get_last_checkpoint(str(folder))
+    if last and state.is_main_process:
+        print(f"continuing from {last}")
+    trainer.run_from(last)
+    if stop.received is not None and trainer.state.global_step < training.max_steps:
+        if state.is_main_process:
+            print(f"stopped at step {trainer.state.global_step}; the same command continues from there")
+        return 128 + stop.received
+    finish(trainer, run, tokenizer, data, numbers, folder, code)
+    return 0
+
+
+def main(arguments: list[str] | None = None, description: str | None = None) -> int:
+    """The command line `train.py`; the exit status."""
+    use_all_cores()
+    code = code_version()
+    transformers.utils.logging.disable_progress_bar()  # one bar, ours
+    run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments, description)
+    try:
+        return train(run, training, model_options, code)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint, if there is one", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return refuse(error)
+
+
+def refuse(error: Exception) -> int:
+    """One sentence for bad input, exit status 2; anything else is a fault of ours and keeps its traceback."""
+    known = isinstance(error, ValueError | OSError) or type(error).__name__.startswith("StrictDataclass")
+    if not known:
+        raise error
+    if PartialState().is_main_process:
+        text = str(error).split("ValueError: ")[-1].split("TypeError: ")[-1]
+        print(f"train.py: error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

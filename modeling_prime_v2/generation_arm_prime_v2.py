@@ -1,0 +1,224 @@
+"""`generate` of autoregressive models: Transformers' own, after the start token, with draws that a seed fixes."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+from .code_table_prime_v2 import check_ids
+from .denoising_prime_v2 import num_new_tokens
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .likelihood_arm_prime_v2 import evaluating, start_token_id
+
+
+class PrimeV2ArmGenerationMixin(GenerationMixin):
+    """The `generate` of `PrimeV2ForCausalLM`, called as that of the other families is."""
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]  # the other families' order of arguments; `inputs` is a keyword here
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        suffix_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: Any | None = None,
+        max_denoising_steps: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """Token ids (B, T) of prompt + new, or with return_dict_in_generate Transformers' own output.
+
+        input_ids (B, P): prompts, without mask tokens. The network is fed the start token before a prompt that does
+            not begin with it, as in training, so that samples follow `log_likelihood` given the prompt; neither the
+            result nor what is called back here holds it. P = 0: unconditional. None: the same for one row, with the
+            start token as its prompt.
+        attention_mask (B, P): 0 for padding, on any side; padding is returned as it came.
+        max_new_tokens: by default 256, or as many as max_position_embeddings leaves room for; max_length counts the
+            prompt too. Past the first EOS there is padding.
+        do_sample: by default True, and top_k=0: draws from the model itself. False: the most probable token each time.
+        seed: of all draws of this call, which then leave torch's generators as they were; None draws from those.
+        suffix_ids, max_denoising_steps: of other families, refused.
+        With past_key_values or inputs_embeds all is passed on as it is, without a start token.
+        The other options are those of Transformers' generation.
+        Raises ValueError for bad ids, shapes and lengths, and where the config names no start token.
+        """
+        refuse_filling_in(suffix_ids, max_denoising_steps)
+        sources = [kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config)]
+        options = sampling_defaults(sources)
+        check_seed(seed, _first([options, *sources], "do_sample"))
+        input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        called = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
+        with seeded(seed, self.device), evaluating(self):
+            if kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None:
+                generation_config, kwargs = _with_options(generation_config, kwargs, options)
+                kwargs |= {**called, "attention_mask": attention_mask}
+                return GenerationMixin.generate(self, input_ids, generation_config, **kwargs)
+            prompt, real = read_prompt(self, input_ids, attention_mask)
+            fed, fed_real = with_start(prompt, real, start_token_id(self.config))
+            added = fed.shape[1] - prompt.shape[1]
+            options |= lengths_to_feed(sources, prompt.shape[1], added, self.config.max_position_embeddings)
+            generation_config, kwargs = _with_options(generation_config, kwargs, options)
+            kwargs |= {**without_start(added, **called), "attention_mask": fed_real.long()}
+            output: Any = GenerationMixin.generate(self, fed, generation_config, **kwargs)
+        new = (output if isinstance(output, Tensor) else output.sequences)[:, fed.shape[1] :]
+        sequences = torch.cat([prompt.repeat_interleave(len(new) // len(prompt), dim=0), new], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+
+def refuse_filling_in(suffix_ids: Tensor | None, max_denoising_steps: int | None) -> None:
+    """ValueError for options of families that fill in."""
+    if suffix_ids is not None:
+        raise ValueError("suffix_ids were given, but an autoregressive model cannot fill in; leave them out")
+    if max_denoising_steps is not None:
+        raise ValueError(
+            f"max_denoising_steps={max_denoising_steps} is for diffusion models; an autoregressive model takes one "
+            f"pass a token; leave it out"
+        )
+
+
+def _first(sources: list[dict], name: str) -> Any:
+    """The option where it is first set: in the call, its generation_config or the model's."""
+    return next((each[name] for each in sources if each.get(name) is not None), None)
+
+
+def _with_options(generation_config: GenerationConfig | None, kwargs: dict, options: dict) -> tuple:
+    """(generation_config, keywords) with these options in one of them: Transformers wants no mixture."""
+    if generation_config is None:
+        return None, kwargs | options
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.update(**options)
+    return generation_config, {name: value for name, value in kwargs.items() if name not in options}
+
+
+def sampling_defaults(sources: list[dict]) -> dict[str, Any]:
+    """What is not set: draws, as the other families do, from all tokens; Transformers' top_k is 50."""
+    options: dict[str, Any] = {"do_sample": True} if _first(sources, "do_sample") is None else {}
+    if _first([options, *sources], "do_sample") and _first(sources, "top_k") is None:
+        options["top_k"] = 0
+    return options
+
+
+def lengths_to_feed(sources: list[dict], width: int, added: int, limit: int) -> dict[str, Any]:
+    """The lengths as Transformers is to count them, which sees `added` columns more than the prompt's `width`.
+
+    The first of `sources` that sets a length decides on it. ValueError where `limit` has no room for the new tokens.
+    """
+    lengths = [{name: each.get(name) for name in ("max_new_tokens", "max_length")} for each in sources]
+    given = next((each for each in lengths if any(value is not None for value in each.values())), {})
+    count = num_new_tokens(PrimeV2GenerationConfig(**given), width, 0, limit, False)
+    least = _first(sources, "min_length")
+    return {"max_new_tokens": count, "max_length": None} | ({"min_length": least + added} if least else {})
+
+
+def check_seed(seed: Any, do_sample: bool | None) -> None:
+    """ValueError for a seed that is no integer, or that nothing would read."""
+    if seed is None:
+        return
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed={seed!r} must be an integer, or None; use 0")
+    if not do_sample:
+        raise ValueError(
+            f"do_sample=False, the deterministic decode, has no use for seed={seed}; leave seed out, or give "
+            f"do_sample=True"
+        )
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """torch's generators of the CPU and of `device` start from the seed, and are put back; None leaves them alone."""
+    if seed is None:
+        yield
+        return
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        # Not torch.manual_seed, which seeds the generators of every device.
+        torch.default_generator.manual_seed(seed)
+        for each in accelerators:
+            state = torch.Generator(each).manual_seed(seed).get_state()
+            torch.get_device_module(each).set_rng_state(state, each)
+        yield
+
+
+def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(ids, which are no padding) of the prompts, both (B, P), on the model's device; ValueError as `generate`."""
+    if input_ids is None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask was given without input_ids, to which it belongs; leave it out")
+        input_ids = torch.tensor([[start_token_id(model.config)]])
+    if input_ids.dim() != 2 or len(input_ids) == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; give token ids (B, tokens) with at least one row"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}"
+        )
+    ids = input_ids.to(model.device)
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
+    empty = ~real.any(1)
+    if ids.shape[1] and empty.any():
+        raise ValueError(
+            f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row, or generate without a "
+            f"prompt by input_ids=None"
+        )
+    check_ids(ids[real], model.config.vocab_size, "and an autoregressive model fills in no mask tokens")
+    return ids.long(), real
+
+
+def with_start(ids: Tensor, real: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Prompts (B, P) with padding before the text and the start token where the text does not begin with it.
+
+    Returns (ids, real), both (B, P + 1), or (B, P) where every text begins with it.
+    """
+    order = real.int().argsort(dim=1, stable=True)
+    ids, real = ids.masked_fill(~real, start).gather(1, order), real.gather(1, order)
+    ids, real = functional.pad(ids, (1, 0), value=start), functional.pad(real, (1, 0), value=False)
+    last_padding = (~real).sum(1, keepdim=True) - 1  # (B, 1), where the start token would stand
+    lacks = ids.gather(1, last_padding + 1) != start if ids.shape[1] > 1 else torch.ones_like(real)
+    real = real.scatter(1, last_padding, lacks)
+    return (ids, real) if lacks.any() else (ids[:, 1:], real[:, 1:])
+
+
+def without_start(added: int, logits_processor: Any, stopping_criteria: Any, streamer: Any) -> dict:
+    """What Transformers calls back, in its lists, given ids (B, T) without their first `added` columns."""
+
+    def hide(call: Callable) -> Callable:
+        return lambda ids, *args, **kwargs: call(ids[:, added:], *args, **kwargs)
+
+    def hide_all(calls: Any) -> list[Callable]:
+        calls = calls if isinstance(calls, (list, tuple)) else [] if calls is None else [calls]
+        return [hide(each) if added else each for each in calls]
+
+    return {
+        "logits_processor": LogitsProcessorList(hide_all(logits_processor)),
+        "stopping_criteria": StoppingCriteriaList(hide_all(stopping_criteria)),
+        "streamer": _StreamerWithoutStart(streamer, added) if added and streamer is not None else streamer,
+    }
+
+
+class _StreamerWithoutStart:
+    """Passes on what `generate` streams, the prompt (B, T) first, without its first `added` columns."""
+
+    def __init__(self, streamer: Any, added: int):
+        self.streamer, self.columns = streamer, slice(added, None)
+
+    def put(self, ids: Tensor) -> None:
+        self.streamer.put(ids if self.columns is None else ids[:, self.columns])
+        self.columns = None
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+__all__ = ["PrimeV2ArmGenerationMixin"]

@@ -1,0 +1,242 @@
+"""`generate` of uniform-state diffusion: the ancestral reverse process, and a deterministic decode.
+
+N steps lead from uniform noise at t = 1 to t = 0, step m from t = (N - m)/N to s = t - 1/N. Sampling draws every
+token to be generated from q(z_s | z_t, p) (`reverse_step`); the last step, to s = 0, draws it from p(x | z_t), as what
+the bound calls reconstruction does. Every token can change in every step, and again later. The network sees the time,
+so a step that changes nothing needs a pass all the same: each row takes N passes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from .denoising_prime_v2 import (
+    DRAW_ELEMENTS,
+    Canvas,
+    DenoisingProcess,
+    DraftStream,
+    PrimeV2GenerationOutput,
+    make_canvas,
+    to_probabilities,
+)
+from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
+from .greedy_prime_v2 import PrimeV2DecodesTo, _Texts, most_confident
+from .likelihood_prime_v2 import TOKENS_PER_PASS
+from .random_prime_v2 import hash64, uniforms
+from .uniform_prime_v2 import reverse_step
+
+_START, _TOKEN, _GREEDY_START = 85, 86, 87  # stream numbers, see diffusion_prime_v2
+
+
+class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
+    """The `generate` of `PrimeV2ForUniformDiffusion`, with the names of Transformers' own diffusion language model."""
+
+    @torch.no_grad()
+    def generate(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        suffix_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: Any | None = None,
+        **kwargs: Any,
+    ) -> Tensor | PrimeV2GenerationOutput:
+        """Token ids (B, T) of prompt + new + suffix, or a `PrimeV2GenerationOutput`.
+
+        input_ids (B, P): prompts. Tokens equal to mask_token_id are generated where they stand; max_length=P then adds
+            no token after them. P = 0: unconditional. None: the same for one row, after the BOS token if there is one.
+        attention_mask (B, P), or (B, P + L2) for prompt and suffix: 0 for padding, on any side; padding changes no
+            draw and is returned as it came.
+        suffix_ids (B, L2): tokens that follow the new ones (infilling); mask tokens are generated here too.
+        generation_config, **kwargs: options, see `PrimeV2GenerationConfig`; a keyword wins, and resets when None.
+            temperature and top_p act on the network's estimate p.
+        logits_processor: called as processor(ids (M, T), scores (M, V)), one row a position that is generated, in
+            every pass. `ids` is the position's sequence before the pass, tokens that are still noise included;
+            padding holds a copy of its nearest neighbour to the left, else to the right.
+        stopping_criteria: called as criteria(ids (B, T), None) after every pass, with the noised tokens of the step;
+            sequences that meet it are finished by one last pass, to t = 0.
+        streamer: gets put(ids before the first generated token), put_draft(the rest, noised) after each pass if it
+            has that method, put(the rest), end(). One sequence only.
+
+        New tokens after the first EOS become padding, at the end: until then any token can change, so EOS ends no row
+        early. A draw is a function of seed, step, position, the row's ids and how many equal rows precede it: the
+        same in every batch, up to the network's rounding. do_sample=False: see `GreedyUniformProcess`.
+        Raises ValueError for bad options, ids, shapes and lengths.
+        """
+        options = merge_options(self, generation_config, kwargs)
+        canvas = make_canvas(self, input_ids, attention_mask, suffix_ids, options)
+        if streamer is not None and len(canvas.ids) != 1:
+            raise ValueError(
+                f"a streamer takes one sequence, but the batch has {len(canvas.ids)}; generate them singly"
+            )
+        if getattr(streamer, "_takes_logits", False):
+            raise ValueError("this streamer wants the logits of drafts, which are not kept; use one that takes ids")
+        kind = AncestralUniformProcess if options.do_sample else GreedyUniformProcess
+        process = kind(self, options, canvas, logits_processor or [])
+        was_training = self.training
+        self.eval()
+        try:
+            process.run(stopping_criteria or [], DraftStream(streamer, canvas))
+        finally:
+            self.train(was_training)
+        return process.output()
+
+
+class UniformProcess(DenoisingProcess):
+    """Passes over a canvas of noised tokens; a subclass sets the start and the steps of each row."""
+
+    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        super().__init__(model, options, canvas, processors)
+        self.num_steps: list[int] = []  # N of each row
+
+    def start(self, keys: Tensor, stream: int, num_steps: list[int]) -> None:
+        """Fill the tokens to be generated with uniform noise, a function of row keys (B,) and position."""
+        canvas, vocab_size = self.canvas, self.model.config.vocab_size
+        draws = uniforms(keys.unsqueeze(1), stream, canvas.position_ids)
+        noise = (draws * vocab_size).long().clamp(max=vocab_size - 1)
+        canvas.ids = torch.where(canvas.fillable, noise, canvas.ids)
+        self.num_steps, self.passes_left = num_steps, list(num_steps)
+
+    def step_times(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Times t before and s after the next pass of each row, (R,) float64; s = 0 in a row's last pass."""
+        steps = [(self.num_forward[row], self.num_steps[row], self.passes_left[row]) for row in rows]
+        times = [(1 - m / n, 0.0 if left == 1 else 1 - (m + 1) / n) for m, n, left in steps]
+        now, after = torch.tensor(times, dtype=torch.double, device=self.canvas.ids.device).unbind(1)
+        return now, after
+
+    def estimates(self, picked: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One pass over the rows `picked` (R,) at `times` (R,): the estimate p of every token to be generated.
+
+        Yields, in pieces, (numbers within `picked` (M,), columns (M,), p (M, V) float64, which sums to 1).
+        """
+        canvas, options = self.canvas, self.options
+        self._tick("sampling")
+        mask = None if canvas.real.all() else canvas.real[picked].long()
+        hidden_states = self.model.model(
+            canvas.ids[picked], times, attention_mask=mask, position_ids=canvas.position_ids[picked]
+        ).last_hidden_state
+        at, columns = canvas.fillable[picked].nonzero(as_tuple=True)
+        hidden_states = hidden_states[at, columns]  # (M, D)
+        self._tick("network")
+        processors: Any = self.processors
+        known = self._known_ids(picked) if processors else None
+        chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
+        for start in range(0, len(at), chunk):
+            part = slice(start, start + chunk)
+            logits = self.model.logits(hidden_states[part])
+            self._tick("network")
+            if known is not None:
+                logits = processors(known[at[part]], logits)
+            probabilities = to_probabilities(logits, options.temperature or 1.0, options.top_p or 1.0)
+            yield at[part], columns[part], probabilities / probabilities.sum(1, keepdim=True)
+            self._tick("sampling")
+
+    def _decided(self) -> Tensor:
+        """No row: until its last pass every token can change, EOS included."""
+        return torch.zeros(len(self.canvas.ids), dtype=torch.bool)
+
+
+class AncestralUniformProcess(UniformProcess):
+    """Sampling (`generate`): N = max_denoising_steps passes a row."""
+
+    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        super().__init__(model, options, canvas, processors)
+        self.keys = row_keys(canvas, int(options.seed or 0))
+        steps = int(options.max_denoising_steps or 1)
+        self.start(self.keys, _START, [steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()])
+
+    def run_pass(self, rows: list[int]) -> None:
+        canvas, number = self.canvas, self.num_forward[rows[0]]  # the same for all rows that are not done
+        picked, (now, after) = torch.tensor(rows, device=canvas.ids.device), self.step_times(rows)
+        for at, columns, probabilities in self.estimates(picked, now):
+            which = picked[at]
+            weights = reverse_step(probabilities, canvas.ids[which, columns], 1 - now[at], 1 - after[at])
+            draws = uniforms(self.keys[which], _TOKEN, canvas.position_ids[which, columns], number)
+            canvas.ids[which, columns] = draw_by_inverse_cdf(weights, draws)
+
+
+class GreedyUniformProcess(UniformProcess):
+    """The deterministic decode: N = min(max_denoising_steps, n) passes for a row of n tokens to be generated.
+
+    In each pass every token proposes its most probable clean id, argmax of p(x | z_t). After pass m of N the
+    floor(n m / N) tokens with the most probable proposals hold them, as many as the forward process keeps at that
+    time; the others hold the noise that they began with, a function of the row's ids and the position. So a token can
+    be revised until the last pass, in which all of them take their proposals. (The most probable *step* would be no
+    decode: for many steps it is to stay at the noise.) Confidence order as in `greedy_prime_v2`.
+    """
+
+    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        super().__init__(model, options, canvas, processors)
+        keys = hash64(canvas.position_ids, canvas.ids).masked_fill(~canvas.real, 0).sum(1)
+        self.num_tokens = canvas.fillable.sum(1).tolist()
+        steps = int(options.max_denoising_steps or 1)
+        self.start(keys, _GREEDY_START, [min(steps, count) for count in self.num_tokens])
+        self.noise = canvas.ids.clone()
+
+    def run_pass(self, rows: list[int]) -> None:
+        canvas, device = self.canvas, self.canvas.ids.device
+        picked, (now, _) = torch.tensor(rows, device=device), self.step_times(rows)
+        proposed = canvas.ids[picked]
+        confidence = torch.full(proposed.shape, -1.0, dtype=torch.double, device=device)
+        for at, columns, probabilities in self.estimates(picked, now):
+            own = canvas.ids[picked[at], columns]
+            posterior = reverse_step(probabilities, own, 1 - now[at], torch.ones_like(now[at]))
+            best = (posterior / posterior.sum(1, keepdim=True)).max(1)
+            confidence[at, columns], proposed[at, columns] = best.values, best.indices
+        clean = most_confident(confidence, torch.tensor([self._num_clean(row) for row in rows], device=device))
+        canvas.ids[picked] = torch.where(clean, proposed, self.noise[picked])
+
+    def _num_clean(self, row: int) -> int:
+        """How many tokens hold their proposals after the row's next pass."""
+        num_tokens = self.num_tokens[row]
+        if self.passes_left[row] == 1:
+            return num_tokens
+        return num_tokens * (self.num_forward[row] + 1) // self.num_steps[row]
+
+
+@torch.no_grad()
+def decodes_to(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    target_mask: Tensor,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+) -> PrimeV2DecodesTo:
+    """Whether the deterministic decode fills targets in with exactly the ids that they have, by running it.
+
+    input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
+    target_mask (B, L) bool, tokens to be generated (padding is none). The number of tokens is known, so EOS is a token
+    like others. The same as `generate` with do_sample=False, mask tokens in place of the targets and no fewer steps
+    than targets. A row costs as many passes as it has targets, since a token can be revised until the last one; a row
+    without targets matches, at no cost. Rows of like length share a pass of up to `tokens_per_pass` tokens.
+
+    Raises ValueError for bad shapes, ids out of range, logits not finite.
+    """
+    texts = _Texts(model, input_ids, attention_mask, target_mask)
+    num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
+            picked, width = torch.tensor(rows, device=texts.ids.device), texts.lengths[rows[0]]
+            ids, hidden = texts.ids[picked, :width], texts.hidden[picked, :width]
+            options = PrimeV2GenerationConfig(max_length=width, max_denoising_steps=width, do_sample=False)
+            lengths = torch.tensor([texts.lengths[row] for row in rows], device=ids.device)
+            real = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
+            masked = ids.masked_fill(hidden, model.config.mask_token_id)
+            process = GreedyUniformProcess(model, options, make_canvas(model, masked, real, None, options), [])
+            process.run([], DraftStream(None, process.canvas))
+            matches[rows] = ((process.canvas.ids == ids) | ~hidden).all(1).cpu()
+            num_forward[rows] = torch.tensor(process.num_forward)
+    finally:
+        model.train(was_training)
+    return PrimeV2DecodesTo(matches, num_forward)
+
+
+__all__ = ["PrimeV2GenerationConfig", "PrimeV2GenerationOutput", "PrimeV2UniformGenerationMixin"]

@@ -1,0 +1,254 @@
+"""The autoregressive model (ARM) in Transformers: the backbone of the other families with attention to the left."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .checks_prime_v2 import check_length, scored_tokens
+from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
+from .configuration_arm_prime_v2 import PrimeV2ArmConfig
+from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
+from .greedy_prime_v2 import PrimeV2DecodesTo
+from .head_prime_v2 import token_nats
+from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
+from .likelihood_prime_v2 import PrimeV2LogLikelihood
+
+
+@dataclass
+class PrimeV2CausalLMOutput(CausalLMOutputWithPast):
+    """Output of `PrimeV2ForCausalLM`: Transformers' own, and whether the loss is a bound on -log p(x) per token.
+
+    loss: scalar, nats per scored token; logits None with labels. logits (B, L, V): at i for the token at i + 1.
+    """
+
+    is_bound: bool | None = None
+
+
+class PrimeV2ArmModel(PrimeV2Backbone):
+    """The network up to the last norm: token ids (B, L) to hidden states (B, L, D)."""
+
+    config: PrimeV2ArmConfig
+    config_class = PrimeV2ArmConfig
+
+    def __init__(self, config: PrimeV2ArmConfig):
+        super().__init__(config)
+        whole = config.num_subtokens == 1
+        self.code_table = None if whole else PrimeV2CodeTable(config)
+        self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.vocab_size if whole else config.base)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PrimeV2CodeTable):
+            init.copy_(module.codes, module.build())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_subtokens.table
+
+    def set_input_embeddings(self, value: Any):
+        self.embed_subtokens.table = value
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) in [0, V) to vectors (..., D)."""
+        if self.code_table is None:
+            return self.embed_subtokens.table(ids)  # a plain look-up, so that hooks and adapters of the table are run
+        return self.embed_subtokens(self.code_table.codes[ids])
+
+    def all_embeddings(self) -> Tensor:
+        """The vectors of all tokens, (V, D)."""
+        if self.code_table is None:
+            return self.embed_subtokens.table.weight
+        return self.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, L) in [0, V), or inputs_embeds (B, L, D); attention_mask (B, past + L), 0 for padding.
+
+        past_key_values: keys and values of earlier tokens, to which those of these are added.
+        position_ids (B or 1, L): given without mask and cache, those that do not rise by one begin another text, which
+            does not see what precedes it, as in Transformers (packed texts).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids (B, L) and inputs_embeds (B, L, D)")
+        if past_key_values is None:
+            check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, self.config)
+        if inputs_embeds is None:
+            # A single token after others comes from this model's own logits: no need to wait for its value.
+            if past_key_values is None or input_ids.shape[1] > 1:
+                check_ids(input_ids, self.config.vocab_size, "and an autoregressive model has no mask token")
+            inputs_embeds = self.embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        # It looks for borders of packed texts in positions, so it gets those alone that were given.
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        hidden_states = self.run_layers(inputs_embeds, position_ids, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
+    """The ARM with its head: logits, training loss, exact likelihood and Transformers' own generation."""
+
+    config: PrimeV2ArmConfig
+    config_class = PrimeV2ArmConfig
+
+    def __init__(self, config: PrimeV2ArmConfig):
+        super().__init__(config)
+        self.model = PrimeV2ArmModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # By the class's name Transformers takes the loss for its own, which scores no first label: Trainer would then
+        # leave the first ones out of num_items_in_batch.
+        self.loss_type = None
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers for whole tokens; ValueError for S > 1, whose code table is fixed."""
+        if self.code_table is not None:
+            raise ValueError(
+                f"vocab_size={self.config.vocab_size} is fixed by the code table, which gives each token its digits; "
+                f"build a tokenizer and a model with the vocabulary that you need"
+            )
+        table = super().resize_token_embeddings(*args, **kwargs)
+        self.config.base = max(2, self.config.vocab_size)
+        return table
+
+    @property
+    def code_table(self) -> PrimeV2CodeTable | None:
+        """The table that splits input tokens into digits; None where they are whole (S = 1)."""
+        return self.model.code_table
+
+    def head_weight(self) -> Tensor:
+        """The head (V, D); tied, it is each token's embedding."""
+        return self.model.all_embeddings() if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V) of the next token."""
+        return nn.functional.linear(hidden_states, self.head_weight())
+
+    @property
+    def likelihood_methods(self) -> tuple[str, ...]:
+        """The `method`s of `log_likelihood`."""
+        return (METHOD,)
+
+    @property
+    def bound_method(self) -> str:
+        """The `method` whose value is reported: the exact log-likelihood."""
+        return METHOD
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """True: the loss is -log p(x) per token itself."""
+        return True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        noise_keys: Tensor | None = None,
+        noise_levels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> PrimeV2CausalLMOutput:
+        """Logits of the next tokens, or, with labels, the training loss.
+
+        input_ids (B, L); attention_mask (B, L) or with a cache (B, past + L), 0 for padding on any side. Without
+            labels all arguments are Transformers' own, and logits at i are for the token at i + 1.
+        labels (B, L): the clean ids, not shifted; -100 is given and not scored. Every other label is scored, the first
+            token too: the network is fed the start token and then the text without its last token (`next_tokens`), so
+            that L inputs predict L tokens. (Transformers' shift inside the loss predicts L - 1 of them and leaves the
+            first one without a probability.) Padding is moved behind the text, so hidden states and attentions on
+            request are those of the input thus made.
+        noise_keys, noise_levels: of other families; nothing is drawn here.
+        num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
+        Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
+        """
+        if labels is None:
+            outputs = self.model(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            logits = self.logits_of(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            return PrimeV2CausalLMOutput(
+                logits=logits,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+        if input_ids is None or inputs_embeds is not None or past_key_values is not None:
+            raise ValueError("labels need input_ids, whole texts (B, L), without inputs_embeds or past_key_values")
+        loss, outputs = self._loss(input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs)
+        return PrimeV2CausalLMOutput(
+            loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions, is_bound=self.loss_is_bound
+        )
+
+    def _loss(self, input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs):
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, self.config)
+        check_length(ids, attention_mask, self.config)
+        start, mask = start_token_id(self.config), None
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            order = real.int().argsort(dim=1, descending=True, stable=True)
+            ids, scored = ids.masked_fill(~real, start).gather(1, order), scored.gather(1, order)
+            if position_ids is not None:
+                # With a mask, gaps between the positions are no borders of packed texts.
+                position_ids, mask = position_ids.expand_as(order).gather(1, order), torch.ones_like(order)
+        tokens = next_tokens(ids, scored, start)
+        outputs = self.model(tokens.inputs, mask, position_ids, use_cache=False, **kwargs)
+        hidden_states = outputs.last_hidden_state[tokens.rows, tokens.columns]  # (N, D)
+        total, _ = token_nats(hidden_states, self.head_weight(), tokens.ids, torch.ones_like(tokens.ids))
+        return total / (scored.sum() if num_items_in_batch is None else num_items_in_batch), outputs
+
+    def log_likelihood(
+        self, input_ids, attention_mask=None, prompt_mask=None, method=METHOD, **kwargs
+    ) -> PrimeV2LogLikelihood:
+        """Exact log-likelihood of each sequence in nats: see `likelihood_arm_prime_v2.log_likelihood`."""
+        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+
+    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+        """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.decodes_to`."""
+        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+
+
+# So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
+PrimeV2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["PrimeV2ArmModel", "PrimeV2CausalLMOutput", "PrimeV2ForCausalLM"]

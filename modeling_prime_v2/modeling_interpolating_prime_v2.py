@@ -1,0 +1,263 @@
+"""Interpolating diffusion in Transformers: the network with causal attention over a sorted order, and its loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
+from .checks_prime_v2 import check_length, scored_tokens
+from .code_table_prime_v2 import check_ids
+from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
+from .diffusion_prime_v2 import stratified_levels
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, decodes_to
+from .greedy_prime_v2 import PrimeV2DecodesTo
+from .head_prime_v2 import token_nats
+from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
+from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
+from .likelihood_prime_v2 import PrimeV2LogLikelihood
+
+MASKED_NOTE = "the mask token, the last of them, included"
+
+
+@dataclass
+class PrimeV2InterpolatingOutput(ModelOutput):
+    """Output of `PrimeV2ForInterpolatingDiffusion`.
+
+    loss: scalar, nats per scored token over the noise drawn; None without labels.
+    is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
+    logits: (B, L, V) float, known tokens certain; None when labels are given.
+    hidden_states, attentions: as in Transformers, on request; None when labels are given, whose loss takes two passes.
+    """
+
+    loss: Tensor | None = None
+    is_bound: bool | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class PrimeV2InterpolatingModel(PrimeV2Backbone):
+    """The network up to the last norm: elements (B, E) to hidden states (B, E, D), see `interpolating_prime_v2`.
+
+    Its attention masks are dense and differ from row to row, which flash attention cannot take: "sdpa" or "eager".
+    """
+
+    config: PrimeV2InterpolatingConfig
+    config_class = PrimeV2InterpolatingConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: PrimeV2InterpolatingConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)  # row V: a query
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        ranks: Tensor | None = None,
+        sees: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """input_ids (B, E) int64 in [0, V], V = a query; position_ids (B or 1, E), None for 0..E-1.
+
+        ranks (B, C + E) and sees (B, E) int64 as of `Elements`, C the elements in past_key_values; ids and lengths are
+        then those of a caller that has checked them. None: the known tokens became known from left to right, and each
+        masked one is a query that sees them all; attention_mask (B, E), 0 for padding, belongs to this case alone.
+        """
+        if ranks is None:
+            check_length(input_ids, attention_mask, self.config)
+            check_ids(input_ids, self.config.vocab_size + 1, MASKED_NOTE)
+            ranks, sees = left_to_right(input_ids, attention_mask, self.config.mask_token_id)
+        hidden_states = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        mask = self._attention_mask(ranks, sees, hidden_states.dtype)
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _attention_mask(self, ranks: Tensor, sees: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each element attends to, (B, 1, E, C + E): bool for sdpa, for eager attention what is added."""
+        num_elements, num_keys = sees.shape[1], ranks.shape[1]
+        places = torch.arange(num_keys, device=ranks.device)
+        itself = places == places[num_keys - num_elements :].unsqueeze(1)
+        seen = ((ranks.unsqueeze(1) <= sees.unsqueeze(2)) | itself).unsqueeze(1)
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2InterpolatingGenerationMixin):
+    """Interpolating diffusion with its head: logits, training loss, likelihood bounds and generation."""
+
+    config: PrimeV2InterpolatingConfig
+    config_class = PrimeV2InterpolatingConfig
+    generation_config_class = PrimeV2GenerationConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: PrimeV2InterpolatingConfig):
+        super().__init__(config)
+        self.model = PrimeV2InterpolatingModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            f"vocab_size={self.config.vocab_size} is fixed: the embedding's last row is the mask; make a model with "
+            f"the vocabulary that you need"
+        )
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def head_weight(self) -> Tensor:
+        """The head (V, D); tied, it is the embedding without the mask's row."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight[:-1]
+        return self.lm_head.weight
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) in [0, V], V = masked, to (B, L, 1): a whole token is its only digit."""
+        check_ids(ids, self.config.vocab_size + 1, MASKED_NOTE)
+        return ids.unsqueeze(-1)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V), at least float32."""
+        logits = nn.functional.linear(hidden_states, self.head_weight())
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def likelihood_methods(self) -> tuple[str, ...]:
+        """The `method`s of `log_likelihood`."""
+        return METHODS
+
+    @property
+    def bound_method(self) -> str:
+        """The `method` whose value is reported."""
+        return "interpolating"
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """Whether the loss is an upper bound on -log p(x) per token, see `interpolating_prime_v2.is_bound`."""
+        return is_bound(self.config.alpha_0, self.config.loss_weight)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+        noise_levels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> PrimeV2InterpolatingOutput:
+        """Logits of masked tokens, or, with labels, the training loss on noise drawn here.
+
+        input_ids (B, L): token ids, V = masked. Without labels the known tokens are taken to have become known from
+            left to right; the logits (B, L, V) of a known token leave it alone possible.
+        labels (B, L): clean ids; -100 is neither masked nor scored. With labels, input_ids must hold the same ids (or
+            the mask) where labels are scored.
+        noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_terms`; a level below
+            the config's ar_share makes a left-to-right row); None draws both from torch's generator, the levels
+            stratified over the batch.
+        num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
+        Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
+        """
+        if labels is None:
+            outputs = self.model(input_ids, attention_mask, position_ids, **kwargs)
+            logits = self.logits(outputs.last_hidden_state)
+            other = torch.arange(logits.shape[-1], device=logits.device) != input_ids.unsqueeze(-1)
+            known = (input_ids != self.config.mask_token_id).unsqueeze(-1)
+            logits = logits.masked_fill(known & other, -torch.inf)
+            return PrimeV2InterpolatingOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
+        loss = self._loss(
+            input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
+        )
+        return PrimeV2InterpolatingOutput(loss, self.loss_is_bound)
+
+    def _loss(
+        self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
+    ) -> Tensor:
+        config = self.config
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
+        check_length(input_ids, attention_mask, config)
+        real = torch.ones_like(scored) if attention_mask is None else attention_mask.bool()
+        check_ids(ids[real], config.vocab_size + 1, MASKED_NOTE)
+        if noise_keys is None:
+            noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
+        if noise_levels is None:
+            seed = int(torch.randint(2**62, ()))
+            noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device)
+        given = real & ~scored & (ids != config.mask_token_id)
+        texts = ScoredTexts(ids, given, scored, position_ids.expand_as(ids), config.mask_token_id)
+        share = sequential_share(config.alpha_0, config.ar_share)
+        terms = draw_terms(texts, noise_keys, noise_levels, config.alpha_0, share, config.loss_weight)
+        # A term without rows in this batch has a row of padding: every process makes the same calls of the network,
+        # in which sharded weights are gathered.
+        kept = [term for term, weight in zip(terms, (share, 1 - share), strict=True) if weight > 0]
+        total, _ = self.nats_of_elements([each.elements for each in kept], [each.weights for each in kept], **kwargs)
+        if num_items_in_batch is None:
+            num_items_in_batch = scored.sum()
+        return total / num_items_in_batch
+
+    def nats_of_elements(self, parts: list[Elements], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
+        """Weighted nats of all queries, differentiable, and the unweighted nats of each row, (R,) float64 a part.
+
+        weights: (R,) of each part. One pass of the network a part, one of the head for all.
+        """
+        hidden_states, ids, each_weight, rows = [], [], [], []
+        for part, weight in zip(parts, weights, strict=True):
+            outputs = self.model(part.ids, position_ids=part.position_ids, ranks=part.ranks, sees=part.sees, **kwargs)
+            at, columns = (part.targets != NOT_SCORED).nonzero(as_tuple=True)
+            hidden_states.append(outputs.last_hidden_state[at, columns])
+            ids.append(part.targets[at, columns])
+            each_weight.append(weight[at])
+            rows.append(at)
+        total, nats = token_nats(torch.cat(hidden_states), self.head_weight(), torch.cat(ids), torch.cat(each_weight))
+        pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
+        return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
+
+    def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="interpolating", **kwargs):
+        """Log-likelihood of each sequence, or its lower bound, in nats: `likelihood_interpolating_prime_v2`."""
+        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+
+    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+        """Whether the deterministic decode fills in exactly the targets: `generation_interpolating_prime_v2`."""
+        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+
+
+def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:
+    """(ranks, sees) (B, L) when the tokens of input_ids (B, L) became known left to right; `mask_id` is a query."""
+    known = input_ids != mask_id
+    if attention_mask is not None:
+        known = known & attention_mask.bool()
+    ranks = known.long().cumsum(1) - 1
+    return ranks.masked_fill(~known, NEVER_SEEN), torch.where(known, ranks, known.sum(1, keepdim=True) - 1)
+
+
+# So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
+PrimeV2ForInterpolatingDiffusion.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "PrimeV2ForInterpolatingDiffusion",
+    "PrimeV2InterpolatingModel",
+    "PrimeV2InterpolatingOutput",
+    "PrimeV2LogLikelihood",
+]

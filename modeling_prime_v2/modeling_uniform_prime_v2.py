@@ -1,0 +1,296 @@
+"""Uniform-state diffusion in Transformers: a bidirectional Llama over noised tokens and the time, and its loss."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
+from .checks_prime_v2 import check_length, scored_tokens
+from .code_table_prime_v2 import check_ids
+from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
+from .diffusion_prime_v2 import stratified_levels
+from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
+from .greedy_prime_v2 import PrimeV2DecodesTo
+from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
+from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
+
+# Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
+# (DiT, arXiv:2212.09748, whose times are 0..1000).
+TIME_SCALE, MAX_PERIOD_RATIO = 1000.0, 10_000.0
+
+
+@dataclass
+class PrimeV2UniformOutput(ModelOutput):
+    """Output of `PrimeV2ForUniformDiffusion`.
+
+    loss: scalar, nats per scored token over the noise drawn; None without labels.
+    is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
+    logits: (B, L, V) float, log p up to a constant, see `uniform_prime_v2`; None when labels are given.
+    hidden_states, attentions: as in Transformers, on request.
+    """
+
+    loss: Tensor | None = None
+    is_bound: bool | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class PrimeV2TimeEmbedding(nn.Module):
+    """Times (B,) in [0, 1] to (B, E), E = config.time_embedding_size: sinusoids, then two layers with SiLU."""
+
+    def __init__(self, config: PrimeV2UniformConfig):
+        super().__init__()
+        self.size = config.time_embedding_size
+        self.first = nn.Linear(self.size, self.size)
+        self.second = nn.Linear(self.size, self.size)
+
+    def forward(self, times: Tensor) -> Tensor:
+        half = torch.arange(self.size // 2, dtype=torch.double, device=times.device) / (self.size // 2)
+        angles = TIME_SCALE * times.double().unsqueeze(1) * torch.exp(-math.log(MAX_PERIOD_RATIO) * half)  # (B, E / 2)
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
+        return nn.functional.silu(self.second(nn.functional.silu(self.first(features))))
+
+
+class PrimeV2TimeScale(nn.Linear):
+    """The time's embedding (B, E) to factors (B, 1, N x D) of normed hidden states; its weights 0, at first all 1."""
+
+    def forward(self, time_embedding: Tensor) -> Tensor:
+        return 1 + super().forward(time_embedding).unsqueeze(1)
+
+
+class PrimeV2UniformLayer(PrimeV2Layer):
+    """The Transformer block with each norm's output scaled by the time, per channel (DiT's adaptive norm).
+
+    A scale without DiT's shift and gate: norms and linear maps have no bias here either.
+    """
+
+    def __init__(self, config: PrimeV2UniformConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.time_conditioning:
+            self.time_scale = PrimeV2TimeScale(config.time_embedding_size, 2 * config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None, **kwargs) -> Tensor:
+        if time_embedding is None:
+            return super().forward(hidden_states, **kwargs)
+        attention_scale, mlp_scale = self.time_scale(time_embedding).chunk(2, dim=-1)  # (B, 1, D)
+        normed = self.input_layernorm(hidden_states) * attention_scale
+        hidden_states = hidden_states + self.self_attn(normed, **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states) * mlp_scale)
+
+
+class PrimeV2UniformModel(PrimeV2Backbone):
+    """The network up to the last norm: noised tokens (B, L) and their times (B,) to hidden states (B, L, D)."""
+
+    config: PrimeV2UniformConfig
+    config_class = PrimeV2UniformConfig
+    _no_split_modules = ["PrimeV2UniformLayer"]
+
+    def __init__(self, config: PrimeV2UniformConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([PrimeV2UniformLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.time_conditioning:
+            self.time_embedding = PrimeV2TimeEmbedding(config)
+            self.time_scale = PrimeV2TimeScale(config.time_embedding_size, config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PrimeV2TimeScale):
+            init.zeros_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        times: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """input_ids (B, L) int64 in [0, V), noised; times (B,) in [0, 1]; attention_mask (B, L), 0 for padding.
+
+        times are not read, and may be None, where config.time_conditioning is False.
+        """
+        check_noised(input_ids, times, attention_mask, self.config)
+        hidden_states = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        if not self.config.time_conditioning:
+            hidden_states = self.run_layers(hidden_states, position_ids, mask, **kwargs)
+            return BaseModelOutput(last_hidden_state=hidden_states)
+        time_embedding = self.time_embedding(times)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            # By position: activation checkpointing loses the gradients of what is passed by name.
+            hidden_states = layer(
+                hidden_states, time_embedding, position_embeddings=position_embeddings, attention_mask=mask, **kwargs
+            )
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states) * self.time_scale(time_embedding))
+
+
+class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGenerationMixin):
+    """Uniform-state diffusion with its head: logits, training loss, likelihood bound and generation."""
+
+    config: PrimeV2UniformConfig
+    config_class = PrimeV2UniformConfig
+    generation_config_class = PrimeV2GenerationConfig
+    _no_split_modules = ["PrimeV2UniformLayer"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PrimeV2UniformConfig):
+        super().__init__(config)
+        self.model = PrimeV2UniformModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            f"vocab_size={self.config.vocab_size} is part of the noise, in which every token is as likely as another; "
+            f"train a model with the vocabulary that you need"
+        )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) in [0, V], V = to be generated, to (B, L, 1): a whole token is its only digit."""
+        check_ids(ids, self.config.vocab_size + 1, f"the mask token {self.config.vocab_size} included")
+        return ids.unsqueeze(-1)
+
+    @property
+    def likelihood_methods(self) -> tuple[str, ...]:
+        """The `method`s of `log_likelihood`."""
+        return METHODS
+
+    @property
+    def bound_method(self) -> str:
+        """The `method` whose value is reported."""
+        return METHODS[0]
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """Whether the loss is an upper bound on -log p(x) per token."""
+        return self.config.loss_weight == "elbo"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+        noise_levels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        times: Tensor | None = None,
+        **kwargs,
+    ) -> PrimeV2UniformOutput:
+        """Logits of noised tokens at the given times, or, with labels, the training loss on noise drawn here.
+
+        input_ids (B, L): noised tokens in [0, V) with their times (B,) in [0, 1]; with labels the clean ones.
+        labels (B, L): clean ids; -100 is neither noised nor scored. With labels, input_ids must hold the same ids (or
+            the mask) where labels are scored.
+        noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_noise`); None draws
+            both from torch's generator, the levels stratified over the batch.
+        num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
+        Raises ValueError for ids and times out of range, over-long or empty input, rows of padding alone, nothing to
+        score, times missing where the network needs them, and times with labels.
+        """
+        if labels is None:
+            outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
+            logits = self.logits(outputs.last_hidden_state)
+            return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
+        if times is not None:
+            raise ValueError("times were given with labels, whose noise is drawn here; leave times out")
+        loss, outputs = self._loss(
+            input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
+        )
+        return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V), at least float32."""
+        logits = self.lm_head(hidden_states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _loss(
+        self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
+    ):
+        config = self.config
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
+        if noise_keys is None:
+            noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
+        if noise_levels is None:
+            seed = int(torch.randint(2**62, ()))
+            noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
+        noise = draw_noise(ids, scored, noise_keys, noise_levels, config.vocab_size)
+        outputs = self.model(noise.ids, noise.times, attention_mask, position_ids, **kwargs)
+        total, _ = self.nats_of_scored(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
+        if num_items_in_batch is None:
+            num_items_in_batch = scored.sum()
+        return total / num_items_in_batch, outputs
+
+    def nats_of_scored(self, hidden_states, ids, scored, noise: UniformNoise, loss_weight: str = "elbo"):
+        """Weighted nats of the scored tokens: `loss_weight` as in the config.
+
+        hidden_states (B, L, D); ids (B, L) clean; scored (B, L) bool. Returns the weighted sum, differentiable, and
+        the unweighted nats of each sequence (B,), float64, detached.
+        """
+        rows, columns = scored.nonzero(as_tuple=True)
+        kind, weight = "elbo", noise.weight
+        if loss_weight == "low_variance":
+            kind, weight = "posterior", torch.ones_like(weight)
+        tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
+        total, nats = uniform_nats(hidden_states[rows, columns], self.lm_head.weight, tokens, kind)
+        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
+        return total, per_sequence.index_add_(0, rows, nats)
+
+    def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="uniform", **kwargs):
+        """A lower bound of each sequence's log-likelihood in nats: see `likelihood_uniform_prime_v2`."""
+        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+
+    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+        """Whether the deterministic decode fills in exactly the targets: see `generation_uniform_prime_v2`."""
+        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+
+
+def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor | None, config) -> None:
+    """ValueError unless noised ids (B, L), their times (B,) and mask (B, L) can be fed to the network."""
+    if torch.compiler.is_compiling():
+        return
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids (B, L)")
+    check_length(input_ids, attention_mask, config)
+    check_ids(input_ids, config.vocab_size, "the mask token is none of them: give noised tokens, and their times")
+    if times is None:
+        if config.time_conditioning:
+            raise ValueError(
+                "times=None, but what the network says depends on the noise level; give times (B,), 0 for clean "
+                "tokens and 1 for nothing but noise"
+            )
+        return
+    if times.shape != input_ids.shape[:1] or not bool(((times >= 0) & (times <= 1)).all()):
+        raise ValueError(f"times={times.tolist()} must be {len(input_ids)} numbers in [0, 1], one a row; use 0.5")
+
+
+# So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
+PrimeV2ForUniformDiffusion.register_for_auto_class("AutoModel")
+
+__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2LogLikelihood", "PrimeV2UniformModel", "PrimeV2UniformOutput"]

@@ -1,0 +1,110 @@
+"""Codes that mean something: tokens used alike share their leading digits, so that a partly known token is readable.
+
+A random shuffle makes the state "first six digits known" a random set of tokens. Here a code tree is grown over
+vectors of the tokens by recursive balanced bisection (word classes as of Brown et al., Computational Linguistics 18,
+1992; hierarchical vocabularies in masked diffusion: HDLM, arXiv:2510.08632). The result is a table C (V, S) like any
+other: an injective map of tokens to digits, so every bound holds with it.
+"""
+
+import numpy as np
+
+NUM_CONTEXTS, NUM_DIMENSIONS = 2048, 64  # columns of the co-occurrence matrix a side, width of the vectors
+REFINEMENTS = 20  # most rounds of a split; few are needed
+SOURCES = ("similarity", "frequency")
+
+
+def codes_from_text(source: str, blocks: np.ndarray, vocab_size: int, base: int, num_subtokens: int) -> np.ndarray:
+    """The table C (V, S) int64 of a `source`: "similarity" of neighbouring tokens, or "frequency".
+
+    blocks (N, L): token ids of the training text. "frequency": tokens of like frequency share leading digits.
+    Raises ValueError for another source and a vocabulary that the codes do not hold.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"codes={source!r} is not one of {', '.join(SOURCES)}")
+    counts = np.bincount(blocks.reshape(-1), minlength=vocab_size)
+    if source == "frequency":
+        return tree_codes(np.log1p(counts)[:, None], base, num_subtokens)
+    return tree_codes(neighbour_vectors(blocks, vocab_size), base, num_subtokens)
+
+
+def neighbour_vectors(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Vectors (V, K) float64 of the tokens from what stands left and right of them in blocks (N, L).
+
+    Positive pointwise mutual information of token and neighbour, the most frequent neighbours of each side, reduced by
+    singular values (Levy and Goldberg, NeurIPS 2014); rows have length 1, or 0 for tokens that do not occur.
+    """
+    from scipy.sparse import coo_matrix, hstack
+    from scipy.sparse.linalg import svds
+
+    counts = np.bincount(blocks.reshape(-1), minlength=vocab_size)
+    contexts = np.argsort(-counts, kind="stable")[: min(NUM_CONTEXTS, vocab_size)]
+    column = np.full(vocab_size, -1)
+    column[contexts] = np.arange(len(contexts))
+    left, right = blocks[:, :-1].reshape(-1), blocks[:, 1:].reshape(-1)
+    sides = []
+    for token, neighbour in ((left, right), (right, left)):
+        kept = column[neighbour] >= 0
+        ones = np.ones(kept.sum())
+        shape = (vocab_size, len(contexts))
+        sides.append(coo_matrix((ones, (token[kept], column[neighbour[kept]])), shape=shape).tocsr())
+    joint = hstack(sides).tocoo()
+    rows, columns = np.asarray(joint.sum(1)).ravel(), np.asarray(joint.sum(0)).ravel()
+    information = np.log(joint.data * joint.data.sum() / (rows[joint.row] * columns[joint.col]))
+    positive = coo_matrix((np.maximum(information, 0.0), (joint.row, joint.col)), shape=joint.shape).tocsr()
+    width = min(NUM_DIMENSIONS, min(positive.shape) - 1)
+    left_vectors, values, _ = svds(positive, k=width, random_state=0)
+    vectors = left_vectors * np.sqrt(values)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1.0)
+
+
+def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray:
+    """The table C (V, S) int64 of a tree in which each split cuts tokens (vectors (V, K)) into `base` parts alike.
+
+    A split orders the tokens along their first principal direction and cuts the order into parts of equal number; for
+    two parts the direction is then moved to the difference of their means until the parts stay (balanced 2-means).
+    """
+    number = len(vectors)
+    if number > base**num_subtokens:
+        raise ValueError(f"{number} tokens do not fit in {num_subtokens} digits of base {base}; use more digits")
+    codes = np.zeros((number, num_subtokens), dtype=np.int64)
+    nodes = [np.arange(number)]
+    for digit in range(num_subtokens):
+        room = base ** (num_subtokens - digit - 1)
+        children = []
+        for node in nodes:
+            for value, part in enumerate(_split(vectors[node], base, room)):
+                codes[node[part], digit] = value
+                if len(part):
+                    children.append(node[part])
+        nodes = children
+    return codes
+
+
+def _split(vectors: np.ndarray, base: int, room: int) -> list[np.ndarray]:
+    """Positions of `base` parts of equal number, each within `room`; the last ones empty where tokens are few."""
+    number = len(vectors)
+    parts = max(1, min(base, number), -(-number // room))
+    if number == 1:
+        return [np.arange(1)]
+    direction = _principal_direction(vectors)
+    cuts = np.linspace(0, number, parts + 1).round().astype(int)
+    order = np.argsort(vectors @ direction, kind="stable")
+    for _ in range(REFINEMENTS if parts == 2 else 0):
+        low, high = vectors[order[: cuts[1]]].mean(0), vectors[order[cuts[1] :]].mean(0)
+        moved = np.argsort(vectors @ (high - low), kind="stable")
+        if set(moved[: cuts[1]]) == set(order[: cuts[1]]):
+            break
+        order = moved
+    return [order[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+def _principal_direction(vectors: np.ndarray) -> np.ndarray:
+    centred = vectors - vectors.mean(0)
+    _, directions = np.linalg.eigh(centred.T @ centred)
+    direction = directions[:, -1]
+    # The sign of an eigenvector is arbitrary; the largest entry is made positive.
+    return direction * np.sign(direction[np.abs(direction).argmax()])
+
+
+__all__ = ["SOURCES", "codes_from_text", "neighbour_vectors", "tree_codes"]
