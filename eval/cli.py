@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output, bad_input
+from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output
 from prime_v2.eval.commands_scaling import scaling_app
 
 app = typer.Typer(
@@ -52,8 +52,8 @@ Split = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Split of a Hub data set [default: test for ppl and analyze, train for entropy]. For other sources train, dev or "
-        "test: the documents that train.py puts there [default: all documents].",
+        help="Split of a Hub data set [default: test for ppl and analyze, train for entropy]. For other sources "
+        "train, dev or test: the documents that train.py puts there [default: all documents].",
     ),
 ]
 TextField = Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")]

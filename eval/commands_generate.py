@@ -44,18 +44,14 @@ def run_generate(
     elif num_samples > 1:
         raise ValueError(f"--greedy has one result, not --num-samples {num_samples}; leave one of the two out")
     input_ids, suffix_ids = _prompt_ids(model, tokenizer, prompt, num_samples), _ids(tokenizer, suffix, num_samples)
-    call = {"suffix_ids": suffix_ids, "return_dict_in_generate": True, **options}
+    call = {"return_dict_in_generate": True, **options}
+    if suffix_ids is not None:
+        call["suffix_ids"] = suffix_ids
     if watch and sys.stdout.isatty():
-        view = DraftView(tokenizer)
-        hook = model.model.register_forward_pre_hook(view.see_states)
-        try:
-            output = model.generate(input_ids, streamer=view, **call)
-        finally:
-            hook.remove()
-            view.end()
+        output = _watched(model, tokenizer, input_ids, call)
     else:
-        with progress_bar("denoising steps") as show:
-            tick = _Tick(show, options.get("max_denoising_steps", model.generation_config.max_denoising_steps))
+        with progress_bar("passes of the network") as show:
+            tick = _Tick(show, options.get("max_denoising_steps", _default_passes(model)))
             output = model.generate(input_ids, stopping_criteria=[tick], **call)
     new = slice(input_ids.shape[1], output.sequences.shape[1] - (0 if suffix_ids is None else suffix_ids.shape[1]))
     texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
@@ -68,6 +64,23 @@ def run_generate(
         if num_samples > 1:
             print(f"{'' if number == 1 else chr(10)}--- sample {number} of {num_samples}, seed {options['seed']} ---")
         print(text.translate(PICTURES))
+
+
+def _watched(model: Any, tokenizer: Any, input_ids: Tensor, call: dict[str, Any]) -> Any:
+    view = DraftView(tokenizer)
+    has_digits = hasattr(model.config, "num_subtokens") and not model.config.causal
+    hook = model.model.register_forward_pre_hook(view.see_states) if has_digits else None
+    try:
+        return model.generate(input_ids, streamer=view, **call)
+    finally:
+        if hook is not None:
+            hook.remove()
+        view.end()
+
+
+def _default_passes(model: Any) -> int | None:
+    """Passes of the network that `generate` makes at most, where its options say so; an ARM makes one a token."""
+    return getattr(model.generation_config, "max_denoising_steps", None)
 
 
 def _ids(tokenizer: Any, text: str, rows: int) -> Tensor | None:
@@ -100,11 +113,15 @@ class _Tick:
 
 
 def _as_json(texts: list[str], completions: list[str], output: Any) -> dict[str, Any]:
+    samples: list[dict[str, Any]] = [
+        {"text": text, "completion": completion} for text, completion in zip(texts, completions, strict=True)
+    ]
+    if not hasattr(output, "num_forward"):  # Transformers' own output, of an ARM: a pass a token
+        return {"samples": samples}
+    for sample, passes in zip(samples, output.num_forward.tolist(), strict=True):
+        sample["num_forward"] = passes
     return {
-        "samples": [
-            {"text": text, "completion": completion, "num_forward": passes}
-            for text, completion, passes in zip(texts, completions, output.num_forward.tolist(), strict=True)
-        ],
+        "samples": samples,
         "network_seconds": output.network_seconds,
         "sampling_seconds": output.sampling_seconds,
     }
@@ -132,9 +149,18 @@ class DraftView:
         self.known = (arguments[0][0] != module.config.base).cpu()
 
     def put(self, value: Tensor) -> None:
-        """Tokens that will not change: those before the first generated one, and at the end all the others."""
-        if not self.has_draft:
-            self.prefix += value.flatten().tolist()
+        """Tokens that will not change: those before the first generated one, and at the end all the others.
+
+        An ARM gives its tokens one by one, without drafts.
+        """
+        if self.has_draft:
+            return
+        begun = bool(self.prefix)
+        self.prefix += value.flatten().tolist()
+        if begun:
+            self.live.start()
+            self.live.update(self.render([]), refresh=True)
+            time.sleep(self.frame_seconds)
 
     def put_draft(self, value: Tensor, **kwargs: Any) -> None:
         """The other tokens so far, the mask token where one is not fully known."""
@@ -162,8 +188,8 @@ class DraftView:
                 view.append("".join(blocks), style="cyan")
             else:
                 view.append(self._decode([ids[i] for i in run]))
-        num_known = len(ids) - ids.count(mask_id)
-        view.append(f"\n\n{num_known} of {len(ids)} tokens known", style="dim")
+        if ids:
+            view.append(f"\n\n{len(ids) - ids.count(mask_id)} of {len(ids)} tokens known", style="dim")
         return view
 
     def _decode(self, ids: list[int]) -> str:

@@ -145,10 +145,10 @@ def check_same_table(model: Any, tokenizer: Any, place: str) -> None:
     table = getattr(tokenizer, "code_table", None)
     if table is None:
         raise ValueError(f"the tokenizer of {place} has no code table; save the PrimeV2Tokenizer beside the model")
-    if getattr(model, "code_table", None) is None:  # a family of whole tokens
-        codes = np.arange(model.config.vocab_size)[:, None]
-    else:
+    if getattr(model, "code_table", None) is not None:
         codes = model.code_table.codes[:-1].cpu().numpy()
+    else:  # whole tokens: their single digit names them, and is not read
+        codes = table if table.shape == (model.config.vocab_size, 1) else np.zeros((model.config.vocab_size, 1))
     if table.shape != codes.shape:
         difference = f"{tuple(table.shape)} instead of {tuple(codes.shape)}"
     elif (table != codes).any():

@@ -87,6 +87,8 @@ def parse_options(
         flag = unknown[0]
         near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
         parser.error(f"unknown option {flag}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
+        model_options = {key: value for key, value in model_options.items() if key in FAMILIES[run.family].fields()}
     model_options |= _key_values(extra.model, parser)
     try:
         check_options(run, training, model_options)

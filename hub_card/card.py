@@ -85,10 +85,12 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
     from jinja2 import Environment, StrictUndefined
 
     check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
-    loss = look_up(record, "results.evaluation").get("token_objective")  # of MDM-Prime models alone
+    # Of MDM-Prime models alone, and of those the ones that read any set of visible digits.
+    loss, config = look_up(record, "results.evaluation").get("token_objective"), look_up(record, "results.config")
+    has_none = config.get("model_type") != "prime_v2" or config.get("subtoken_embedding") in ("prefix", "ancestors")
     if loss is not None:
         check_score(loss, "results.evaluation.token_objective")
-    elif look_up(record, "results.config.model_type") == "prime_v2":
+    elif not has_none:
         raise ValueError("the record has no results.evaluation.token_objective; write the card from a complete record")
     exact = bool(record["results"]["evaluation"]["bound"].get("is_exact"))
     data = ModelCardData(

@@ -143,20 +143,36 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
 
 
 class PrimeV2Backbone(PrimeV2PreTrainedModel):
-    """Layers and last norm: embedded tokens (B, L, D) to hidden states (B, L, D). A family adds its embedding."""
+    """Layers and last norm: embedded tokens (B, L, D) to hidden states (B, L, D).
 
-    def __init__(self, config: PrimeV2BackboneConfig):
+    A family adds its embedding; as `embed_subtokens` where it is given here, before the layers, which is the order in
+    which weights are drawn.
+    """
+
+    layer_class: type[PrimeV2Layer] = PrimeV2Layer
+
+    def __init__(self, config: PrimeV2BackboneConfig, embedding: nn.Module | None = None):
         super().__init__(config)
-        self.layers = nn.ModuleList([PrimeV2Layer(config, i) for i in range(config.num_hidden_layers)])
+        if embedding is not None:
+            self.embed_subtokens = embedding
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
 
-    def run_layers(self, hidden_states: Tensor, position_ids: Tensor, attention_mask, **kwargs) -> Tensor:
-        """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it."""
+    def run_layers(self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, **kwargs) -> Tensor:
+        """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it.
+
+        inputs: tensors that a family's layers take beside the hidden states, by position: activation checkpointing
+        loses the gradients of what is passed by name.
+        """
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+                hidden_states,
+                *inputs,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
             )
         return self.norm(hidden_states)
 

@@ -105,7 +105,7 @@ class PrimeV2CodeTable(nn.Module):
             config.base,
             config.num_subtokens,
             config.shuffle_seed,
-            config.shuffle_ratio if config.code_source == "shuffle" else 0.0,
+            0.0 if config.code_source == "data" else config.shuffle_ratio,
             config.shuffle_domain,
         )
         return torch.cat([table, torch.full((1, config.num_subtokens), config.base)])

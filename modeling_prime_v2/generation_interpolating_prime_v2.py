@@ -32,7 +32,7 @@ from .denoising_prime_v2 import (
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, draw_schedule, row_keys
-from .greedy_prime_v2 import PrimeV2DecodesTo, _Texts, proposals
+from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
 from .interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_elements
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import uniforms
@@ -221,7 +221,7 @@ def decodes_to(
     network's rounding may be ordered otherwise in a batch of another shape. Raises ValueError for bad shapes, ids out
     of range, over-long texts, logits not finite.
     """
-    texts = _Texts(model, input_ids, attention_mask, target_mask)
+    texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
     was_training = model.training
     model.eval()
@@ -234,7 +234,7 @@ def decodes_to(
     return PrimeV2DecodesTo(matches, num_forward)
 
 
-def _rows_match(model: Any, texts: _Texts, rows: list[int]) -> Tensor:
+def _rows_match(model: Any, texts: Texts, rows: list[int]) -> Tensor:
     """Whether every target of the `rows` is the most probable id where it stands, (R,) bool on the CPU."""
     device, width = texts.ids.device, texts.lengths[rows[0]]
     picked = torch.tensor(rows, device=device)

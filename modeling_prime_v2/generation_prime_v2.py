@@ -75,8 +75,7 @@ class PrimeV2GenerationMixin:
             )
         if getattr(streamer, "_takes_logits", False):
             raise ValueError("this streamer wants the logits of drafts, which are not kept; use one that takes ids")
-        kind = AncestralProcess if options.do_sample else GreedyProcess
-        process = kind(self, options, canvas, logits_processor or [])
+        process = self.denoising_process(options, canvas, logits_processor or [])
         was_training = self.training
         self.eval()
         try:
@@ -84,6 +83,11 @@ class PrimeV2GenerationMixin:
         finally:
             self.train(was_training)
         return process.output()
+
+    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        """What `generate` runs."""
+        kind = AncestralProcess if options.do_sample else GreedyProcess
+        return kind(self, options, canvas, processors)
 
     def adjust_generation_fn(
         self: Any,

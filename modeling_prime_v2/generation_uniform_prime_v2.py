@@ -6,12 +6,12 @@ the bound calls reconstruction does. Every token can change in every step, and a
 so a step that changes nothing needs a pass all the same: each row takes N passes.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .denoising_prime_v2 import (
     DRAW_ELEMENTS,
@@ -22,9 +22,9 @@ from .denoising_prime_v2 import (
     make_canvas,
     to_probabilities,
 )
-from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
-from .greedy_prime_v2 import PrimeV2DecodesTo, _Texts, most_confident
+from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, most_confident
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import hash64, uniforms
 from .uniform_prime_v2 import reverse_step
@@ -33,59 +33,20 @@ _START, _TOKEN, _GREEDY_START = 85, 86, 87  # stream numbers, see diffusion_prim
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
-    """The `generate` of `PrimeV2ForUniformDiffusion`, with the names of Transformers' own diffusion language model."""
+    """`generate` of `PrimeV2ForUniformDiffusion`: as that of masked diffusion, but for this.
 
-    @torch.no_grad()
-    def generate(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        suffix_ids: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        streamer: Any | None = None,
-        **kwargs: Any,
-    ) -> Tensor | PrimeV2GenerationOutput:
-        """Token ids (B, T) of prompt + new + suffix, or a `PrimeV2GenerationOutput`.
+    temperature and top_p act on the network's estimate p.
+    logits_processor: one row for each position that is generated, in every pass; `ids` is the position's sequence
+        before the pass, tokens that are still noise included.
+    stopping_criteria and streamer get the noised tokens of each step, never the mask.
+    EOS ends no row early, since until the last pass any token can change.
+    do_sample=False: see `GreedyUniformProcess`.
+    """
 
-        input_ids (B, P): prompts. Tokens equal to mask_token_id are generated where they stand; max_length=P then adds
-            no token after them. P = 0: unconditional. None: the same for one row, after the BOS token if there is one.
-        attention_mask (B, P), or (B, P + L2) for prompt and suffix: 0 for padding, on any side; padding changes no
-            draw and is returned as it came.
-        suffix_ids (B, L2): tokens that follow the new ones (infilling); mask tokens are generated here too.
-        generation_config, **kwargs: options, see `PrimeV2GenerationConfig`; a keyword wins, and resets when None.
-            temperature and top_p act on the network's estimate p.
-        logits_processor: called as processor(ids (M, T), scores (M, V)), one row a position that is generated, in
-            every pass. `ids` is the position's sequence before the pass, tokens that are still noise included;
-            padding holds a copy of its nearest neighbour to the left, else to the right.
-        stopping_criteria: called as criteria(ids (B, T), None) after every pass, with the noised tokens of the step;
-            sequences that meet it are finished by one last pass, to t = 0.
-        streamer: gets put(ids before the first generated token), put_draft(the rest, noised) after each pass if it
-            has that method, put(the rest), end(). One sequence only.
-
-        New tokens after the first EOS become padding, at the end: until then any token can change, so EOS ends no row
-        early. A draw is a function of seed, step, position, the row's ids and how many equal rows precede it: the
-        same in every batch, up to the network's rounding. do_sample=False: see `GreedyUniformProcess`.
-        Raises ValueError for bad options, ids, shapes and lengths.
-        """
-        options = merge_options(self, generation_config, kwargs)
-        canvas = make_canvas(self, input_ids, attention_mask, suffix_ids, options)
-        if streamer is not None and len(canvas.ids) != 1:
-            raise ValueError(
-                f"a streamer takes one sequence, but the batch has {len(canvas.ids)}; generate them singly"
-            )
-        if getattr(streamer, "_takes_logits", False):
-            raise ValueError("this streamer wants the logits of drafts, which are not kept; use one that takes ids")
+    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        """What `generate` runs."""
         kind = AncestralUniformProcess if options.do_sample else GreedyUniformProcess
-        process = kind(self, options, canvas, logits_processor or [])
-        was_training = self.training
-        self.eval()
-        try:
-            process.run(stopping_criteria or [], DraftStream(streamer, canvas))
-        finally:
-            self.train(was_training)
-        return process.output()
+        return kind(self, options, canvas, processors)
 
 
 class UniformProcess(DenoisingProcess):
@@ -116,7 +77,7 @@ class UniformProcess(DenoisingProcess):
         Yields, in pieces, (numbers within `picked` (M,), columns (M,), p (M, V) float64, which sums to 1).
         """
         canvas, options = self.canvas, self.options
-        self._tick("sampling")
+        self._last = time.perf_counter()
         mask = None if canvas.real.all() else canvas.real[picked].long()
         hidden_states = self.model.model(
             canvas.ids[picked], times, attention_mask=mask, position_ids=canvas.position_ids[picked]
@@ -218,7 +179,7 @@ def decodes_to(
 
     Raises ValueError for bad shapes, ids out of range, logits not finite.
     """
-    texts = _Texts(model, input_ids, attention_mask, target_mask)
+    texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
     was_training = model.training
     model.eval()

@@ -91,7 +91,7 @@ def decodes_to(
     less than the network's rounding, coarse in bfloat16, may be ordered otherwise in a batch of another shape: run
     equal batches where results are compared. Raises ValueError for bad shapes, ids out of range, logits not finite.
     """
-    texts = _Texts(model, input_ids, attention_mask, target_mask)
+    texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
     was_training = model.training
     model.eval()
@@ -109,7 +109,7 @@ def decodes_to(
     return PrimeV2DecodesTo(matches, num_forward)
 
 
-class _Texts:
+class Texts:
     """Texts whose targets `decodes_to` reveals: ids and hidden (B, L), padding moved behind the text.
 
     lengths: tokens of each text that are no padding.

@@ -13,7 +13,9 @@ With q the filtered softmax of one token, x its id, w its weight, and m_j = sum 
               d/dz_v = q_v (w - (w / m) [v shares them])
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,12 +49,22 @@ def hidden_nats(hidden_states, head_weight, table, tokens: HiddenTokens, kind: s
     """
     if kind not in ("token", "digits", "prefix"):
         raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
+    return chunked_nats(hidden_states, head_weight, tokens, partial(_Chunk, table, kind, carry_over))
+
+
+def chunked_nats(hidden_states, head_weight, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
+    """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, of any loss of single tokens.
+
+    hidden_states (N, D); head_weight (V, D); tokens: anything with `weights` (N,). make_chunk(need_gradient, dtype)
+    gives a function of (logits (C, V), tokens, which of them: a slice) that returns nats (C,) and, where needed, the
+    gradient of the weighted nats (C, V), else None. It may write into the logits.
+    """
     device_type = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
     # Asked here: inside `forward` of an autograd function gradients are always off, and needs_input_grad ignores it.
     need_gradient = torch.is_grad_enabled()
     with torch.autocast(device_type, enabled=False):
-        return _ChunkedNats.apply(hidden_states, head_weight, table, tokens, kind, carry_over, dtype, need_gradient)
+        return _ChunkedNats.apply(hidden_states, head_weight, tokens, make_chunk, dtype, need_gradient)
 
 
 def token_nats(hidden_states, head_weight, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,14 +74,14 @@ def token_nats(hidden_states, head_weight, ids: Tensor, weights: Tensor) -> tupl
 
 class _ChunkedNats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, head_weight, table, tokens, kind, carry_over, dtype, need_gradient):
+    def forward(ctx, hidden_states, head_weight, tokens, make_chunk, dtype, need_gradient):
         exact = torch.promote_types(dtype, torch.float32)
         inputs, head = hidden_states.to(dtype), head_weight.to(dtype)
         need_inputs, need_head = (need_gradient and each for each in ctx.needs_input_grad[:2])
         grad_inputs = torch.empty_like(hidden_states) if need_inputs else None
         grad_head = torch.zeros_like(head_weight, dtype=exact) if need_head else None
         nats = torch.empty(len(inputs), dtype=exact, device=inputs.device)
-        chunk = _Chunk(table, kind, carry_over, need_inputs or need_head, exact)
+        chunk = make_chunk(need_inputs or need_head, exact)
         on_cpu = inputs.device.type == "cpu"
         elements = CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_ACCELERATOR
         rows = max(1, elements // head.shape[0])
@@ -99,7 +111,7 @@ class _ChunkedNats(torch.autograd.Function):
             grad_inputs.mul_(grad_loss.to(grad_inputs.dtype))
         if grad_head is not None:
             grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
-        return grad_inputs, grad_head, None, None, None, None, None, None
+        return grad_inputs, grad_head, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

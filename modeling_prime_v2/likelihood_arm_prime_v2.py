@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .denoising_prime_v2 import DRAW_ELEMENTS
-from .greedy_prime_v2 import PrimeV2DecodesTo, _Texts, proposals
+from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
 from .head_prime_v2 import token_nats
 from .likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, PrimeV2LogLikelihood, unpadded
 
@@ -154,7 +154,7 @@ def decodes_to(
     without, which matches. The network's rounding, coarse in bfloat16, may decide between nearly equal probabilities.
     Raises ValueError for bad shapes, ids out of range, targets followed by given tokens, logits not finite.
     """
-    texts = _Texts(model, input_ids, attention_mask, target_mask)
+    texts = Texts(model, input_ids, attention_mask, target_mask)
     check_targets_last(texts.hidden, texts.lengths)
     num_forward = torch.zeros(len(input_ids), dtype=torch.long)
     matches = torch.ones(len(input_ids), dtype=torch.bool)

@@ -47,8 +47,7 @@ class PrimeV2Model(PrimeV2Backbone):
     config_class = PrimeV2Config
 
     def __init__(self, config: PrimeV2Config):
-        super().__init__(config)
-        self.embed_subtokens = make_embedding(config)
+        super().__init__(config, make_embedding(config))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

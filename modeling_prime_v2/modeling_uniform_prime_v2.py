@@ -93,10 +93,10 @@ class PrimeV2UniformModel(PrimeV2Backbone):
     config: PrimeV2UniformConfig
     config_class = PrimeV2UniformConfig
     _no_split_modules = ["PrimeV2UniformLayer"]
+    layer_class = PrimeV2UniformLayer
 
     def __init__(self, config: PrimeV2UniformConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList([PrimeV2UniformLayer(config, i) for i in range(config.num_hidden_layers)])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.time_conditioning:
             self.time_embedding = PrimeV2TimeEmbedding(config)
@@ -137,13 +137,8 @@ class PrimeV2UniformModel(PrimeV2Backbone):
             hidden_states = self.run_layers(hidden_states, position_ids, mask, **kwargs)
             return BaseModelOutput(last_hidden_state=hidden_states)
         time_embedding = self.time_embedding(times)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
-            # By position: activation checkpointing loses the gradients of what is passed by name.
-            hidden_states = layer(
-                hidden_states, time_embedding, position_embeddings=position_embeddings, attention_mask=mask, **kwargs
-            )
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states) * self.time_scale(time_embedding))
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, time_embedding, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states * self.time_scale(time_embedding))
 
 
 class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGenerationMixin):
@@ -260,7 +255,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
         total, nats = uniform_nats(hidden_states[rows, columns], self.lm_head.weight, tokens, kind)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
-        return total, per_sequence.index_add_(0, rows, nats)
+        return total, per_sequence.index_add_(0, rows, nats.double())
 
     def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="uniform", **kwargs):
         """A lower bound of each sequence's log-likelihood in nats: see `likelihood_uniform_prime_v2`."""

@@ -53,7 +53,7 @@ class PrimeV2HeadNodes(nn.Module):
 def node_rows(subtoken_ids: Tensor, base: int, ends: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """States (..., S) to the row of each level's node (..., len(ends)), right up to the level (...) that comes second.
 
-    ends: rising digit counts; the level, counted from 0, is the highest whose digits are all visible, leading digits first.
+    ends: rising digit counts; the level, counted from 0, is the highest whose leading digits are all visible.
     """
     num_subtokens, visible = subtoken_ids.shape[-1], subtoken_ids != base
     powers = base ** torch.arange(num_subtokens - 1, -1, -1, device=subtoken_ids.device)

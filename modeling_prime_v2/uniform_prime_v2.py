@@ -31,13 +31,14 @@ where t_0 is the least of n + 1 uniforms and nothing is replaced. A replaced tok
 takes out: the count form of masked diffusion (`diffusion_prime_v2`) for a network that sees the time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .head_prime_v2 import CHUNK_ELEMENTS_ACCELERATOR, CHUNK_ELEMENTS_CPU, _add_product
+from .head_prime_v2 import chunked_nats
 from .random_prime_v2 import uniforms
 
 # Times are kept in [T_MIN, 1 - T_MIN], the resolution of the draws, which moves the bound by O(T_MIN log(1/T_MIN)).
@@ -109,65 +110,24 @@ class NoisedTokens:
     times: Tensor
     weights: Tensor
 
+    def part(self, piece: slice) -> "NoisedTokens":
+        return NoisedTokens(self.ids[piece], self.noised[piece], self.times[piece], self.weights[piece])
+
 
 def uniform_nats(hidden_states, head_weight, tokens: NoisedTokens, kind: str) -> tuple[Tensor, Tensor]:
-    """Weighted sum of nats (scalar, differentiable) and nats per token (N,) float64, detached.
+    """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, by `chunked_nats`.
 
     kind "elbo": f, nats per unit of time; "posterior": -log p(x | z), whose minimiser is the same p.
-    hidden_states (N, D); head_weight (V, D). Under autocast the products run in its dtype; softmax and the head's
-    gradient are float32 at least, sums float64. As in `head_prime_v2`, logits exist for a chunk of tokens at a time,
-    and the gradient is formed with the value.
+    hidden_states (N, D); head_weight (V, D).
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    device_type = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
-    # Asked here: inside `forward` of an autograd function gradients are always off, and needs_input_grad ignores it.
-    need_gradient = torch.is_grad_enabled()
-    with torch.autocast(device_type, enabled=False):
-        return _ChunkedNats.apply(hidden_states, head_weight, tokens, kind, dtype, need_gradient)
+    return chunked_nats(hidden_states, head_weight, tokens, partial(_chunk, kind))
 
 
-class _ChunkedNats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, head_weight, tokens, kind, dtype, need_gradient):
-        exact = torch.promote_types(dtype, torch.float32)
-        inputs, head = hidden_states.to(dtype), head_weight.to(dtype)
-        need_inputs, need_head = (need_gradient and each for each in ctx.needs_input_grad[:2])
-        grad_inputs = torch.empty_like(hidden_states) if need_inputs else None
-        grad_head = torch.zeros_like(head_weight, dtype=exact) if need_head else None
-        nats = torch.empty(len(inputs), dtype=torch.double, device=inputs.device)
-        on_cpu = inputs.device.type == "cpu"
-        rows = max(1, (CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_ACCELERATOR) // head.shape[0])
-        of_chunk = _elbo if kind == "elbo" else _posterior
-        for start in range(0, len(inputs), rows):
-            part = slice(start, start + rows)
-            some = NoisedTokens(tokens.ids[part], tokens.noised[part], tokens.times[part], tokens.weights[part])
-            logits = (inputs[part] @ head.T).to(exact)
-            nats[part], gradient = of_chunk(logits, some, need_inputs or need_head)
-            if gradient is None:
-                continue
-            gradient = gradient.to(dtype)
-            if need_inputs:
-                grad_inputs[part] = gradient @ head
-            if need_head:
-                _add_product(grad_head, gradient.T, inputs[part])
-        ctx.gradients, ctx.head_dtype = (grad_inputs, grad_head), head_weight.dtype
-        ctx.mark_non_differentiable(nats)
-        return (nats * tokens.weights).sum().to(exact), nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        """Scales the gradients in place (the head's is as large as the head), so that they can be used once."""
-        if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss was already taken; compute the loss again")
-        (grad_inputs, grad_head), ctx.gradients = ctx.gradients, None
-        if grad_inputs is not None:
-            grad_inputs.mul_(grad_loss.to(grad_inputs.dtype))
-        if grad_head is not None:
-            grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
-        return grad_inputs, grad_head, None, None, None, None
+def _chunk(kind: str, need_gradient: bool, _) -> Callable:
+    of_kind = _elbo if kind == "elbo" else _posterior
+    return lambda logits, tokens, piece: of_kind(logits, tokens.part(piece), need_gradient)
 
 
 def _elbo(logits: Tensor, tokens: NoisedTokens, need_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -62,6 +62,7 @@ def specs(draw):
 def module(vocab_size, base, num_subtokens, seed=0, ratio=1.0, domain="codes", codes=None) -> PrimeV2CodeTable:
     """The module with its buffer filled, by its own `build` or with the given rows."""
     config = SimpleNamespace(
+        code_source="shuffle",
         vocab_size=vocab_size,
         base=base,
         num_subtokens=num_subtokens,

@@ -41,7 +41,7 @@ LAST_POINT = {
 def recipes() -> dict[str, dict[str, Any]]:
     """All recipes as train.py names them: a file, or FILE.yaml:NAME for an entry of a file that holds several."""
     found = {}
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
         name, content = path.relative_to(ROOT).as_posix(), yaml.safe_load(path.read_text(encoding="utf-8"))
         if path.stem == "published":
             found |= {f"{name}:{key}": entry for key, entry in content.items() if not key.startswith(".")}
