@@ -1,6 +1,7 @@
 """Arithmetic of a training step: the 6 N D rule and a count of the products that really run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +15,9 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """{"total", "non_embedding"}: the second leaves out the input embedding and the head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
-    if getattr(model, "head_nodes", None) is not None:
-        outside.add(id(model.head_nodes.table.weight))
+    head_nodes: Any = getattr(model, "head_nodes", None)
+    if head_nodes is not None:
+        outside.add(id(head_nodes.table.weight))
     non_embedding = sum(each.numel() for each in model.parameters() if id(each) not in outside)
     return {"total": total, "non_embedding": non_embedding}
 

@@ -56,7 +56,7 @@ def score_blocks(
     compared block by block (`prime_v2.eval.compare_report.paired`).
     Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
-    groups = [(_as_ids(blocks), None)]
+    groups: list[Windows] = [(_as_ids(blocks), None)]
     return _score(groups, model, method, num_samples, seed, text_bytes, progress, keep_sequences)
 
 

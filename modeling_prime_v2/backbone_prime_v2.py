@@ -1,6 +1,7 @@
 """The Transformer that all families share: Llama's, with attention to both sides, or back alone (`config.causal`)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,7 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
     """
 
     layer_class: type[PrimeV2Layer] = PrimeV2Layer
+    embed_subtokens: Any
 
     def __init__(self, config: PrimeV2BackboneConfig, embedding: nn.Module | None = None):
         super().__init__(config)
