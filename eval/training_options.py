@@ -71,7 +71,8 @@ def parse_options(
 
     Without --config it is tiny.yaml, of the recipes in the checkout's configs/.
     """
-    parser = parser_class((RunOptions, TrainingArguments), prog="train.py", description=description)
+    kinds: Any = (RunOptions, TrainingArguments)
+    parser = parser_class(kinds, prog="train.py", description=description)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of the family's config.")
     known = {action.dest for action in parser._actions} - {"help"}
     config_path, entry = _config_path(arguments)
