@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output
+from prime_v2.eval.commands_compare import SHORT_HELP as COMPARE_HELP
+from prime_v2.eval.commands_compare import compare
 from prime_v2.eval.commands_scaling import scaling_app
 
 app = typer.Typer(
@@ -356,6 +358,7 @@ def card(
 
 
 app.add_typer(scaling_app)
+app.command(cls=Command, short_help=COMPARE_HELP)(compare)
 
 
 def main() -> None:
