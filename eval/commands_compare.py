@@ -76,7 +76,7 @@ def compare(
     except Stopped as stopped:
         done = sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
         print(
-            f"stopped; {done} of {len(comparison.runs)} runs are finished, the same command goes on from there",
+            f"{stopped}; {done} of {len(comparison.runs)} runs are finished, the same command goes on from there",
             file=sys.stderr,
         )
         raise typer.Exit(128 + stopped.number) from None

@@ -267,7 +267,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(content, tmp_path, monkeypatc
         printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert printed == ""
-    assert "stopped; 0 of 1 runs are finished, the same command goes on from there" in errors
+    assert "stopped by SIGINT; 0 of 1 runs are finished, the same command goes on from there" in errors
     (checkpoint,) = out.glob("MDM-*/checkpoint-*")
     plan = json.loads(run(config, "--out", out, "--dry-run", "--json").stdout)["runs"][0]
     assert plan["state"] == checkpoint.name.replace("checkpoint-", "step ")
