@@ -129,13 +129,15 @@ def test_data_order_and_noise_do_not_depend_on_the_accumulation_split(train, tex
 
 
 def test_two_processes_train_as_one_and_report_to_a_tracker(text, finished, tmp_path):
-    """Through `accelerate launch` and gloo: the losses and the bound of one process; TensorBoard's file is written."""
+    """Through torchrun and gloo (accelerate launch starts several CPU processes by mpirun alone): the losses and the
+    bound of one process; TensorBoard's file is written."""
     folder = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(folder)]
     options = [*TINY.split(), "--report_to", "tensorboard", *MODEL]
     done = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "on 2 x cpu" in done.stdout
     assert losses_of(folder) == pytest.approx(losses_of(finished), abs=1e-4)
     bounds = [json.loads((each / "results" / "train.json").read_text()) for each in (folder, finished)]
     values = [each["results"]["evaluation"]["bound"]["nats_per_token"] for each in bounds]
