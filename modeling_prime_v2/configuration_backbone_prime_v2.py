@@ -62,6 +62,9 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        # A field of the families that have it; here mypy cannot see one.
+        if self._has_mask_token() and self.mask_token_id is None:  # type: ignore[has-type]
+            self.mask_token_id = self.vocab_size
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -70,9 +73,30 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
+    def _has_mask_token(self) -> bool:
+        """Whether this family declares mask_token_id, which is then V."""
+        return "mask_token_id" in self.__dataclass_fields__
+
+    def _check_mask_token(self):
+        if self._has_mask_token() and self.mask_token_id != self.vocab_size:
+            raise ValueError(
+                f"mask_token_id={self.mask_token_id} must be vocab_size={self.vocab_size}, the first id outside the "
+                f"vocabulary; leave it out"
+            )
+
+    def validate_token_ids(self):
+        """Warn as Transformers does, except for the mask id, which is V here by design."""
+        mask_token_id = self.__dict__.pop("mask_token_id", None)
+        try:
+            super().validate_token_ids()
+        finally:
+            if self._has_mask_token():
+                self.__dict__["mask_token_id"] = mask_token_id
+
     def validate_architecture(self):
         """Part of `@strict` validation: refuse every impossible combination by name, value and a value that works."""
         self._check_sizes()
+        self._check_mask_token()
 
     def _check_sizes(self):
         """Sizes that no network can have."""
@@ -139,6 +163,7 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
         """Part of `@strict` validation, see `PrimeV2BackboneConfig`; also codes that do not exist."""
         self._check_sizes()
         self._check_codes()
+        self._check_mask_token()
 
     def _check_codes(self):
         for name, choices in {**CODE_CHOICES, "subtoken_embedding": self.embeddings}.items():

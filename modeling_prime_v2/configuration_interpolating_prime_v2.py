@@ -33,8 +33,6 @@ class PrimeV2InterpolatingConfig(PrimeV2BackboneConfig):
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.mask_token_id is None:
-            self.mask_token_id = self.vocab_size
         if self.auto_map is None:
             self.auto_map = {
                 "AutoConfig": "configuration_interpolating_prime_v2.PrimeV2InterpolatingConfig",
@@ -48,11 +46,6 @@ class PrimeV2InterpolatingConfig(PrimeV2BackboneConfig):
         super().validate_architecture()
         if self.loss_weight not in LOSS_WEIGHTS:
             raise ValueError(f"loss_weight={self.loss_weight!r} is not one of {', '.join(LOSS_WEIGHTS)}")
-        if self.mask_token_id != self.vocab_size:
-            raise ValueError(
-                f"mask_token_id={self.mask_token_id} must be vocab_size={self.vocab_size}, the first id outside the "
-                f"vocabulary; leave it out"
-            )
         if not 0 <= self.alpha_0 <= 1:
             raise ValueError(f"alpha_0={self.alpha_0} is outside [0, 1]; use 0.5")
         self._check_share()
@@ -71,14 +64,6 @@ class PrimeV2InterpolatingConfig(PrimeV2BackboneConfig):
                 f"ar_share={self.ar_share} is outside (0, 1), but alpha_0={self.alpha_0} has two terms to train; "
                 f"use {1 - self.alpha_0:g}, or leave it out"
             )
-
-    def validate_token_ids(self):
-        """Warn as Transformers does, except for the mask id, which is V here by design."""
-        mask_token_id = self.__dict__.pop("mask_token_id", None)
-        try:
-            super().validate_token_ids()
-        finally:
-            self.__dict__["mask_token_id"] = mask_token_id
 
 
 # So that save_pretrained copies this file and those it imports into the folder.

@@ -64,8 +64,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.mask_token_id is None:
-            self.mask_token_id = self.vocab_size
         if self.auto_map is None:
             self.auto_map = {
                 "AutoConfig": "configuration_prime_v2.PrimeV2Config",
@@ -85,11 +83,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
         self._check_embedding()
 
     def _check_objective(self):
-        if self.mask_token_id != self.vocab_size:
-            raise ValueError(
-                f"mask_token_id={self.mask_token_id} must be vocab_size={self.vocab_size}, the first id outside the "
-                f"vocabulary; leave it out"
-            )
         if not 0 <= self.token_order_share <= 1:
             raise ValueError(f"token_order_share={self.token_order_share} is outside [0, 1]; use 0.0")
         if self.token_order_share and self.reveal_order != "nested":
@@ -184,14 +177,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
             raise ValueError(
                 f"subtoken_embedding={form!r} would need {rows} rows, more than {MAX_STATES}; use fewer digits"
             )
-
-    def validate_token_ids(self):
-        """Warn as Transformers does, except for the mask id, which is V here by design."""
-        mask_token_id = self.__dict__.pop("mask_token_id", None)
-        try:
-            super().validate_token_ids()
-        finally:
-            self.__dict__["mask_token_id"] = mask_token_id
 
 
 # So that save_pretrained copies this file and those it imports into the folder.

@@ -33,8 +33,6 @@ class PrimeV2UniformConfig(PrimeV2BackboneConfig):
     mask_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.mask_token_id is None:
-            self.mask_token_id = self.vocab_size
         if self.auto_map is None:
             self.auto_map = {
                 "AutoConfig": "configuration_uniform_prime_v2.PrimeV2UniformConfig",
@@ -54,19 +52,6 @@ class PrimeV2UniformConfig(PrimeV2BackboneConfig):
                 f"time_embedding_size={size} must be even and at least 2, a sine and a cosine of each frequency; "
                 f"use {max(2, size + size % 2)}"
             )
-        if self.mask_token_id != self.vocab_size:
-            raise ValueError(
-                f"mask_token_id={self.mask_token_id} must be vocab_size={self.vocab_size}, the first id outside the "
-                f"vocabulary; leave it out"
-            )
-
-    def validate_token_ids(self):
-        """Warn as Transformers does, except for the mask id, which is V here by design."""
-        mask_token_id = self.__dict__.pop("mask_token_id", None)
-        try:
-            super().validate_token_ids()
-        finally:
-            self.__dict__["mask_token_id"] = mask_token_id
 
 
 # So that save_pretrained copies this file and those it imports into the folder.
