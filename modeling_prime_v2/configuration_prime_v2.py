@@ -10,7 +10,7 @@ from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
-    "objective": ("token", "subtoken"),
+    "objective": ("token", "subtoken", "mixed"),
     "loss_weight": ("elbo", "low_variance"),
     "noise_form": ("count", "time"),
     "reveal_order": ("digit", "token", "nested"),
@@ -31,7 +31,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
         head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
         carry_over: filter the tokens that contradict a visible digit out of the softmax.
         objective: "token", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "subtoken", the
-            negative evidence lower bound of `reveal_order` from the marginals of the digits.
+            negative evidence lower bound of `reveal_order` from the marginals of the digits, or "mixed", their mean.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
         stage_rates: of "nested", how fast each stage follows the one before (`RevealOrder`); None is [J, ..., 2, 1],

@@ -206,10 +206,14 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
-        total, _ = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
+        objectives = ("token", "subtoken") if config.objective == "mixed" else (config.objective,)
+        totals = [
+            self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, objective, weight)[0]
+            for objective in objectives
+        ]
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
-        return total / num_items_in_batch, outputs
+        return sum(totals) / (len(totals) * num_items_in_batch), outputs
 
     def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
         """Weighted nats of the tokens that have a hidden unit (the others have none).
