@@ -40,7 +40,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class PrimeV2MLP(nn.Module):
-    """SwiGLU feed-forward network."""
+    """SwiGLU feed-forward network; of the wide activations, gate and up are kept, their product is made again."""
 
     def __init__(self, config: PrimeV2BackboneConfig):
         super().__init__()
@@ -48,8 +48,22 @@ class PrimeV2MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+    def forward(self, hidden_states: Tensor, checkpointed: bool = False) -> Tensor:
+        """(..., D) to (..., D); checkpointed: the layer keeps nothing anyway."""
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        product = SwiGLU.apply(gate, up)
+        if checkpointed or torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers decide themselves
+            return self.down_proj(product)
+        address = product.data_ptr()
+
+        def pack(kept: Tensor) -> Tensor | tuple[int, ...]:
+            return tuple(kept.shape) if kept.data_ptr() == address and kept.numel() == gate.numel() else kept
+
+        def unpack(kept: Tensor | tuple[int, ...]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else (nn.functional.silu(gate) * up).view(kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.down_proj(product)
 
 
 class PrimeV2SubtokenEmbedding(nn.Module):
@@ -125,7 +139,8 @@ class PrimeV2Layer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        checkpointed = self.gradient_checkpointing and self.training
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), checkpointed)
 
 
 class PrimeV2PreTrainedModel(PreTrainedModel):

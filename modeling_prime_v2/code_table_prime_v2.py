@@ -94,7 +94,8 @@ class PrimeV2CodeTable(nn.Module):
         self.config = config
         self.vocab_size, self.base, self.num_subtokens = config.vocab_size, config.base, config.num_subtokens
         self.bits = max(1, (self.base - 1).bit_length())
-        self.packed_dtype = torch.int32 if self.bits * self.num_subtokens < 32 else torch.int64
+        width = self.bits * self.num_subtokens
+        self.packed_dtype = torch.int16 if width <= 16 else torch.int32 if width <= 32 else torch.int64
         self.codes = nn.Buffer(torch.empty(self.vocab_size + 1, self.num_subtokens, dtype=torch.long))
 
     def build(self) -> Tensor:
@@ -173,7 +174,7 @@ class PrimeV2CodeTable(nn.Module):
         return self.bits * torch.arange(self.num_subtokens - 1, -1, -1, device=device)
 
     def pack(self, digits: Tensor) -> Tensor:
-        """Unmasked digits (..., S) to `bits` bits each in one integer (...), int32 or int64 by the table's size."""
+        """Unmasked digits (..., S) to `bits` bits each in one integer (...), int16 to int64 by the table's size."""
         return (digits << self._shifts(digits.device)).sum(-1).to(self.packed_dtype)
 
     def pack_visible(self, visible: Tensor) -> Tensor:

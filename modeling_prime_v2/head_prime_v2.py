@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of the chunk's logits: 32 MiB of float32 on a CPU (near its caches), 512 MiB on an accelerator.
-CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_ACCELERATOR = 2**23, 2**27
+# Elements of a chunk's logits: 16 MiB of float32 on a CPU (near its caches).
+CHUNK_ELEMENTS_CPU = 2**22
+# On an accelerator, one for so many bytes of its memory: a chunk takes some 20 bytes an element, so 1/32 of the memory.
+BYTES_PER_CHUNK_ELEMENT = 640
 # A marginal below this is recomputed from logarithms: its terms come near 1e-38, where a float32 softmax underflows.
 RARE_MARGINAL = 1e-25
 
@@ -72,6 +74,17 @@ def token_nats(hidden_states, head_weight, ids: Tensor, weights: Tensor) -> tupl
     return hidden_nats(hidden_states, head_weight, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
 
 
+def chunk_elements(device: torch.device) -> int:
+    """How many logits are computed at once; from the memory that a device has, not from what is free.
+
+    Sums depend on the size of the chunks in their last digits, and a run that is resumed must not.
+    """
+    if device.type == "cpu":
+        return CHUNK_ELEMENTS_CPU
+    _, total = torch.accelerator.get_memory_info(device)
+    return total // BYTES_PER_CHUNK_ELEMENT
+
+
 class _ChunkedNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, head_weight, tokens, make_chunk, dtype, need_gradient):
@@ -82,9 +95,7 @@ class _ChunkedNats(torch.autograd.Function):
         grad_head = torch.zeros_like(head_weight, dtype=exact) if need_head else None
         nats = torch.empty(len(inputs), dtype=exact, device=inputs.device)
         chunk = make_chunk(need_inputs or need_head, exact)
-        on_cpu = inputs.device.type == "cpu"
-        elements = CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_ACCELERATOR
-        rows = max(1, elements // head.shape[0])
+        rows = max(1, chunk_elements(inputs.device) // head.shape[0])
         for start in range(0, len(inputs), rows):
             part = slice(start, start + rows)
             logits = (inputs[part] @ head.T).to(exact)

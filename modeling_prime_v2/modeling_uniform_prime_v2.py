@@ -84,7 +84,8 @@ class PrimeV2UniformLayer(PrimeV2Layer):
         attention_scale, mlp_scale = self.time_scale(time_embedding).chunk(2, dim=-1)  # (B, 1, D)
         normed = self.input_layernorm(hidden_states) * attention_scale
         hidden_states = hidden_states + self.self_attn(normed, **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states) * mlp_scale)
+        checkpointed = self.gradient_checkpointing and self.training
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states) * mlp_scale, checkpointed)
 
 
 class PrimeV2UniformModel(PrimeV2Backbone):

@@ -255,9 +255,12 @@ def test_consistency_equals_a_naive_loop(spec, seed):
     assert table.consistent(batch).tolist() == expected
 
 
-@pytest.mark.parametrize("base, num_subtokens", [(2, 31), (2, 32), (16, 7), (16, 8), (17, 7), (60000, 3), (5000, 1)])
+@pytest.mark.parametrize(
+    "base, num_subtokens",
+    [(2, 15), (2, 16), (2, 17), (2, 31), (2, 32), (2, 33), (16, 7), (16, 8), (17, 7), (60000, 3), (5000, 1)],
+)
 def test_consistency_on_both_sides_of_the_width_of_an_integer(base, num_subtokens):
-    """Packed codes fill 31 bits of an int32 or need an int64."""
+    """Packed codes that fill an int16 or int32, their signs included, or are a bit more."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(base, (200, num_subtokens), generator=generator)
     codes[0], codes[1] = 0, base - 1
@@ -265,7 +268,8 @@ def test_consistency_on_both_sides_of_the_width_of_an_integer(base, num_subtoken
     batch = states(table, count=20, seed=1)
     expected = [[allows(state, code, base) for code in codes.tolist()] for state in batch.tolist()]
     assert table.consistent(batch).tolist() == expected
-    assert table.packed_codes().dtype == (torch.int32 if table.bits * num_subtokens < 32 else torch.int64)
+    width = table.bits * num_subtokens
+    assert table.packed_codes().dtype == (torch.int16 if width <= 16 else torch.int32 if width <= 32 else torch.int64)
 
 
 @given(specs(), st.integers(0, 10**6))

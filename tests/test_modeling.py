@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from prime_v2.backbone_prime_v2 import SwiGLU
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion, PrimeV2Model
 
 # float32 networks of two layers whose logits are of order 1: other orders of summation differ by some 1e-7 a step.
@@ -271,6 +273,22 @@ def test_activation_checkpointing_changes_no_gradient(reentrant):
     assert len(calls) == 3, "once, then once more for the backward pass"
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
+
+
+def test_the_product_of_gate_and_up_is_not_kept_for_the_backward_pass(monkeypatch):
+    """It is a third of what a layer would keep; its gradients are those of the plain reference, see above."""
+    model, products, apply = small_model(), [], SwiGLU.apply
+
+    def watched(gate, up):
+        product = apply(gate, up)
+        products.append(weakref.ref(product))
+        return product
+
+    monkeypatch.setattr(SwiGLU, "apply", watched)
+    ids = torch.tensor([[1, 2, 3]])
+    loss = model(ids, labels=ids).loss
+    assert [each() for each in products] == [None, None]  # two layers
+    loss.backward()
 
 
 def test_resizing_the_vocabulary_is_refused():
