@@ -15,6 +15,7 @@ from prime_v2.eval.families import FAMILY_OF_TYPE
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -54,7 +55,7 @@ def load_scorer(
     model_type = _check_type(place, foreign=True)
     if model_type in FAMILY_OF_TYPE:
         return _load_own(place, model_type, device, dtype)
-    model = _load_weights(AutoModelForCausalLM, place, dtype).to(device).eval()
+    model = _load_weights(AutoModelForCausalLM, place, dtype, own=False).to(device).eval()
     tokenizer = load_tokenizer(place)
     try:
         return CausalScorer(model, tokenizer), tokenizer
@@ -88,7 +89,7 @@ def _choose(device, dtype) -> tuple[torch.device, torch.dtype]:
 
 
 def _load_own(place: str, model_type: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    model = _load_weights(FAMILY_OF_TYPE[model_type].model_class, place, dtype).to(device).eval()
+    model = _load_weights(FAMILY_OF_TYPE[model_type].model_class, place, dtype, own=True).to(device).eval()
     tokenizer = load_tokenizer(place)
     check_same_table(model, tokenizer, place)
     return model, tokenizer
@@ -194,8 +195,11 @@ def _check_type(place: str, foreign: bool) -> str:
     return model_type
 
 
-def _load_weights(model_class: Any, place: str, dtype: torch.dtype) -> Any:
-    """A model of this class from its safetensors weights, every tensor of which must be there and fit."""
+def _load_weights(model_class: Any, place: str, dtype: torch.dtype, own: bool) -> Any:
+    """A model of this class from its safetensors weights, every tensor of which must be there and fit.
+
+    own: of one of our families, which see to most of that themselves (`weights_prime_v2`).
+    """
     from safetensors import SafetensorError
 
     try:
@@ -204,7 +208,7 @@ def _load_weights(model_class: Any, place: str, dtype: torch.dtype) -> Any:
                 place,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=not own,
                 use_safetensors=True,
                 trust_remote_code=False,
             ),
@@ -235,6 +239,12 @@ def _check_folder(folder: Path) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{folder / CONFIG_FILE} is no configuration; save the model again")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickled:
+            raise ValueError(
+                f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is read; save them "
+                f"as {WEIGHT_FILES[0]}"
+            )
         raise ValueError(f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); give the folder of a saved model")
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
+from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
 
@@ -156,6 +157,26 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": PrimeV2Layer, "attentions": PrimeV2Attention}
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> Any:
+        """As in Transformers, from safetensors alone, and only what fits: see `weights_prime_v2`.
+
+        ignore_mismatched_sizes=True takes tensors that are missing or of another shape as freshly drawn ones.
+        """
+        loaded: Any = super().from_pretrained(*args, use_safetensors=refuse_pickles(use_safetensors), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        table = getattr(model, "code_table", None)
+        if table is not None:
+            check_codes(table.codes, table.base)
+        return loaded
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> Any:
+        """Called by `from_pretrained` with a model that takes no memory yet."""
+        if checkpoint_files and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
+            check_headers(model, checkpoint_files, str(load_config.pretrained_model_name_or_path))
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
 class PrimeV2Backbone(PrimeV2PreTrainedModel):

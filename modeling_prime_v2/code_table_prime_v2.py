@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .random_prime_v2 import permutation
 
-MAX_SHUFFLED_CODES = 2**28  # a permutation of more codes than this would take over 2 GiB
+MAX_SHUFFLED_CODES = 2**24  # a permutation of more codes than this takes gigabytes
+MAX_DIGITS = 62  # bits that a code may take, hence the most digits of the smallest base
 
 
 def digits_needed(vocab_size: int, base: int) -> int:
@@ -48,16 +49,16 @@ def build_code_table(
     first `shuffle_ratio` share of the domain is permuted, among itself; 0 is the identity (MDM-Prime v1).
     Raises ValueError when the codes do not hold the vocabulary or a value is outside its range.
     """
-    capacity = base**num_subtokens
     if vocab_size < 1 or base < 2 or num_subtokens < 1:
         raise ValueError(
             f"vocab_size={vocab_size}, base={base}, num_subtokens={num_subtokens}: these must be at least 1, 2 and 1"
         )
-    if num_subtokens * (base + 1).bit_length() > 62:
+    if num_subtokens * (base + 1).bit_length() > MAX_DIGITS:
         raise ValueError(
-            f"num_subtokens={num_subtokens} digits of base {base} do not pack into 62 bits; "
+            f"num_subtokens={num_subtokens} digits of base {base} do not pack into {MAX_DIGITS} bits; "
             f"use num_subtokens={digits_needed(vocab_size, base)}"
         )
+    capacity = base**num_subtokens
     if vocab_size > capacity:
         raise ValueError(
             f"vocab_size={vocab_size} does not fit in num_subtokens={num_subtokens} digits of base {base} "

@@ -1,27 +1,32 @@
 """What the configurations of all families share: the shape of the network (`backbone_prime_v2`)."""
 
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .code_table_prime_v2 import MAX_SHUFFLED_CODES, base_needed, digits_needed
+from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, digits_needed
 
 CODE_CHOICES = {
     "shuffle_domain": ("codes", "vocab"),
     "code_source": ("shuffle", "data"),
 }
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Sizes with the most that is taken: far more than any language model has, and little enough that a network of a
+# damaged configuration is refused before anything is made for it.
+MAX_VOCABULARY = 2**24
+SIZES = {
+    "vocab_size": MAX_VOCABULARY,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**21,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**28,
+}
+MAX_WEIGHTS = 2**42
 
 
 @strict
@@ -98,11 +103,39 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_mask_token()
 
+    def validate_rope(self):
+        """Part of `@strict` validation: as in Transformers, whose warnings of wrong values are refusals here."""
+        given: Any = self.rope_parameters or {}
+        kinds = ("default", *ROPE_INIT_FUNCTIONS)
+        if given.get("rope_type", "default") not in kinds:
+            raise ValueError(f"rope_parameters has rope_type={given['rope_type']!r}, not one of {', '.join(kinds)}")
+        for name, value in given.items():
+            least = 1 if name == "factor" else 0
+            numbers = value if isinstance(value, list) else [value]
+            if name in ("rope_type", "type", "truncate") or value is None and name not in ("rope_theta", "factor"):
+                continue
+            if not all(_is_number(each) and least <= each < math.inf and each > 0 for each in numbers):
+                raise ValueError(
+                    f"rope_parameters has {name}={value!r}, but it is a positive number"
+                    f"{' of at least 1' if least else ''}; leave it out, or use e.g. rope_theta=10000.0"
+                )
+        if given.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(
+                f"rope_parameters has partial_rotary_factor={given['partial_rotary_factor']}, but whole heads are "
+                f"rotated; leave it out"
+            )
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}; leave rope_parameters out for the default") from None
+
     def _check_sizes(self):
         """Sizes that no network can have."""
-        for name in SIZES:
+        for name, most in SIZES.items():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)} is more than {most}, the most that is supported")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads and self.head_dim == self.hidden_size // heads:
             raise ValueError(
@@ -118,10 +151,22 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions; use {self.head_dim + 1}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} is outside [0, 1); use 0.0")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive; use 1e-5")
-        if not self.initializer_range > 0:
-            raise ValueError(f"initializer_range={self.initializer_range} must be positive; use 0.02")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive and finite; use 1e-5")
+        if not 0 < self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range={self.initializer_range} must be positive and finite; use 0.02")
+        width = self.head_dim * (2 * heads + 2 * kv_heads) + 3 * self.intermediate_size
+        weights = self.hidden_size * (self.num_hidden_layers * width + self.vocab_size)
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}, num_hidden_layers={self.num_hidden_layers}, intermediate_size="
+                f"{self.intermediate_size} and vocab_size={self.vocab_size} make {weights:.1e} weights, more than "
+                f"{MAX_WEIGHTS:.1e}, the most that is supported"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @strict
@@ -151,12 +196,12 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
     subtoken_embedding: str = "sum"
 
     def __post_init__(self, **kwargs):
+        vocab_size = min(max(1, self.vocab_size), MAX_VOCABULARY)  # what is outside is refused below
         if self.base is None:
-            self.base = (
-                2 if self.num_subtokens is None else base_needed(max(1, self.vocab_size), max(1, self.num_subtokens))
-            )
+            digits = self.num_subtokens
+            self.base = 2 if digits is None else base_needed(vocab_size, min(max(1, digits), MAX_DIGITS))
         if self.num_subtokens is None:
-            self.num_subtokens = digits_needed(self.vocab_size, max(2, self.base))
+            self.num_subtokens = digits_needed(vocab_size, max(2, self.base))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -173,17 +218,19 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
             raise ValueError(f"num_subtokens={self.num_subtokens} must be at least 1")
         if self.base < 2:
             raise ValueError(f"base={self.base} must be at least 2; use base=2")
+        if self.base > MAX_VOCABULARY:
+            raise ValueError(f"base={self.base} is more than {MAX_VOCABULARY}, the most that is supported; use base=2")
         digits = self.num_subtokens
+        if digits * (self.base + 1).bit_length() > MAX_DIGITS:
+            raise ValueError(
+                f"num_subtokens={digits} digits of base {self.base} do not pack into {MAX_DIGITS} bits; "
+                f"use num_subtokens={digits_needed(self.vocab_size, self.base)}"
+            )
         if self.vocab_size > self.base**digits:
             raise ValueError(
                 f"vocab_size={self.vocab_size} does not fit in num_subtokens={digits} digits of base {self.base} "
                 f"({self.base**digits} codes); use num_subtokens={digits_needed(self.vocab_size, self.base)}, "
                 f"or base={base_needed(self.vocab_size, digits)}"
-            )
-        if digits * (self.base + 1).bit_length() > 62:
-            raise ValueError(
-                f"num_subtokens={digits} digits of base {self.base} do not pack into 62 bits; "
-                f"use num_subtokens={digits_needed(self.vocab_size, self.base)}"
             )
         if not 0 <= self.shuffle_ratio <= 1:
             raise ValueError(f"shuffle_ratio={self.shuffle_ratio} is outside [0, 1]; use 1.0 to shuffle everything")

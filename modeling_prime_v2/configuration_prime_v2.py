@@ -1,5 +1,6 @@
 """Configuration of an MDM-Prime-v2 network."""
 
+import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -120,9 +121,9 @@ class PrimeV2Config(PrimeV2CodedConfig):
                     f"stage_rates={self.stage_rates} needs one rate for each of stage_digits={self.stage_digits}; "
                     f"use e.g. reveal_order='nested', stage_digits=[6, {self.num_subtokens}], stage_rates=[4, 1]"
                 )
-            if min(self.stage_rates) <= 0 or self.noise_form != "time":
+            if not all(0 < rate < math.inf for rate in self.stage_rates) or self.noise_form != "time":
                 raise ValueError(
-                    f"stage_rates={self.stage_rates} must be positive and need noise_form='time', not "
+                    f"stage_rates={self.stage_rates} must be positive and finite and need noise_form='time', not "
                     f"{self.noise_form!r}"
                 )
 
@@ -134,9 +135,10 @@ class PrimeV2Config(PrimeV2CodedConfig):
     def _check_embedding(self):
         form = self.subtoken_embedding
         if self.tree_levels is not None:
-            rising = sorted(set(self.tree_levels)) == self.tree_levels and self.tree_levels[0] >= 1
+            levels = [0, *self.tree_levels]
+            rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
             ends = set(self.stage_digits or [self.num_subtokens])
-            if not rising or self.tree_levels[-1] != self.num_subtokens or not ends <= set(self.tree_levels):
+            if not rising or levels[-1] != self.num_subtokens or not ends <= set(levels):
                 raise ValueError(
                     f"tree_levels={self.tree_levels} must rise from at least 1 to num_subtokens={self.num_subtokens} "
                     f"and hold the stages' ends {sorted(ends)}; use e.g. {sorted(ends)}"

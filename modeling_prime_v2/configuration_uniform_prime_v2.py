@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
+from .configuration_backbone_prime_v2 import SIZES, PrimeV2BackboneConfig
 
 MODEL_CLASS = "modeling_uniform_prime_v2.PrimeV2ForUniformDiffusion"
 LOSS_WEIGHTS = ("elbo", "low_variance")
@@ -47,10 +47,10 @@ class PrimeV2UniformConfig(PrimeV2BackboneConfig):
         if self.loss_weight not in LOSS_WEIGHTS:
             raise ValueError(f"loss_weight={self.loss_weight!r} is not one of {', '.join(LOSS_WEIGHTS)}")
         size = self.time_embedding_size
-        if size < 2 or size % 2:
+        if not 2 <= size <= SIZES["hidden_size"] or size % 2:
             raise ValueError(
-                f"time_embedding_size={size} must be even and at least 2, a sine and a cosine of each frequency; "
-                f"use {max(2, size + size % 2)}"
+                f"time_embedding_size={size} must be even and at least 2, at most {SIZES['hidden_size']}, a sine and "
+                f"a cosine of each frequency; use {min(max(2, size + size % 2), SIZES['hidden_size'])}"
             )
 
 

@@ -70,8 +70,8 @@ REFUSED = [
     ({"head_dim": 7}, "head_dim=7 must be even for rotary positions; use 8"),
     ({"attention_dropout": 1.0}, r"attention_dropout=1.0 is outside \[0, 1\); use 0.0"),
     ({"attention_dropout": -0.1}, "attention_dropout=-0.1 is outside"),
-    ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive; use 1e-5"),
-    ({"initializer_range": float("nan")}, "initializer_range=nan must be positive; use 0.02"),
+    ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive and finite; use 1e-5"),
+    ({"initializer_range": float("nan")}, "initializer_range=nan must be positive and finite; use 0.02"),
     ({"base": 1}, "base=1 must be at least 2; use base=2"),
     (
         {"base": 2, "num_subtokens": 3},

@@ -2,9 +2,11 @@
 
 import ast
 import copy
+import hashlib
 import json
 import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +224,12 @@ def test_a_saved_folder_names_and_holds_the_code_that_loads_it(small, tmp_path):
     source = Path(tokenization_prime_v2.__file__)
     assert (tmp_path / source.name).read_bytes() == source.read_bytes()
     table = json.loads((tmp_path / "code_table.json").read_text(encoding="utf-8"))
+    assert {name: table.pop(name) for name in ("codes_sha256", "vocabulary_sha256")} == {
+        "codes_sha256": hashlib.sha256(struct.pack(f"<{small.code_table.size}q", *small.code_table.flat)).hexdigest(),
+        "vocabulary_sha256": hashlib.sha256(
+            ("[" + ",".join(json.dumps(small.convert_ids_to_tokens(i)) for i in range(len(small))) + "]").encode()
+        ).hexdigest(),
+    }
     assert table == {**small.code_table_parameters, "codes": small.code_table.tolist()}
 
 
@@ -229,7 +237,7 @@ def test_the_hub_file_imports_nothing_of_the_package():
     tree = ast.parse(Path(tokenization_prime_v2.__file__).read_text(encoding="utf-8"))
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-    assert imports == {"collections.abc", "json", "os", "typing", "numpy", "tokenizers", "transformers"}
+    assert imports == {"collections.abc", "hashlib", "json", "os", "typing", "numpy", "tokenizers", "transformers"}
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
 
 
@@ -434,6 +442,7 @@ def one_axis(content):
 def missing_row(content):
     content["codes"].pop()
     content["vocab_size"] -= 1
+    del content["codes_sha256"]  # which would refuse it first
 
 
 def other_size(content):

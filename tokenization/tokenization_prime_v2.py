@@ -5,6 +5,7 @@ random permutation is drawn. `prime_v2.tokenization.build_tokenizer` makes the t
 package, since the Hub loads it alone.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from tokenizers import AddedToken
 from transformers import TokenizersBackend
 
 CODE_TABLE_FILE = "code_table.json"
+# Of the table and of the vocabulary that it was made for, in code_table.json; older files lack them.
+CODES_HASH, VOCABULARY_HASH = "codes_sha256", "vocabulary_sha256"
 
 
 class PrimeV2Tokenizer(TokenizersBackend):
@@ -55,6 +58,12 @@ class PrimeV2Tokenizer(TokenizersBackend):
                 f"the code table has {vocab_size} tokens, so the mask token must have the last id, {vocab_size}, but "
                 f"{self.mask_token!r} has {self.mask_token_id} and the last id is {last_id}; make the tokenizer with "
                 f"build_tokenizer"
+            )
+        expected = code_table.get(VOCABULARY_HASH)
+        if expected is not None and expected != hash_vocabulary(self.get_vocab()):
+            raise ValueError(
+                f"the vocabulary has {vocab_size} tokens as {CODE_TABLE_FILE} has, but they are not those that it was "
+                f"made for; use the tokenizer.json that was saved beside it"
             )
         self.code_table_parameters = parameters
         self._codes_with_mask = np.vstack([codes, np.full_like(codes[:1], parameters["base"])])  # (V + 1, S)
@@ -139,7 +148,8 @@ class PrimeV2Tokenizer(TokenizersBackend):
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         name = CODE_TABLE_FILE if filename_prefix is None else f"{filename_prefix}-{CODE_TABLE_FILE}"
         path = os.path.join(save_directory, name)
-        content = {**self.code_table_parameters, "codes": self.code_table.tolist()}
+        hashes = {CODES_HASH: hash_codes(self.code_table), VOCABULARY_HASH: hash_vocabulary(self.get_vocab())}
+        content = {**self.code_table_parameters, **hashes, "codes": self.code_table.tolist()}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(content, file, separators=(",", ":"))
         return (*files, path)
@@ -184,8 +194,24 @@ def check_code_table(content: Any) -> tuple[np.ndarray, dict[str, Any]]:
         raise ValueError(
             f"code table: {vocab_size} tokens share {distinct} codes; every token needs a code of its own"
         )
-    made_by = {name: value for name, value in content.items() if name != "codes"}
+    if content.get(CODES_HASH, "") not in ("", hash_codes(codes)):
+        raise ValueError(
+            f"code table: the codes are not those of {CODES_HASH}={content[CODES_HASH]!r}, so the file was changed; "
+            f"save the tokenizer again"
+        )
+    made_by = {name: each for name, each in content.items() if name not in ("codes", CODES_HASH, VOCABULARY_HASH)}
     return codes, {**sizes, **made_by}
+
+
+def hash_codes(codes: np.ndarray) -> str:
+    """SHA-256 of a code table (V, S): of its digits as little-endian int64, row by row, in hexadecimal."""
+    return hashlib.sha256(codes.astype("<i8").tobytes()).hexdigest()
+
+
+def hash_vocabulary(vocabulary: dict[str, int]) -> str:
+    """SHA-256 of a vocabulary, added tokens included: of its tokens as a JSON list in the order of their ids."""
+    tokens = sorted(vocabulary, key=lambda token: (vocabulary[token], token))
+    return hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode()).hexdigest()
 
 
 def _pack(digits: np.ndarray, base: int) -> np.ndarray:
