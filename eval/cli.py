@@ -14,6 +14,8 @@ import typer
 from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output
 from prime_v2.eval.commands_compare import SHORT_HELP as COMPARE_HELP
 from prime_v2.eval.commands_compare import compare
+from prime_v2.eval.commands_convert import SHORT_HELP as CONVERT_HELP
+from prime_v2.eval.commands_convert import convert
 from prime_v2.eval.commands_scaling import scaling_app
 
 app = typer.Typer(
@@ -359,6 +361,7 @@ def card(
 
 app.add_typer(scaling_app)
 app.command(cls=Command, short_help=COMPARE_HELP)(compare)
+app.command(cls=Command, short_help=CONVERT_HELP)(convert)
 
 
 def main() -> None:
