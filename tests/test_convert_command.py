@@ -227,6 +227,7 @@ def test_the_folder_loads_by_auto_classes_and_has_what_was_published(files, tmp_
     assert model.generate(ids[:, :4], max_new_tokens=4, max_denoising_steps=4, seed=0).shape == (1, 8)
     card = (out / "README.md").read_text()
     assert printed["sha256"] in card
+    assert "\n\n## Limits\n\n" in card
     assert "9 digits of base 2 by the permutation `perm.pt`" in card
     assert str(tmp_path) not in card
 
