@@ -7,10 +7,12 @@ into windows, adds up over them and states how sure the sum is (docs/perplexity.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from prime_v2.likelihood_prime_v2 import NotFiniteError
@@ -35,10 +37,12 @@ def score_blocks(
     text_bytes: int | None = None,
     progress: Progress | None = None,
     keep_sequences: bool = False,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Nats per token of blocks (N, L) of clean token ids without padding, each block scored on its own; JSON-ready.
 
     method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of the text that all blocks cover.
+    shared: see `score_windows`.
     Keys of the result:
         method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
             sequence, 0 where exact), num_forward (rows that the network ran)
@@ -56,8 +60,17 @@ def score_blocks(
     compared block by block (`prime_v2.eval.compare_report.paired`).
     Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
-    groups: list[Windows] = [(_as_ids(blocks), None)]
-    return _score(groups, model, method, num_samples, seed, text_bytes, progress, keep_sequences)
+    return score_windows(
+        model,
+        [(_as_ids(blocks), None)],
+        method=method,
+        num_samples=num_samples,
+        seed=seed,
+        text_bytes=text_bytes,
+        progress=progress,
+        keep_sequences=keep_sequences,
+        shared=shared,
+    )
 
 
 def score_text(
@@ -82,7 +95,15 @@ def score_text(
     """
     window, stride = window_and_stride([model.config], window, stride)
     ids, num_documents, text_bytes = encode_documents(tokenizer, documents, model.config.eos_token_id)
-    result = _score(cut_windows(ids, window, stride), model, method, num_samples, seed, text_bytes, progress)
+    result = score_windows(
+        model,
+        cut_windows(ids, window, stride),
+        method=method,
+        num_samples=num_samples,
+        seed=seed,
+        text_bytes=text_bytes,
+        progress=progress,
+    )
     return {**result, "num_documents": num_documents, "window": window, "stride": stride}
 
 
@@ -173,33 +194,61 @@ def _as_ids(blocks: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
     return ids.long()
 
 
-def _score(
-    groups: list[Windows], model, method, num_samples, seed, text_bytes, progress, keep_sequences: bool = False
+class _Scores(NamedTuple):
+    """What `_summary` reads of an output of `log_likelihood`, on the CPU."""
+
+    value: Tensor
+    stderr: Tensor
+    num_scored: Tensor
+    num_forward: Tensor
+    is_bound: bool
+
+
+def score_windows(
+    model: Any,
+    groups: Sequence[Windows],
+    *,
+    method: str = "subtoken",
+    num_samples: int = 8,
+    seed: int = 0,
+    text_bytes: int | None = None,
+    progress: Progress | None = None,
+    keep_sequences: bool = False,
+    shared: bool = False,
 ) -> dict[str, Any]:
-    """The result of `score_blocks` for groups of windows of different lengths."""
+    """As `score_blocks`, over groups of windows that may differ in length and give a part of their tokens.
+
+    shared: the processes of this run (Accelerate's) each score a part, and all of them get the whole result.
+    """
     if text_bytes is not None and text_bytes < 1:
         raise ValueError(f"text_bytes={text_bytes} must be at least 1; leave it out where the bytes are not known")
-    num_sequences, done = sum(len(ids) for ids, _ in groups), 0
-    outputs = []
+    state = PartialState() if shared else None
+    processes, rank = (state.num_processes, state.process_index) if state is not None else (1, 0)
+    num_sequences, parts = sum(len(ids) for ids, _ in groups), []
     for ids, prompt_mask in groups:
         rows = ids.shape[1] if method == "chain" else 1 if method in EXACT_METHODS else num_samples
         step = max(1, ROW_TOKENS_PER_CALL // max(1, rows * ids.shape[1]))
+        step = min(step, -(-len(ids) // processes))
         for start in range(0, len(ids), step):
-            part = slice(start, start + step)
-            options = {} if prompt_mask is None else {"prompt_mask": prompt_mask[part].to(model.device)}
-            try:
-                output = model.log_likelihood(
-                    ids[part].to(model.device), method=method, num_samples=num_samples, seed=seed, **options
-                )
-            except NotFiniteError as error:
-                raise ValueError(
-                    f"the log-likelihood of sequence {done + error.row} of {num_sequences} is no number: the "
-                    f"network's logits are not finite"
-                ) from None
-            outputs.append(output)
-            done += len(output.value)
-            if progress is not None:
-                progress(done, num_sequences)
+            end = start + step
+            parts.append((ids[start:end], None if prompt_mask is None else prompt_mask[start:end]))
+    done, found = 0, []
+    for number, (ids, prompt_mask) in enumerate(parts):
+        if number % processes == rank:
+            found.append((number, _scores_of(model, ids, prompt_mask, method, num_samples, seed, done)))
+        done += len(ids)
+        if progress is not None:
+            progress(done, num_sequences)
+    if processes > 1:
+        found = sorted(gather_object(found), key=lambda each: each[0])
+    outputs = []
+    for _, scores in found:
+        if isinstance(scores, int):
+            raise ValueError(
+                f"the log-likelihood of sequence {scores} of {num_sequences} is no number: the network's logits are "
+                f"not finite"
+            )
+        outputs.append(scores)
     scored = torch.cat([ids.flatten() if mask is None else ids[~mask] for ids, mask in groups])
     result = _summary(outputs, scored, method, num_samples, text_bytes)
     if keep_sequences:
@@ -207,7 +256,28 @@ def _score(
     return result
 
 
-def _summary(outputs: list[Any], scored: Tensor, method: str, num_samples: int, text_bytes) -> dict[str, Any]:
+def _scores_of(model, ids, prompt_mask, method, num_samples, seed, first: int) -> _Scores | int:
+    """The scores of some sequences, or the number (counted from `first`) of one whose likelihood is no number.
+
+    Not raised here: other processes wait for the scores of this one.
+    """
+    options = {} if prompt_mask is None else {"prompt_mask": prompt_mask.to(model.device)}
+    try:
+        output = model.log_likelihood(
+            ids.to(model.device), method=method, num_samples=num_samples, seed=seed, **options
+        )
+    except NotFiniteError as error:
+        return first + error.row
+    return _Scores(
+        output.value.cpu(),
+        output.stderr.cpu(),
+        output.num_scored.cpu(),
+        output.num_forward.cpu(),
+        bool(output.is_bound),
+    )
+
+
+def _summary(outputs: list[_Scores], scored: Tensor, method: str, num_samples: int, text_bytes) -> dict[str, Any]:
     """The result of `score_blocks` from what `log_likelihood` gave; scored (T,): the token ids it is about."""
     nats = -torch.cat([output.value for output in outputs])
     lengths = torch.cat([output.num_scored for output in outputs]).double()
@@ -280,6 +350,7 @@ __all__ = [
     "encode_documents",
     "score_blocks",
     "score_text",
+    "score_windows",
     "unigram_entropy",
     "window_and_stride",
 ]

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2.eval.families import family_named
+from prime_v2.eval.finetuning import start_from
 from prime_v2.eval.records import code_version, write_json
 from prime_v2.eval.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 from prime_v2.eval.training_options import RunOptions, parse_options
@@ -176,8 +177,11 @@ def train(run: RunOptions, training: TrainingArguments, model_options: dict[str,
             code_options.setdefault("num_subtokens", 1)
         shared = None if run.data_dir is None else Path(run.data_dir)
         text = text_options(run, training.seed)
-        tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
-        model = make_model(run, training, model_options, tokenizer)
+        if run.init_from is None:
+            tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
+            model = make_model(run, training, model_options, tokenizer)
+        else:
+            model, tokenizer, data = start_from(run, training, model_options, text, folder)
     except Exception:
         if new and state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from prime_v2.eval.families import FAMILIES, family_named
+from prime_v2.eval.finetuning import check_start
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Options of TrainingArguments that would be ignored or would make results wrong, and the value that they must keep.
@@ -27,6 +28,12 @@ class RunOptions:
         default="prime",
         metadata={"help": "prime (MDM, MDM-Prime, MDM-Prime-v2: see --model), arm, uniform or interpolating."},
     )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Folder of a trained model: start from its weights, tokenizer and config."}
+    )
+    lora: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA adapters, which alone are trained (with init_from)."}
+    )
     label: str | None = field(default=None, metadata={"help": "Name of the run in records and plots."})
     data: str = field(
         default="docs",
@@ -37,6 +44,16 @@ class RunOptions:
     )
     data_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
     text_field: str = field(default="text", metadata={"help": "Field of the text in .jsonl, .parquet, hub data."})
+    prompt_field: str | None = field(
+        default=None, metadata={"help": "Field of the question in a .jsonl of questions with answers (init_from)."}
+    )
+    answer_field: str | None = field(default=None, metadata={"help": "Field of its answer, which alone is scored."})
+    example_template: str = field(
+        default="{prompt}\n{answer}", metadata={"help": "Text of an example; what precedes {answer} is the prompt."}
+    )
+    score_padding: bool = field(
+        default=False, metadata={"help": "Read and score the EOS after an answer up to block_size, too."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read training text from the hub as it is needed."})
     max_documents: int | None = field(default=None, metadata={"help": "Read at most so many documents."})
     tokenizer: str = field(default="bpe", metadata={"help": "Name or folder of a fast tokenizer; bpe trains one."})
@@ -89,7 +106,8 @@ def parse_options(
         near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
         parser.error(f"unknown option {flag}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
     if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
-        model_options = {key: value for key, value in model_options.items() if key in FAMILIES[run.family].fields()}
+        fields = FAMILIES[run.family].fields() if run.init_from is None else ()
+        model_options = {key: value for key, value in model_options.items() if key in fields}
     model_options |= _key_values(extra.model, parser)
     try:
         check_options(run, training, model_options)
@@ -207,7 +225,8 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
     for name, wanted in REFUSED.items():
         if getattr(training, name) != wanted:
             problems.append(f"--{name} {getattr(training, name)} is not supported here; leave it at {wanted}")
-    if run.streaming and (run.data == "docs" or run.tokenizer == "bpe"):
+    problems += check_start(run)
+    if run.streaming and (run.data == "docs" or (run.tokenizer == "bpe" and run.init_from is None)):
         problems.append("--streaming needs a hub data set and a ready tokenizer; use e.g. --tokenizer gpt2")
     micro = training.per_device_train_batch_size * training.world_size
     if run.global_batch is None:

@@ -7,31 +7,48 @@ from typing import Any
 
 import torch
 
+from prime_v2.eval.distributed import whole
 from prime_v2.eval.families import bound_method, label_of
+from prime_v2.eval.finetuning import answers, merge_adapter, scored_ids
 from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
-from prime_v2.eval.perplexity import score_blocks, unigram_entropy
+from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
 from prime_v2.eval.trainer import DiffusionTrainer
 from prime_v2.hub_card.card import write_card
 from prime_v2.tokenization.corpus import docs_versions
 from prime_v2.tokenization.packing import PackedBlocks
+from prime_v2.tokenization.supervised import Examples
 
 
-def first_blocks(blocks: PackedBlocks, count: int) -> torch.Tensor:
+def first_blocks(blocks: PackedBlocks | Examples, count: int) -> torch.Tensor | Examples:
+    """The first `count` blocks (N, L), or of questions with answers the first examples."""
+    if isinstance(blocks, Examples):
+        return blocks.first(count)
     return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
 
 
-def score_dev(model, blocks: torch.Tensor, draws: int, bytes_per_token: float) -> dict[str, float]:
+def score_held_out(model, blocks: torch.Tensor | Examples, bytes_per_token: float, **options: Any) -> dict[str, Any]:
+    """The result of `score_windows`, its work shared by all processes; of examples also nats_per_answer."""
+    groups = blocks.windows() if isinstance(blocks, Examples) else [(blocks, None)]
+    text_bytes = max(1, round(bytes_per_token * len(scored_ids(blocks))))
+    result = score_windows(model, groups, text_bytes=text_bytes, shared=True, **options)
+    if isinstance(blocks, Examples):
+        result["nats_per_answer"] = result["nats_per_token"] * result["num_tokens"] / result["num_sequences"]
+    return result
+
+
+def score_dev(model, blocks: torch.Tensor | Examples, draws: int, bytes_per_token: float) -> dict[str, float]:
     """The valid bound on the dev blocks in the units that trackers plot, beside the tokens' unigram entropy."""
-    method, text_bytes = bound_method(model.config), round(bytes_per_token * blocks.numel())
-    result = score_blocks(model, blocks, method=method, num_samples=draws, seed=0, text_bytes=text_bytes)
+    options = {"method": bound_method(model.config), "num_samples": draws, "seed": 0}
+    result = score_held_out(whole(model), blocks, bytes_per_token, **options)
     return {
         "eval_bound": result["nats_per_token"],
         **({} if result["stderr"] is None else {"eval_bound_stderr": result["stderr"]}),  # None for one sequence
         "eval_perplexity": result["perplexity"],
         "eval_bits_per_byte": result["bits_per_byte"],
         "eval_unigram_entropy": result["unigram_entropy"],
+        **({"eval_nats_per_answer": result["nats_per_answer"]} if isinstance(blocks, Examples) else {}),
     }
 
 
@@ -59,6 +76,7 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
     numbers = {
         "parameters": counts["total"],
         "parameters_non_embedding": counts["non_embedding"],
+        "parameters_trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "steps": training.max_steps,
         "tokens": tokens,
         "flops_6nd": six_n_d(counts["non_embedding"], tokens),
@@ -87,8 +105,13 @@ def _digits(config) -> str:
     return "whole tokens" if digits == 1 else f"{digits} digits of base {config.base}"
 
 
-def generate_samples(model, tokenizer, run: Any, seed: int) -> list[str]:
-    """Documents from their start: the prompt is the EOS that ends the document before, as in the training blocks."""
+def generate_samples(model, tokenizer, run: Any, test: PackedBlocks | Examples, seed: int) -> list[str]:
+    """Documents from their start: the prompt is the EOS that ends the document before, as in the training blocks.
+
+    Of questions with answers: answers to the first questions of the test split.
+    """
+    if isinstance(test, Examples):
+        return answers(model, tokenizer, test, run.num_generated, seed)
     model.eval()
     start = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
     length = min(run.block_size, 128) - 1
@@ -101,15 +124,17 @@ def generate_samples(model, tokenizer, run: Any, seed: int) -> list[str]:
     ]
 
 
-def final_evaluation(model, run: Any, test: PackedBlocks, seed: int) -> dict[str, Any]:
+def final_evaluation(model, run: Any, test: PackedBlocks | Examples, seed: int) -> dict[str, Any]:
     """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
     blocks = first_blocks(test, run.test_sequences)
-    text_bytes = round(test.bytes_per_token * blocks.numel())
-    options = {"num_samples": run.eval_num_samples, "seed": seed, "text_bytes": text_bytes, "keep_sequences": True}
-    found = {"bound": score_blocks(model, blocks, method=bound_method(model.config), **options)}
+    options = {"num_samples": run.eval_num_samples, "seed": seed, "keep_sequences": True}
+    methods = {"bound": bound_method(model.config)}
     if "token_objective" in model.likelihood_methods:
-        found["token_objective"] = score_blocks(model, blocks, method="token_objective", **options)
-    return found
+        methods["token_objective"] = "token_objective"
+    return {
+        name: score_held_out(model, blocks, test.bytes_per_token, method=method, **options)
+        for name, method in methods.items()
+    }
 
 
 def print_summary(record: dict[str, Any], folder: Path) -> None:
@@ -126,6 +151,8 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
     if loss is not None:
         not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
         print(f"  the paper's loss  {_with_error(loss)} nats/token{not_bound}")
+    if "nats_per_answer" in bound:
+        print(f"  an answer         {bound['nats_per_answer']:.2f} nats given its question ({bound['num_sequences']})")
     print()
     if results["samples"]:
         print(f"a sample:\n  {' '.join(results['samples'][0].split())[:600]}\n")
@@ -147,7 +174,9 @@ def finish(
     training = trainer.args
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are in the record
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = merge_adapter(
+        whole(trainer.accelerator.unwrap_model(trainer.model)), folder, trainer.is_world_process_zero()
+    )
     if trainer.is_world_process_zero():
         print("evaluating on the test split ...", flush=True)
     evaluation = final_evaluation(model, run, data["test"], training.seed)
@@ -156,6 +185,7 @@ def finish(
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
     sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
+    sizes |= {f"{split}_dropped": part.dropped for split, part in data.items() if isinstance(part, Examples)}
     sizes.setdefault("train_tokens", numbers["tokens"])  # of a stream: what was read
     results = {
         "family": label_of(model.config),
@@ -180,13 +210,13 @@ def finish(
         },
         "evaluation": evaluation,
         "history": trainer.state.log_history,
-        "samples": generate_samples(model, tokenizer, run, training.seed),
+        "samples": generate_samples(model, tokenizer, run, data["test"], training.seed),
     }
     record = json.loads(json.dumps(make_record("train", results, seed=training.seed, code=code), default=str))
     plot_training(
         trainer.state.log_history,
         folder / "loss.png",
-        unigram_entropy=unigram_entropy(first_blocks(data["dev"], run.eval_sequences).flatten().bincount()),
+        unigram_entropy=unigram_entropy(scored_ids(first_blocks(data["dev"], run.eval_sequences)).bincount()),
         title=f"{folder.name} (dev split)",
         loss_is_bound=results["training"]["loss_is_bound"],
     )

@@ -20,6 +20,20 @@ from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
 
 
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight of an embedding or a head that is read as a matrix.
+
+    ValueError for an adapter around it (peft's `target_modules`): the layer it wraps is never called, so that it would
+    neither be trained nor have an effect.
+    """
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            "an adapter around an embedding or head whose weight is read as a matrix has no effect; name projections "
+            "as target_modules, e.g. ['q_proj', 'v_proj'], and what else to train, whole, as modules_to_save"
+        )
+    return module.weight  # type: ignore[return-value]  # a parameter
+
+
 class PrimeV2RMSNorm(nn.RMSNorm):
     """RMSNorm, PyTorch's own kernel: it keeps its input for the backward pass and nothing else."""
 
@@ -86,7 +100,7 @@ class PrimeV2SubtokenEmbedding(nn.Module):
         if self.form != "concat_shared":
             rows = rows + self.num_values * torch.arange(self.num_subtokens, device=rows.device)
         if self.form == "sum":
-            flat = nn.functional.embedding_bag(rows.flatten(0, -2), self.table.weight, mode="sum")
+            flat = nn.functional.embedding_bag(rows.flatten(0, -2), plain_weight(self.table), mode="sum")
             return flat.unflatten(0, rows.shape[:-1])
         return self.table(rows).flatten(-2)
 
@@ -215,4 +229,4 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
         return self.norm(hidden_states)
 
 
-__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding"]
+__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding", "plain_weight"]

@@ -13,7 +13,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding, plain_weight
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
@@ -68,7 +68,7 @@ class PrimeV2ArmModel(PrimeV2Backbone):
     def all_embeddings(self) -> Tensor:
         """The vectors of all tokens, (V, D)."""
         if self.code_table is None:
-            return self.embed_subtokens.table.weight
+            return plain_weight(self.embed_subtokens.table)
         return self.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
 
     @merge_with_config_defaults
@@ -146,7 +146,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
 
     def head_weight(self) -> Tensor:
         """The head (V, D); tied, it is each token's embedding."""
-        return self.model.all_embeddings() if self.config.tie_word_embeddings else self.lm_head.weight
+        return self.model.all_embeddings() if self.config.tie_word_embeddings else plain_weight(self.lm_head)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel, plain_weight
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
@@ -126,8 +126,8 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
     def head_weight(self) -> Tensor:
         """The head (V, D); tied, it is the embedding without the mask's row."""
         if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight[:-1]
-        return self.lm_head.weight
+            return plain_weight(self.model.embed_tokens)[:-1]
+        return plain_weight(self.lm_head)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to (B, L, 1): a whole token is its only digit."""

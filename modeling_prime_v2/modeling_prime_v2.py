@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, plain_weight
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
@@ -110,8 +110,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         if self.config.tie_word_embeddings:
             return self.model.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
         if self.head_nodes is not None:
-            return self.lm_head.weight + self.head_nodes(self.code_table.codes[:-1])
-        return self.lm_head.weight
+            return plain_weight(self.lm_head) + self.head_nodes(self.code_table.codes[:-1])
+        return plain_weight(self.lm_head)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to digits (B, L, S)."""

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel, plain_weight
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
@@ -254,7 +254,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         if loss_weight == "low_variance":
             kind, weight = "posterior", torch.ones_like(weight)
         tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
-        total, nats = uniform_nats(hidden_states[rows, columns], self.lm_head.weight, tokens, kind)
+        total, nats = uniform_nats(hidden_states[rows, columns], plain_weight(self.lm_head), tokens, kind)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double())
 

@@ -7,7 +7,7 @@ a sum of vectors of parts that are more than a digit.
 import torch
 from torch import Tensor, nn
 
-from .backbone_prime_v2 import PrimeV2SubtokenEmbedding
+from .backbone_prime_v2 import PrimeV2SubtokenEmbedding, plain_weight
 from .code_table_prime_v2 import num_nodes
 
 
@@ -32,7 +32,7 @@ class PrimeV2PrefixEmbedding(nn.Module):
         known = torch.arange(len(self.ends), device=rows.device) <= stage.unsqueeze(-1)
         weights = known.to(self.table.weight.dtype).flatten(0, -2)
         flat = rows.masked_fill(~known, 0).flatten(0, -2)
-        vectors = nn.functional.embedding_bag(flat, self.table.weight, mode="sum", per_sample_weights=weights)
+        vectors = nn.functional.embedding_bag(flat, plain_weight(self.table), mode="sum", per_sample_weights=weights)
         return vectors.unflatten(0, rows.shape[:-1])
 
 
@@ -47,7 +47,7 @@ class PrimeV2HeadNodes(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """The table C (V, S) to (V, D)."""
         rows, _ = node_rows(codes, self.base, self.ends)
-        return nn.functional.embedding_bag(rows, self.table.weight, mode="sum")
+        return nn.functional.embedding_bag(rows, plain_weight(self.table), mode="sum")
 
 
 def node_rows(subtoken_ids: Tensor, base: int, ends: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class PrimeV2GroupEmbedding(nn.Module):
             rows.append(first + (group * powers).sum(-1))
             first += self.values**size
         flat = torch.stack(rows, -1).flatten(0, -2)
-        vectors = nn.functional.embedding_bag(flat, self.table.weight, mode="sum")
+        vectors = nn.functional.embedding_bag(flat, plain_weight(self.table), mode="sum")
         return vectors.unflatten(0, subtoken_ids.shape[:-1])
 
 

@@ -164,6 +164,10 @@ def _text_file(path: Path, _text_field: str) -> Iterator[str]:
 
 
 def _jsonl_file(path: Path, text_field: str) -> Iterator[str]:
+    return (text for (text,) in _jsonl_rows(path, (text_field,)))
+
+
+def _jsonl_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -172,8 +176,16 @@ def _jsonl_file(path: Path, text_field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not a JSON object with the field {text_field!r}")
-        yield _field(row, text_field, f"{path} line {number}")
+            raise ValueError(f"{path} line {number} is not a JSON object with the field {fields[0]!r}")
+        yield tuple(_field(row, field, f"{path} line {number}") for field in fields)
+
+
+def read_rows(source: str | Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The texts of these fields of every line of a .jsonl file; ValueError for anything else, naming the line."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        raise ValueError(f"{source} is no .jsonl file; give one with the fields {', '.join(fields)} on every line")
+    return _jsonl_rows(path, fields)
 
 
 def _parquet_file(path: Path, text_field: str) -> Iterator[str]:

@@ -8,9 +8,9 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -244,7 +244,9 @@ class PackedBlocks:
         return float(-(share * np.log(share)).sum())
 
 
-def _sample(block: np.ndarray, sample_number: int) -> dict[str, Tensor]:
+def _sample(block: Any, sample_number: int) -> dict[str, Tensor]:
+    if isinstance(block, dict):  # an example with labels of its own, see `supervised`
+        return {**block, "sample_number": torch.tensor(sample_number)}
     input_ids = torch.from_numpy(block)
     return {"input_ids": input_ids, "labels": input_ids, "sample_number": torch.tensor(sample_number)}
 
@@ -256,11 +258,12 @@ class TrainingOrder:
     n}, from block permutation_e[n % len(blocks)] with e = n // len(blocks). permutation_e is a pure function of the
     seed, e and the number of blocks, so that workers, ranks and restarts agree. Read it in sequence, without a
     shuffling sampler.
-    blocks: anything with `len` and `[i] -> (block_size,) int64 array`, e.g. `PackedBlocks`.
+    blocks: anything with `len` and `[i] -> (block_size,) int64 array`, e.g. `PackedBlocks`, or `[i] -> dict` of what a
+    batch takes, e.g. `Examples`.
     Raises ValueError for no blocks and for a start outside [0, num_samples].
     """
 
-    def __init__(self, blocks: Sequence[np.ndarray] | PackedBlocks, num_samples: int, seed: int, start: int = 0):
+    def __init__(self, blocks: Any, num_samples: int, seed: int, start: int = 0):
         if len(blocks) == 0:
             raise ValueError("there are no blocks to train on; pack at least one")
         if not 0 <= start <= num_samples:

@@ -152,6 +152,8 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
         tokenizer = build_tokenizer(
             bpe, num_subtokens=1, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size
         )
+    elif (Path(text.tokenizer) / "code_table.json").is_file():  # a PrimeV2Tokenizer, e.g. of a trained model
+        tokenizer = recode_tokenizer(PrimeV2Tokenizer.from_pretrained(text.tokenizer), num_subtokens=1)
     else:
         tokenizer = build_tokenizer(text.tokenizer, num_subtokens=1)
     if tokenizer.eos_token_id is None:
