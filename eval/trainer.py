@@ -3,6 +3,7 @@
 The noise is a pure function of the sample number, evaluation is the bound, checkpoints are put in place whole.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -13,33 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2.diffusion_prime_v2 import stratified_levels
+from prime_v2.eval.checkpoints import ASIDE, load_state, publish, random_state, save_state, set_random_state, step_of
 from prime_v2.random_prime_v2 import hash64
-from prime_v2.tokenization.packing import collate
+from prime_v2.tokenization.packing import StreamedBlocks, collate
 
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass on a signal that the terminal has sent already
 _NOISE_KEY = 31  # stream number of the training noise, see diffusion_prime_v2
+TRACE = ("sample_number", "position")  # of a batch, what says where it comes from; no input of the model
 
 
 class Collator:
-    """Samples to a batch with the noise's key and level: pure functions of (seed, sample number)."""
+    """Samples to a batch with the noise's key and level: pure functions of (seed, sample number).
 
-    def __init__(self, global_batch: int, seed: int, short_share: float):
-        self.global_batch, self.seed, self.short_share = global_batch, seed, short_share
+    traced: keep in the batch what `TRACE` names; the trainer takes it out.
+    """
+
+    def __init__(self, global_batch: int, seed: int, short_share: float, traced: bool = False):
+        self.global_batch, self.seed, self.short_share, self.traced = global_batch, seed, short_share, traced
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = collate(samples, global_batch=self.global_batch, seed=self.seed, short_share=self.short_share)
-        numbers = batch.pop("sample_number")
+        numbers = batch["sample_number"]
         batch["noise_keys"] = hash64(self.seed, _NOISE_KEY, numbers)
         batch["noise_levels"] = stratified_levels(numbers, self.global_batch, self.seed)
-        return batch
+        return batch if self.traced else {key: value for key, value in batch.items() if key not in TRACE}
 
 
 class DiffusionTrainer(Trainer):
@@ -59,6 +66,9 @@ class DiffusionTrainer(Trainer):
         self.flops_per_token = 0.0
         self.clock = (time.time(), 0)
         self.staging = False
+        self.not_finite: str | None = None  # what is not, in this step
+        self.random_state: dict[str, Any] | None = None  # to set before the next step
+        self.position: Tensor | None = None  # in the stream, of a sample that has been read
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """The valid bound on the dev split, in nats per token, with its standard error; all ranks compute it."""
@@ -71,6 +81,7 @@ class DiffusionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step = self.state.global_step
+        self.state.epoch = step / self.args.max_steps  # a run is one epoch; on a resumed stream Trainer counts anew
         logs["tokens"] = step * self.tokens_per_step
         if "loss" in logs:
             seconds, tokens = time.time() - self.clock[0], (step - self.clock[1]) * self.tokens_per_step
@@ -81,34 +92,93 @@ class DiffusionTrainer(Trainer):
 
     def run_from(self, checkpoint: str | None) -> None:
         """Train from a checkpoint, or from the start; only load it when it holds the last step."""
-        step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        step = step_of(checkpoint) if checkpoint else 0
         self.clock = (time.time(), step)
         if checkpoint and step >= self.args.max_steps:  # a stream has no length by which Trainer would see the end
             self._load_from_checkpoint(checkpoint)
             self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             self.state.is_world_process_zero = self.is_world_process_zero()
-        else:
-            self.train(resume_from_checkpoint=checkpoint)
+            return
+        if checkpoint and isinstance(self.train_dataset, StreamedBlocks):
+            self.train_dataset.resume(step * self.global_batch, load_state(Path(checkpoint), "stream"))
+            self.args.ignore_data_skip = True  # Trainer would read all that is before
+        self.train(resume_from_checkpoint=checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        if self.random_state is not None:  # here, since a data loader draws a number when it starts
+            set_random_state(self.random_state)
+            self.random_state = None
+        numbers, position = (inputs.pop(name, None) for name in TRACE)
+        self.position = None if position is None else position[-1].cpu()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not loss.isfinite():
-            last = get_last_checkpoint(self.args.output_dir)
-            first = self.state.global_step * self.global_batch
-            raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step} (samples {first} to "
-                f"{first + self.global_batch - 1}); the last good checkpoint is {last or 'none'}"
-            )
+        if self.not_finite is None and not loss.isfinite():
+            self.not_finite = f"the loss is {float(loss)} at {self._place(int(numbers.min()), int(numbers.max()))}"
         return loss
+
+    def _place(self, first: int, last: int) -> str:
+        return f"step {self.state.global_step} (samples {first} to {last})"
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The last call before the optimizer's step: what is not finite stops all processes here, with the weights
+        and the checkpoints of the step before."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        first = self.state.global_step * self.global_batch
+        if self.not_finite is None and not math.isfinite(grad_norm):
+            place = self._place(first, first + self.global_batch - 1)
+            self.not_finite = f"the norm of the gradient is {float(grad_norm)} at {place}"
+        found = torch.tensor(self.not_finite is not None, dtype=torch.int32, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if found:
+            reports = gather_object([self.not_finite])
+            last = get_last_checkpoint(self.args.output_dir)
+            report = sorted(filter(None, reports))[0]  # a loss before a gradient
+            raise ValueError(f"{report}; the last good checkpoint is {last or 'none'}")
+        return grad_norm
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether an engine holds the state in shards, which it writes and reads in formats of its own."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle. The options of the run are in run.json.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save and self.position is not None:
+            save_state(tuple(self.position.tolist()), Path(output_dir), "stream")
+        if self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_state(self.optimizer.state_dict(), Path(output_dir), "optimizer")
+            save_state(self.lr_scheduler.state_dict(), Path(output_dir), "scheduler")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(random_state(), Path(output_dir), f"random_{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = f"random_{self.args.process_index}"
+        # Only dropout draws from it. Of more processes than before, the new ones keep their seed.
+        if checkpoint is not None and Path(checkpoint, f"{name}.json").exists():
+            self.random_state = load_state(Path(checkpoint), name)
 
     def _get_output_dir(self, trial=None) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, ".incomplete") if self.staging else folder
+        return os.path.join(folder, ASIDE) if self.staging else folder
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        """Write aside, then rename: a checkpoint folder that exists is complete, whatever stopped the last one."""
+        """Write aside, seal, then rename: a checkpoint folder that exists is whole, whatever stopped the last one."""
         final = Path(super()._get_output_dir(trial))
-        aside = final / ".incomplete"
+        aside = final / ASIDE
         self.staging = True
         try:
             if self.is_world_process_zero():
@@ -131,17 +201,6 @@ class DiffusionTrainer(Trainer):
             ) from error
         finally:
             self.staging = False
-
-
-def publish(aside: Path, final: Path, keep: int | None) -> None:
-    """Move finished checkpoints into place and drop the oldest beyond `keep`."""
-    for folder in aside.iterdir():
-        shutil.rmtree(final / folder.name, ignore_errors=True)
-        os.replace(folder, final / folder.name)
-    aside.rmdir()
-    checkpoints = sorted(final.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
-    for folder in checkpoints[: -keep if keep else 0]:
-        shutil.rmtree(folder)
 
 
 class StopOnSignal(TrainerCallback):

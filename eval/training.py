@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from prime_v2.eval.checkpoints import set_damaged_aside
 from prime_v2.eval.families import family_named
 from prime_v2.eval.finetuning import start_from
 from prime_v2.eval.records import code_version, write_json
@@ -53,12 +54,17 @@ def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[
     return json.loads(json.dumps({**of_run, **of_training, "model": model_options}))
 
 
+def is_new(folder: Path) -> bool:
+    """Whether there is nothing in the folder, but for what a kill leaves while run.json is written."""
+    return not folder.exists() or all(each.name.startswith(".run.json.") for each in folder.iterdir())
+
+
 def check_folder(folder: Path, course: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run.
 
     A run without a checkpoint has nothing to lose: it gives way to another.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if is_new(folder):
         return False
     if not (folder / "run.json").exists():
         raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
@@ -146,7 +152,7 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
         ),
         train_dataset=training_set(run, training, tokenizer, data),
         eval_dataset=data["dev"],
-        data_collator=Collator(run.global_batch, training.seed, run.short_share),
+        data_collator=Collator(run.global_batch, training.seed, run.short_share, traced=True),
         processing_class=tokenizer,
         callbacks=[stop],
     )
@@ -167,7 +173,11 @@ def train(run: RunOptions, training: TrainingArguments, model_options: dict[str,
             print(f"{folder} holds this run, finished; for another, give a new --output_dir")
             print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
         return 0
-    new = not folder.exists() or not any(folder.iterdir())
+    new = is_new(folder)
+    if state.is_main_process:
+        set_damaged_aside(folder)
+    state.wait_for_everyone()
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
     try:
         if state.is_main_process:
             write_json(folder / "run.json", course)
@@ -189,7 +199,6 @@ def train(run: RunOptions, training: TrainingArguments, model_options: dict[str,
     stop = StopOnSignal()
     trainer = make_trainer(run, training, model, tokenizer, data, stop)
     numbers = estimate(trainer, run)
-    last = get_last_checkpoint(str(folder))
     if last and state.is_main_process:
         print(f"continuing from {last}")
     trainer.run_from(last)

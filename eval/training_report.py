@@ -14,7 +14,7 @@ from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six
 from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
-from prime_v2.eval.trainer import DiffusionTrainer
+from prime_v2.eval.trainer import TRACE, DiffusionTrainer
 from prime_v2.hub_card.card import write_card
 from prime_v2.tokenization.corpus import docs_versions
 from prime_v2.tokenization.packing import PackedBlocks
@@ -57,7 +57,7 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
     training = trainer.args
     model: Any = trainer.model
     batch = next(iter(trainer.get_train_dataloader()))
-    batch = {key: value.to(training.device) for key, value in batch.items()}
+    batch = {key: value.to(training.device) for key, value in batch.items() if key not in TRACE}
 
     def step() -> torch.Tensor:
         with trainer.accelerator.autocast():
@@ -173,7 +173,6 @@ def finish(
     """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
     training = trainer.args
     trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are in the record
     model = merge_adapter(
         whole(trainer.accelerator.unwrap_model(trainer.model)), folder, trainer.is_world_process_zero()
     )

@@ -250,6 +250,44 @@ def test_stream_gives_the_blocks_of_all_passes_one_after_the_other(monkeypatch):
     assert [int(sample["sample_number"]) for sample in resumed] == list(range(13, 20))
 
 
+def test_a_stream_resumes_at_the_position_of_any_sample(monkeypatch):
+    """The same samples as the unbroken stream, from the position of each sample, at that sample and at later ones;
+    documents before the position are not tokenised. Passes, empty documents and long ones are among them."""
+    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 3)
+    passes = [[*some_documents(5, seed=number), "", "x" * 50] for number in range(5)]
+    encoded = []
+
+    def encode(texts):
+        encoded.extend(texts)
+        return encode_bytes(texts)
+
+    samples = [
+        {name: value.tolist() for name, value in sample.items()}
+        for sample in stream_blocks(passes.__getitem__, encode)
+    ]
+    assert len({tuple(sample["position"][1:]) for sample in samples}) == 20
+    for sample in samples:
+        number, number_of_pass, document, offset = sample["position"]
+        text = [*passes[number_of_pass][document].encode(), EOS]
+        assert number == sample["sample_number"] and text[offset] == sample["input_ids"][0]
+        for start in range(number, 21, 3):
+            stream = stream_blocks(passes.__getitem__, encode)
+            stream.resume(start, tuple(sample["position"]))
+            encoded.clear()
+            found = [{name: value.tolist() for name, value in each.items()} for each in stream]
+            assert found == samples[start:]
+            assert encoded[0] == passes[number_of_pass][document]
+
+
+def test_impossible_positions_are_refused():
+    stream = stream_blocks(lambda number: ["x" * 40])
+    with pytest.raises(ValueError, match=r"position \(5, 0, 1, 0\) is not before sample 4; use \(0, 0, 0, 0\)"):
+        stream.resume(4, (5, 0, 1, 0))
+    stream.resume(5, (5, 0, 1, 0))
+    with pytest.raises(ValueError, match="pass 0 over the stream has no documents from 1 on; give a source that can"):
+        next(iter(stream))
+
+
 def test_stream_reads_no_further_than_it_must(monkeypatch):
     monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 3)
     num_read = 0

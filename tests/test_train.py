@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tiny_runs import MODEL, TINY, losses_of, write_text
 from transformers import PreTrainedTokenizerFast
 
 from prime_v2 import PrimeV2Tokenizer
@@ -22,13 +23,6 @@ from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.corpus import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2 "
-    "--save_steps 2 --eval_steps 3 --logging_steps 1 --eval_sequences 4 --test_sequences 4 "
-    "--eval_num_samples 2 --num_generated 1 --dev_share 0.2 --test_share 0.2"
-)
-WORDS = "the a one two red blue cat dog tree house runs sleeps sees finds and or but under over near"
-MODEL = ["--model", "hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64"]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +33,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = WORDS.split()
-    lines = []
-    for i in range(60):
-        chosen = [words[(i * 7 + j * j * (i % 5 + 1)) % len(words)] for j in range(40 + i)]
-        lines.append(json.dumps({"text": " ".join(chosen) + "."}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +97,6 @@ def test_a_run_stopped_by_ctrl_c_continues_to_the_same_weights(train, text, fini
     assert train.main(arguments) == 0
     expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def losses_of(folder: Path) -> list[float]:
-    history = json.loads((folder / "results" / "train.json").read_text())["results"]["history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_data_order_and_noise_do_not_depend_on_the_accumulation_split(train, text, finished, tmp_path):
@@ -271,19 +253,43 @@ def test_a_sample_fits_the_context_with_a_bos_token(train, text, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(train, text, tmp_path, monkeypatch, capsys):
-    step = train.DiffusionTrainer.compute_loss
+    """The second micro-batch of the fourth step: its two samples are named, of the four of the step."""
+    compute, calls = train.DiffusionTrainer.compute_loss, []
 
     def broken(self, *args, **kwargs):
-        loss = step(self, *args, **kwargs)
-        return loss * torch.nan if self.state.global_step == 3 else loss
+        calls.append(self.state.global_step)
+        return compute(self, *args, **kwargs) * (torch.nan if calls.count(3) == 2 else 1)
 
     monkeypatch.setattr(train.DiffusionTrainer, "compute_loss", broken)
-    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *TINY.split(), *MODEL]) == 2
+    options = [*TINY.split(), "--save_steps", "1"]
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *options, *MODEL]) == 2
     error = capsys.readouterr().err
-    assert (
-        "the loss is nan at step 3 (samples 12 to 15); the last good checkpoint is" in error
-        and "checkpoint-2" in error
-    )
+    message = r"the loss is nan at step 3 \(samples 14 to 15\); the last good checkpoint is .*checkpoint-3"
+    assert re.search(message, " ".join(error.split()))
+    check_finite(tmp_path / "run", 3)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train, text, tmp_path, monkeypatch, capsys):
+    """Its loss is finite, and the step would have been followed by a checkpoint of NaN."""
+    step = train.DiffusionTrainer.training_step
+
+    def broken(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(model.parameters()).grad[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(train.DiffusionTrainer, "training_step", broken)
+    options = [*TINY.split(), "--save_steps", "1"]
+    assert train.main(["--data", str(text), "--output_dir", str(tmp_path / "run"), *options, *MODEL]) == 2
+    assert "the norm of the gradient is inf at step 3 (samples 12 to 15)" in capsys.readouterr().err
+    check_finite(tmp_path / "run", 3)
+
+
+def check_finite(folder: Path, step: int) -> None:
+    assert max(int(each.name.split("-")[1]) for each in folder.glob("checkpoint-*")) == step
+    weights = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+    assert all(each.isfinite().all() for each in weights.values())
 
 
 def test_help_runs_as_a_script_and_sigterm_saves(text, tmp_path):

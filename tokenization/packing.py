@@ -44,8 +44,13 @@ class _Stream:
         self.vocab_size = vocab_size
         self.rest = np.empty(0, dtype=np.int64)
 
-    def blocks(self, documents: Iterable[str], on_document: Callable[[str, int], None]) -> Iterator[np.ndarray]:
-        """Full blocks, (n, block_size) int64 at a time; calls on_document(text, number of ids with EOS) for each."""
+    def blocks(
+        self, documents: Iterable[str], on_document: Callable[[str, int], None], skip: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Full blocks, (n, block_size) int64 at a time; calls on_document(text, number of ids with EOS) for each.
+
+        skip: so many ids of the first document are left out.
+        """
         documents = iter(documents)
         while texts := list(itertools.islice(documents, DOCUMENTS_PER_BATCH)):
             encoded = self.encode_batch(texts)
@@ -61,6 +66,7 @@ class _Stream:
                     f"encode_batch returned ids that span [{stream.min()}, {stream.max()}], outside "
                     f"[0, {self.vocab_size}); use vocab_size={stream.max() + 1} or the tokenizer that belongs to it"
                 )
+            stream, skip = stream[skip:], 0
             kept = len(stream) // self.block_size * self.block_size
             self.rest = stream[kept:]
             if kept:
@@ -300,9 +306,13 @@ class StreamedBlocks(IterableDataset):
     """Blocks packed on the fly from a stream that does not fit on disk: the dicts of `TrainingOrder`, in the order of
     the documents, with sample_number start, start+1, ..., num_samples-1.
 
+    Each sample also says where its block starts: position, (4,) int64, its own number, the pass, the document of that
+    pass, and the id of that document.
+
     documents: called with the number of the pass (0, 1, ...) whenever the stream is at its end; returns the documents
     of that pass, the same at each call. A block may reach from one pass into the next. Holds one batch of 256
-    documents. A start > 0 reads and drops the blocks before it. Other arguments as for `pack_blocks`.
+    documents. A start > 0 reads and drops the blocks before it; `resume` goes there from a known position. Other
+    arguments as for `pack_blocks`.
     Raises ValueError, when iterated, for ids out of range, for a pass without documents, and in more than one
     DataLoader worker (each would read the whole stream).
     """
@@ -318,13 +328,20 @@ class StreamedBlocks(IterableDataset):
         num_samples: int,
         start: int = 0,
     ):
-        if not 0 <= start <= num_samples:
-            raise ValueError(f"start={start} must lie in [0, num_samples={num_samples}], e.g. 0")
         self._stream_arguments = (encode_batch, block_size, eos_token_id, vocab_size)
         _Stream(*self._stream_arguments)  # refuses bad arguments now
         self.documents = documents
         self.num_samples = num_samples
-        self.start = start
+        self.resume(start, (0, 0, 0, 0))
+
+    def resume(self, start: int, position: tuple[int, int, int, int]) -> None:
+        """Begin with sample `start`. position: that of it or of a sample before it; the documents before that are read
+        but not tokenised."""
+        if not 0 <= start <= self.num_samples:
+            raise ValueError(f"start={start} must lie in [0, num_samples={self.num_samples}], e.g. 0")
+        if not 0 <= position[0] <= start:
+            raise ValueError(f"position {tuple(position)} is not before sample {start}; use (0, 0, 0, 0)")
+        self.start, self.position = start, position
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
@@ -332,26 +349,42 @@ class StreamedBlocks(IterableDataset):
             raise ValueError(
                 f"a stream cannot be shared by {worker.num_workers} workers; use dataloader_num_workers=1"
             )
-        for number, block in enumerate(itertools.islice(self._all_blocks(), self.num_samples)):
-            if number >= self.start:
-                yield _sample(block, number)
+        blocks = itertools.islice(self._blocks_from(*self.position), self.num_samples - self.position[0])
+        for position, block in blocks:
+            if position[0] >= self.start:
+                yield _sample(block, position[0]) | {"position": torch.tensor(position)}
 
-    def _all_blocks(self) -> Iterator[np.ndarray]:
+    def _blocks_from(
+        self, number: int, first_pass: int, first_document: int, skip: int
+    ) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
+        """Blocks number, number + 1, ... with their positions; block `number` starts at the given one."""
         stream = _Stream(*self._stream_arguments)
-        num_documents = 0
+        begun: deque[tuple[int, int, int]] = deque()  # (first id, pass, document) from the next block's document on
+        place = [first_pass, first_document]  # pass and document that is encoded next
+        next_id, block_id = -skip, 0  # counted from the start of block `number`
 
-        def on_document(_text: str, _num_ids: int) -> None:
-            nonlocal num_documents
-            num_documents += 1
+        def on_document(_text: str, num_ids: int) -> None:
+            nonlocal next_id
+            begun.append((next_id, place[0], place[1]))
+            place[1] += 1
+            next_id += num_ids
 
-        for number in itertools.count():
-            num_documents = 0
-            for blocks in stream.blocks(self.documents(number), on_document):
-                yield from (block.copy() for block in blocks)
-            if num_documents == 0:
+        while True:
+            first = place[1]
+            documents = itertools.islice(self.documents(place[0]), first, None)
+            for blocks in stream.blocks(documents, on_document, skip):
+                for block in blocks:
+                    while len(begun) > 1 and begun[1][0] <= block_id:
+                        begun.popleft()
+                    first_id, number_of_pass, document = begun[0]
+                    yield (number, number_of_pass, document, block_id - first_id), block.copy()
+                    number, block_id = number + 1, block_id + stream.block_size
+            if place[1] == first:
                 raise ValueError(
-                    f"pass {number} over the stream has no documents; give a source that can be read again"
+                    f"pass {place[0]} over the stream has no documents{f' from {first} on' if first else ''}; give a "
+                    f"source that can be read again"
                 )
+            place[:], skip = [place[0] + 1, 0], 0
 
 
 def collate(

@@ -1,0 +1,229 @@
+"""A run that was stopped, killed or damaged goes on to the weights of an unbroken one, bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
+from tiny_runs import MODEL, TINY, losses_of, write_text
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from prime_v2.eval import training
+from prime_v2.eval.trainer import Collator
+from prime_v2.tokenization import packing, prepare
+from prime_v2.tokenization.bpe import train_bpe
+from prime_v2.tokenization.corpus import read_documents
+from prime_v2.tokenization.packing import TrainingOrder
+
+ROOT = Path(__file__).resolve().parent.parent
+# Dropout draws from the random states that a checkpoint must bring back.
+OPTIONS = [*TINY.split(), *MODEL, "attention_dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def train(text: Path, folder: Path, *more: str) -> int:
+    return training.main(["--data", str(text), "--output_dir", str(folder), *more, *OPTIONS])
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Every later training step ends the process, as a second Ctrl-C does: without another checkpoint."""
+    inner = training.DiffusionTrainer.training_step
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step >= step:
+            raise KeyboardInterrupt
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.DiffusionTrainer, "training_step", stopping)
+
+
+@pytest.fixture(scope="module")
+def unbroken(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert train(text, folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory) -> Path:
+    """Stopped in its sixth step, with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, 5)
+        assert train(text, folder) == 130
+    assert sorted(each.name for each in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    return folder
+
+
+@pytest.fixture
+def broken(stopped, tmp_path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    weights = [load_file(each / "model.safetensors") for each in (first, second)]
+    return weights[0].keys() == weights[1].keys() and all(
+        torch.equal(weights[0][k], weights[1][k]) for k in weights[0]
+    )
+
+
+@pytest.mark.parametrize("more", [[], ["--dataloader_num_workers", "2"]], ids=["same command", "two workers"])
+def test_a_stopped_run_goes_on_to_the_same_weights_and_history(more, text, unbroken, broken, capsys):
+    assert train(text, broken, *more) == 0
+    assert "continuing from" in capsys.readouterr().out
+    assert same_weights(broken, unbroken)
+    assert losses_of(broken) == losses_of(unbroken)
+
+
+def damage_file(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "torn":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 8
+        path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("optimizer.safetensors", "torn"), ("model.safetensors", "flipped"), ("scheduler.json", "missing")],
+)
+def test_a_damaged_checkpoint_costs_its_steps_alone(name, how, text, unbroken, broken, capsys):
+    damage_file(broken / "checkpoint-4" / name, how)
+    assert train(text, broken) == 0
+    seen = capsys.readouterr()
+    assert (
+        f"checkpoint-4 is damaged ({name} is " in seen.err and "checkpoint-2" in seen.out.split("continuing from")[1]
+    )
+    assert (broken / "damaged-checkpoint-4").exists() and same_weights(broken, unbroken)
+
+
+def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(text, broken, capsys):
+    damage_file(broken / "checkpoint-4" / "optimizer.safetensors", "torn")
+    damage_file(broken / "checkpoint-2" / "trainer_state.json", "missing")
+    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
+    assert train(text, broken) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "holds no whole checkpoint: checkpoint-4 (optimizer.safetensors is not as it was written), checkpoint-2"
+        in line
+    )
+    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+
+
+def test_no_file_of_a_checkpoint_or_of_the_run_is_a_pickle(stopped, unbroken):
+    files = [each for folder in (stopped, unbroken) for each in folder.rglob("*") if each.is_file()]
+    names = {each.name for each in files}
+    assert {"optimizer.safetensors", "optimizer.json", "scheduler.json", "random_0.safetensors"} <= names
+    assert not {each.suffix for each in files} & {".bin", ".pt", ".pth", ".pkl"}
+    # What torch.save and pickle begin their files with; a safetensors file begins with the length of its header.
+    assert not [each for each in files if each.read_bytes()[:4] == b"PK\3\4" or each.read_bytes()[:1] == b"\x80"]
+    state = json.loads((stopped / "checkpoint-4" / "optimizer.json").read_text())
+    assert state["param_groups"][0]["betas"] == {"$tuple": [0.9, 0.95]}
+
+
+def test_what_a_kill_leaves_of_run_json_does_not_lock_the_folder(tmp_path):
+    (tmp_path / ".run.json.a1b2c3").write_text('{"see')
+    assert training.is_new(tmp_path) and not training.check_folder(tmp_path, {})
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        training.check_folder(tmp_path, {})
+
+
+# What the samples of a step are
+
+
+def batches_of_steps(workers: int, micro: int, processes: int) -> list[dict[int, tuple]]:
+    """For each step of 8 samples, what each sample number comes with."""
+    order = TrainingOrder(torch.arange(33 * 5).view(33, 5).numpy(), 6 * 8, seed=3)
+    collator = Collator(8, 3, 0.5, traced=True)
+    steps: list[dict[int, tuple]] = [{} for _ in range(6)]
+    for process in range(processes):
+        loader = DataLoader(order, batch_size=micro, num_workers=workers, collate_fn=collator)
+        if processes > 1:
+            loader = prepare_data_loader(loader, num_processes=processes, process_index=process)
+        for number, batch in enumerate(loader):
+            names = ("input_ids", "labels", "noise_keys", "noise_levels")
+            step = steps[number * micro * processes // 8]
+            for i, sample in enumerate(batch["sample_number"].tolist()):
+                assert sample not in step
+                step[sample] = tuple(batch[name][i].tolist() for name in names)
+    return steps
+
+
+@pytest.mark.parametrize(("workers", "micro", "processes"), [(2, 8, 1), (0, 2, 1), (0, 4, 2), (2, 1, 2)])
+def test_samples_and_noise_of_a_step_do_not_depend_on_workers_split_or_processes(workers, micro, processes):
+    expected = batches_of_steps(0, 8, 1)
+    assert [sorted(step) for step in expected] == [list(range(8 * i, 8 * i + 8)) for i in range(6)]
+    assert batches_of_steps(workers, micro, processes) == expected
+
+
+# Streams
+
+
+def test_a_stopped_stream_goes_on_to_the_same_weights_and_tokenises_only_what_is_left(
+    text, tmp_path, monkeypatch, capsys
+):
+    """The stream is the local file; of each run the documents are noted that it tokenises while it trains."""
+    base = train_bpe(read_documents(text), 300)
+    PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(prepare, "read_documents", lambda source, *, streaming, **options: read_documents(text))
+    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 2)
+    encode_batch, seen = training.encode_batch, []
+
+    def noted(tokenizer):
+        encode = encode_batch(tokenizer)
+        return lambda texts: [seen.extend(texts), encode(texts)][1]
+
+    monkeypatch.setattr(training, "encode_batch", noted)
+    run_from = training.DiffusionTrainer.run_from
+    monkeypatch.setattr(
+        training.DiffusionTrainer, "run_from", lambda *arguments: [seen.clear(), run_from(*arguments)][1]
+    )
+
+    def run(name: str, status: int = 0) -> list[str]:
+        more = ["--data", "a_hub_set", "--streaming", "--tokenizer", str(tmp_path / "base")]
+        assert training.main([*more, "--output_dir", str(tmp_path / name), *OPTIONS]) == status
+        return list(seen)
+
+    every = run("unbroken")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        run("stopped", 130)
+    rest = run("stopped")
+    assert "checkpoint-4" in capsys.readouterr().out.split("continuing from")[1]
+    assert same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "unbroken")
+    # A start reads the first documents to measure a batch; then those of the last two of six steps are left.
+    assert 0 < len(rest) < len(every) and rest == every[-len(rest) :]
+
+
+# Kills
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
+    """Five SIGKILLs, one aimed at each phase of a run; benchmarks/crash_test.py does the same a hundred times."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "crash_test.py"), "--kills", "5", "--steps", "8"]
+    command += ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "record.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    results = json.loads((tmp_path / "record.json").read_text())["results"]
+    assert results["kills"] == sum(results["kills_by_phase"].values()) == 5
+    assert (results["lost_runs"], results["runs_with_other_weights"]) == (0, 0)
+    runs = [each for each in (tmp_path / "runs").glob("run_*") if each.is_dir()]
+    assert len(runs) == results["runs"] and any(results["kills_of_each_run"])
+    assert all(same_weights(each, tmp_path / "runs" / "unbroken") for each in runs)
