@@ -211,6 +211,22 @@ def test_a_stopped_stream_goes_on_to_the_same_weights_and_tokenises_only_what_is
     assert 0 < len(rest) < len(every) and rest == every[-len(rest) :]
 
 
+@pytest.mark.slow
+def test_two_processes_resume_a_stream_and_stop_together_at_a_loss_of_one(text, tmp_path):
+    """A loss of NaN on the second process alone: the first one tells its samples, and both stop."""
+    base = train_bpe(read_documents(text), 300)
+    PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [str(ROOT / "tests" / "two_process_stream.py"), str(text), str(tmp_path / "base"), str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from" in done.stdout and "checkpoint-4" in done.stdout.split("continuing from")[1]
+    assert same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "unbroken")
+    assert "the loss is nan at step 3 (samples 14 to 15); the last good checkpoint is" in done.stderr
+    assert {"random_0.json", "random_1.json"} <= {each.name for each in tmp_path.glob("stopped/checkpoint-4/*")}
+
+
 # Kills
 
 
