@@ -156,6 +156,12 @@ class DiffusionTrainer(Trainer):
             save_state(self.lr_scheduler.state_dict(), Path(output_dir), "scheduler")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and Path(checkpoint, "optimizer.json").exists() == self._is_sharded:
+            author = "one process or DDP" if self._is_sharded else "FSDP, DeepSpeed or --save_only_model"
+            raise ValueError(
+                f"{checkpoint} was written by {author}: the state of its optimizer cannot be read here; continue it "
+                f"as it was begun"
+            )
         if checkpoint is None or self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from prime_v2.eval import training
+from prime_v2.eval.checkpoints import seal
 from prime_v2.eval.trainer import Collator
 from prime_v2.tokenization import packing, prepare
 from prime_v2.tokenization.bpe import train_bpe
@@ -122,6 +124,14 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(text, b
         in line
     )
     assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused_instead_of_starting_a_new_one(text, broken, capsys):
+    (broken / "checkpoint-4" / "optimizer.json").unlink()
+    seal(broken / "checkpoint-4")
+    assert train(text, broken) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("checkpoint-4 was written by FSDP, DeepSpeed or --save_only_model: the state of its opt", line)
 
 
 def test_no_file_of_a_checkpoint_or_of_the_run_is_a_pickle(stopped, unbroken):
