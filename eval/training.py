@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2.eval.checkpoints import set_damaged_aside
+from prime_v2.eval.distributed import prepare_sharding
 from prime_v2.eval.families import family_named
 from prime_v2.eval.finetuning import start_from
 from prime_v2.eval.records import code_version, write_json
@@ -199,6 +200,7 @@ def train(run: RunOptions, training: TrainingArguments, model_options: dict[str,
     stop = StopOnSignal()
     trainer = make_trainer(run, training, model, tokenizer, data, stop)
     numbers = estimate(trainer, run)
+    prepare_sharding(trainer)
     if last and state.is_main_process:
         print(f"continuing from {last}")
     trainer.run_from(last)

@@ -221,6 +221,15 @@ def test_scored_padding_is_in_the_bound_of_an_answer(base, sums, tmp_path):
     assert bound["num_tokens"] == int((48 - test.prompt_lengths).sum())
 
 
+def test_the_recipe_for_gsm8k_runs_on_its_format(base, sums, tmp_path):
+    recipe = Path(training.__file__).resolve().parent.parent / "configs" / "sft_gsm8k.yaml"
+    options = ["--config", str(recipe), "--init_from", str(base), "--data", str(sums), *TINY.split()]
+    assert training.main([*options, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]) == 0
+    course = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert course["example_template"] == "Question: {prompt}\nAnswer: {answer}" and course["score_padding"]
+    assert record_of(tmp_path / "run")["samples"][0].startswith("Question: What is")
+
+
 def test_other_data_in_the_same_run_is_refused(tuned, base, sums, tmp_path, capsys):
     folder = tmp_path / "run"
     copy = tmp_path / "sums.jsonl"
