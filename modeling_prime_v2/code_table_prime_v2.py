@@ -212,8 +212,15 @@ def check_ids(ids: Tensor, limit: int, note: str) -> None:
     """ValueError unless every id (integer tensor) is in [0, limit)."""
     if torch.compiler.is_compiling() or not ids.numel():
         return
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"token ids must be integers, not {ids.dtype}; use ids.long()")
+    check_id_type(ids)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limit:
         raise ValueError(f"token ids span [{low}, {high}], but this model's ids are in [0, {limit - 1}], {note}")
+
+
+def check_id_type(ids: Tensor) -> None:
+    """ValueError unless ids are int64 or int32: tensors of fewer bits are masks, or nothing, where they index."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, not {ids.dtype}; use ids.long()")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"token ids must be of 64 or 32 bits, not {ids.dtype}; use ids.long()")

@@ -110,10 +110,16 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
         if given.get("rope_type", "default") not in kinds:
             raise ValueError(f"rope_parameters has rope_type={given['rope_type']!r}, not one of {', '.join(kinds)}")
         for name, value in given.items():
-            least = 1 if name == "factor" else 0
-            numbers = value if isinstance(value, list) else [value]
             if name in ("rope_type", "type", "truncate") or value is None and name not in ("rope_theta", "factor"):
                 continue
+            is_list, pairs = name in ("short_factor", "long_factor"), self.head_dim // 2
+            if is_list and (not isinstance(value, list) or len(value) != pairs):
+                raise ValueError(
+                    f"rope_parameters has {name}={value!r}, but it is a list of {pairs} numbers, one for each pair of a "
+                    f"head's dimensions"
+                )
+            least = 1 if name == "factor" else 0
+            numbers = value if is_list else [value]
             if not all(_is_number(each) and least <= each < math.inf and each > 0 for each in numbers):
                 raise ValueError(
                     f"rope_parameters has {name}={value!r}, but it is a positive number"
@@ -123,6 +129,11 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters has partial_rotary_factor={given['partial_rotary_factor']}, but whole heads are "
                 f"rotated; leave it out"
+            )
+        if given.get("rope_type") == "dynamic" and self.head_dim <= 2:
+            raise ValueError(
+                f"rope_parameters has rope_type='dynamic', which needs a head of more than head_dim={self.head_dim}; "
+                f"use head_dim=4, or rope_type='linear'"
             )
         try:
             super().validate_rope()

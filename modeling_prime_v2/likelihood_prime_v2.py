@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .code_table_prime_v2 import check_id_type
 from .diffusion_prime_v2 import Noise, RevealOrder, is_bound
 from .draws_prime_v2 import (
     Rows,
@@ -251,6 +252,7 @@ def unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[i
     for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
+    check_id_type(input_ids)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     scored = real if prompt_mask is None else real & ~prompt_mask.bool()
     if not scored.any(1).all():
