@@ -345,17 +345,23 @@ def card(
         Path | None,
         typer.Option(metavar="FILE", help="Record of the run.", show_default="DIR/results/train.json"),
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Copy what the Hub needs into the new folder OUT, and write the card there."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model's card (README.md), every number of it read from the record of its run."""
+    """Write a model's card (README.md), every number of it read from the record of its run, with the files' hashes."""
     import json
 
     from prime_v2.eval.records import read_record
     from prime_v2.hub_card.card import find_record, write_card
+    from prime_v2.hub_card.export import export_model
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder of a run or of a saved model")
-    path = write_card(folder, read_record(record or find_record(folder)))
+    content = read_record(record or find_record(folder))
+    path = write_card(folder, content) if export is None else export_model(folder, export, content) / "README.md"
     print(json.dumps({"card": str(path)}) if as_json else f"wrote {path}")
 
 

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from prime_v2.hub_card.files import file_hashes, hub_files
+
 TEMPLATE = "model_card.md.jinja"
 LICENSE_ID = "apache-2.0"
 TAGS = ("prime_v2", "masked-diffusion", "diffusion-language-model", "sub-tokens", "custom_code")
@@ -35,6 +37,8 @@ SHAPE = (
 def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     """Write README.md, the card that the Hub shows, into a folder that holds a model; an earlier one is replaced.
 
+    It names the SHA-256 of the model's files where the folder is a whole one, with its tokenizer.
+
     record: as `make_record` makes it, with `results` of train.py. Raises ValueError for a folder without config.json,
     a record of another model, and what `render_card` refuses; nothing is written then.
     """
@@ -53,7 +57,11 @@ def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Pat
                 f"{config[name]!r} here; give the record of this model"
             )
     plot = "loss.png" if (folder / "loss.png").is_file() else None
-    content = render_card(record, model_name=folder.resolve().name, plot=plot)
+    try:
+        hashes = file_hashes(folder, hub_files(folder))
+    except ValueError:  # a folder that cannot be loaded as it is
+        hashes = None
+    content = render_card(record, model_name=folder.resolve().name, plot=plot, hashes=hashes)
     path = folder / "README.md"
     handle, aside = tempfile.mkstemp(dir=folder, prefix=".README.")
     try:
@@ -75,8 +83,10 @@ def find_record(model_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = None) -> str:
-    """The card's text. plot: a picture of the training run beside the card.
+def render_card(
+    record: dict[str, Any], *, model_name: str, plot: str | None = None, hashes: dict[str, str] | None = None
+) -> str:
+    """The card's text. plot: a picture of the training run beside the card; hashes: SHA-256 of the model's files.
 
     Raises ValueError for a value that the record lacks, a number that is not finite, a bound that is none, and a
     perplexity beside a loss that is not a bound.
@@ -110,6 +120,7 @@ def render_card(record: dict[str, Any], *, model_name: str, plot: str | None = N
         card_data=data.to_yaml(),
         model_name=model_name,
         plot=plot,
+        hashes=hashes,
         kind=look_up(record, "results.config.model_type"),
         exact=exact,
         get=lambda path: look_up(record, path),

@@ -115,8 +115,8 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             is_list, pairs = name in ("short_factor", "long_factor"), self.head_dim // 2
             if is_list and (not isinstance(value, list) or len(value) != pairs):
                 raise ValueError(
-                    f"rope_parameters has {name}={value!r}, but it is a list of {pairs} numbers, one for each pair of a "
-                    f"head's dimensions"
+                    f"rope_parameters has {name}={value!r}, but it is a list of {pairs} numbers, one for each pair of "
+                    f"a head's dimensions"
                 )
             least = 1 if name == "factor" else 0
             numbers = value if is_list else [value]

@@ -1,18 +1,23 @@
 """The model card: numbers from the record alone, bounds called bounds."""
 
 import copy
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoTokenizer
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.eval.perplexity import score_blocks
 from prime_v2.eval.records import make_record
 from prime_v2.hub_card.card import find_record, render_card, write_card
+from prime_v2.hub_card.export import export_model
+from prime_v2.hub_card.files import hub_files
 from prime_v2.tokenization.bpe import train_bpe
 
 
@@ -208,3 +213,76 @@ def test_the_evaluation_is_one_table(record):
     text = render_card(record, model_name="my-model")
     table = text[text.index("| | this model |") :].split("\n\n")[0].splitlines()
     assert len(table) == 7 and {line.count("|") for line in table} == {3}
+
+
+# Export
+
+PICKLES = ("optimizer.pt", "training_args.bin", "rng_state.pth")
+CODE = {
+    "configuration_prime_v2.py",
+    "configuration_backbone_prime_v2.py",
+    "modeling_prime_v2.py",
+    "code_table_prime_v2.py",
+    "weights_prime_v2.py",
+    "tokenization_prime_v2.py",
+}
+
+
+@pytest.fixture
+def run_dir(model_dir, tmp_path) -> Path:
+    """The folder of a run: the model among things that only the run needs."""
+    folder = shutil.copytree(model_dir, tmp_path / "run")
+    for name in (*PICKLES, "run.json", "train.bin", "stray.py", "notes.txt", "loss.png", "results/train.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    (folder / "checkpoint-5").mkdir()
+    return folder
+
+
+def test_an_export_holds_what_loading_takes_and_its_card_has_their_hashes(run_dir, record, tmp_path):
+    out = export_model(run_dir, tmp_path / "my-export", record)
+    names = {path.name for path in out.iterdir()}
+    data = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert data | CODE | {"code_table.json", "loss.png", "README.md"} <= names
+    assert not names & {*PICKLES, "run.json", "train.bin", "stray.py", "notes.txt", "results", "checkpoint-5"}
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "# my-export" in card
+    listed = dict(reversed(line.split("  ")) for line in re.findall(r"^[0-9a-f]{64}  \S+$", card, re.MULTILINE))
+    assert listed == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names - {"README.md"}}
+    assert all((out / name).read_bytes() == (run_dir / name).read_bytes() for name in listed)
+    assert not list(tmp_path.glob(".my-export*"))
+    model = AutoModel.from_pretrained(out, trust_remote_code=True)
+    ids = AutoTokenizer.from_pretrained(out, trust_remote_code=True)("text", return_tensors="pt").input_ids
+    assert model.log_likelihood(ids, num_samples=1).value.isfinite().all()
+
+
+def test_an_export_of_half_a_model_or_over_something_is_refused_and_leaves_nothing(run_dir, record, tmp_path):
+    def refused(out, message):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            export_model(run_dir, out, record)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused(run_dir, "exists; give the name of a new folder")
+    refused(tmp_path / "no" / "where", "no does not exist; make it first")
+    (run_dir / "weights_prime_v2.py").unlink()
+    refused(tmp_path / "out", "has no weights_prime_v2.py; give the folder of a saved model")
+    (run_dir / "config.json").write_text('{"auto_map": {"AutoModel": "../../secret.Class"}}')
+    refused(tmp_path / "out", r"asks for '\.\./\.\./secret\.py', which is no file of the folder itself")
+    (run_dir / "model.safetensors").rename(run_dir / "pytorch_model.bin")
+    (run_dir / "config.json").write_text("{}")
+    refused(tmp_path / "out", "has no model.safetensors")
+    (run_dir / "model.safetensors.index.json").write_text('{"weight_map": {"a": "/etc/hostname"}}')
+    refused(tmp_path / "out", "asks for '/etc/hostname', which is no file of the folder itself")
+
+
+def test_shards_are_those_of_the_index(run_dir):
+    (run_dir / "model.safetensors").rename(run_dir / "model-00001-of-00001.safetensors")
+    (run_dir / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"}}'
+    )
+    names = hub_files(run_dir)
+    assert [name for name in names if "safetensors" in name] == [
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]

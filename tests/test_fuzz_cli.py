@@ -100,7 +100,10 @@ COMMANDS: dict[str, tuple[list[list[str]], dict[str, list[str]]]] = {
             **WRITES,
         },
     ),
-    "card": ([PATHS], {"--record": ["JSONL", "TEXT", "NOTHING", "EMPTY", "", "MODEL"]}),
+    "card": (
+        [PATHS],
+        {"--record": ["JSONL", "TEXT", "NOTHING", "EMPTY", "", "MODEL"], "--export": ["OUT", "FOLDER", ""]},
+    ),
     "tasks": (
         [["FOLDER", "NOTHING", "TEXT", "MODEL", ""], ["OUT", "TEXT", "FOLDER", ""]],
         {"--tasks": ["sciq", "x", "", ","], "--split": ["test", "sciq=train", "=", "x", ""]},

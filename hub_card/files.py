@@ -1,0 +1,74 @@
+"""The files that loading a model takes, and their hashes."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+OPTIONAL = ("generation_config.json", "code_table.json", "special_tokens_map.json", "chat_template.jinja", "loss.png")
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # how Transformers finds what code needs
+
+
+def hub_files(model_dir: str | os.PathLike[str]) -> list[str]:
+    """Names of the files that loading the model takes, its plot included and its card not, in alphabetical order.
+
+    Weights are safetensors, code is what config.json and tokenizer_config.json name with all that it imports. Raises
+    ValueError where one of them is missing.
+    """
+    folder = Path(model_dir)
+    names = {*REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file())}
+    if (folder / INDEX).is_file():
+        names |= {INDEX, *_content(folder / INDEX).get("weight_map", {}).values()}
+    else:
+        names.add(WEIGHTS)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            names |= _code(folder, _content(folder / name).get("auto_map", {}))
+    outside = sorted(name for name in names if Path(name).name != name)
+    if outside:
+        raise ValueError(
+            f"{folder} asks for {outside[0]!r}, which is no file of the folder itself; save the model again"
+        )
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]}; give the folder of a saved model with its tokenizer")
+    return sorted(names)
+
+
+def file_hashes(folder: str | os.PathLike[str], names: list[str]) -> dict[str, str]:
+    """SHA-256 of each file, in hexadecimal."""
+    hashes = {}
+    for name in names:
+        with open(Path(folder) / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{path} is not JSON ({error}); save the model again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no mapping; save the model again")
+    return content
+
+
+def _code(folder: Path, auto_map: dict[str, Any]) -> set[str]:
+    """Files of the classes of an auto_map, and those that they import from beside them."""
+    classes = [each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])]
+    waiting = [f"{each.rsplit('.', 1)[0]}.py" for each in classes if each]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (folder / name).is_file() and Path(name).name == name:
+            waiting += [f"{each}.py" for each in RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8"))]
+        found.add(name)
+    return found
+
+
+__all__ = ["file_hashes", "hub_files"]
