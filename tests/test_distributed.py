@@ -49,6 +49,8 @@ def shard_on_cpus(self, *args, fsdp_plugin=None, **kwargs):  # Accelerate takes 
     if fsdp_plugin is not None:
         PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 AcceleratorState.__init__ = shard_on_cpus
 
