@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 # Elements of a chunk's logits: 16 MiB of float32 on a CPU (near its caches).
 CHUNK_ELEMENTS_CPU = 2**22
-# On an accelerator, one for so many bytes of its memory: a chunk takes some 20 bytes an element, so 1/32 of the memory.
+# On an accelerator, one for so many bytes of memory; a chunk takes some 20 bytes an element, so 1/32 of the memory.
 BYTES_PER_CHUNK_ELEMENT = 640
 # A marginal below this is recomputed from logarithms: its terms come near 1e-38, where a float32 softmax underflows.
 RARE_MARGINAL = 1e-25

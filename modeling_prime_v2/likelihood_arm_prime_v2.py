@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .denoising_prime_v2 import DRAW_ELEMENTS
 from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
 from .head_prime_v2 import token_nats
-from .likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, PrimeV2LogLikelihood, unpadded
+from .likelihood_prime_v2 import TOKENS_PER_PASS, PrimeV2LogLikelihood, refuse_not_finite, unpadded
 
 METHOD = "causal"
 
@@ -108,9 +108,7 @@ def log_likelihood(
             rows = [row for row, _, _ in batch]
             ids, scored = (pad_sequence([each[i] for each in batch], batch_first=True) for i in (1, 2))
             value[rows], num_scored[rows] = -_nats(model, ids, scored), scored.sum(1).cpu()
-    if not value.isfinite().all():
-        row = int((~value.isfinite()).nonzero()[0])
-        raise NotFiniteError(row, float(value[row]))
+    refuse_not_finite(value)
     draws = list(value.unsqueeze(1)) if return_draws else None
     degrees = torch.full_like(value, math.inf)
     return PrimeV2LogLikelihood(

@@ -31,9 +31,10 @@ from .interpolating_prime_v2 import (
 )
 from .likelihood_prime_v2 import (
     TOKENS_PER_PASS,
-    NotFiniteError,
     PrimeV2LogLikelihood,
     batches,
+    gather,
+    scored_counts,
     stratified_degrees,
     stratified_stderr,
     unpadded,
@@ -97,18 +98,9 @@ def log_likelihood(
     key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
     rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
     nats = score_rows(model, rows, len(input_ids), tokens_per_pass)
-    num_scored = torch.zeros(len(input_ids), dtype=torch.long)
-    for i, _, scored in sequences:
-        num_scored[i] = scored.sum()
-    parts = [plan.summarise(each, count) for each, count in zip(nats, num_scored.tolist(), strict=True)]
-    value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
-    degrees = torch.tensor([part[3] for part in parts], dtype=torch.double)
-    if not value.isfinite().all():
-        row = int((~value.isfinite()).nonzero()[0])
-        raise NotFiniteError(row, float(value[row]))
-    num_forward = torch.tensor([len(each) for each in nats])
-    kept = [part[0] for part in parts] if return_draws else None
-    return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, True, degrees, kept)
+    counts = scored_counts(sequences)
+    parts = [plan.summarise(each, count) for each, count in zip(nats, counts, strict=True)]
+    return gather(parts, [len(each) for each in nats], counts, True, return_draws)
 
 
 class _Plan:

@@ -118,18 +118,33 @@ def log_likelihood(
     key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
     rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
     nats = score_rows(model, rows, plan.order, plan.objective, len(input_ids), tokens_per_pass)
-    num_scored = torch.zeros(len(input_ids), dtype=torch.long)
-    for i, _, scored in sequences:
-        num_scored[i] = scored.sum()
-    parts = [plan.summarise(each, count) for each, count in zip(nats, num_scored.tolist(), strict=True)]
-    value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
+    counts = scored_counts(sequences)
+    parts = [plan.summarise(each, count) for each, count in zip(nats, counts, strict=True)]
+    return gather(parts, [len(each) for each in nats], counts, plan.is_bound, return_draws)
+
+
+def gather(
+    parts: list[tuple[Tensor, Tensor, Tensor, float]],
+    num_forward: list[int],
+    num_scored: list[int],
+    is_bound: bool,
+    return_draws: bool,
+) -> PrimeV2LogLikelihood:
+    """The result from each sequence's (draws (K,), value, standard error, degrees); NotFiniteError for no number."""
+    value, stderr = (torch.stack([part[i] for part in parts]) for i in (1, 2))
     degrees = torch.tensor([part[3] for part in parts], dtype=torch.double)
+    refuse_not_finite(value)
+    draws = [part[0] for part in parts] if return_draws else None
+    return PrimeV2LogLikelihood(
+        value, stderr, torch.tensor(num_forward), torch.tensor(num_scored), is_bound, degrees, draws
+    )
+
+
+def refuse_not_finite(value: Tensor) -> None:
+    """NotFiniteError for the first of the values (B,) that is no number."""
     if not value.isfinite().all():
         row = int((~value.isfinite()).nonzero()[0])
         raise NotFiniteError(row, float(value[row]))
-    num_forward = torch.tensor([len(each) for each in nats])
-    kept = [part[0] for part in parts] if return_draws else None
-    return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, plan.is_bound, degrees, kept)
 
 
 class _Plan:
@@ -267,6 +282,11 @@ def unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[i
     lengths = real.sum(1)
     for row in lengths.argsort(descending=True, stable=True).tolist():
         yield row, input_ids[row][real[row]], scored[row][real[row]]
+
+
+def scored_counts(sequences: list[tuple[int, Tensor, Tensor]]) -> list[int]:
+    """How many tokens of each row are scored, in the rows' order, of what `unpadded` gave."""
+    return [int(scored.sum()) for _, _, scored in sorted(sequences, key=lambda each: each[0])]
 
 
 def score_rows(model, rows: Iterator[Rows], order: RevealOrder, objective: str, num_sequences: int, tokens_per_pass):

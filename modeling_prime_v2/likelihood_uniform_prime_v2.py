@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .draws_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
 from .likelihood_prime_v2 import (
     TOKENS_PER_PASS,
-    NotFiniteError,
     PrimeV2LogLikelihood,
     batches,
+    gather,
+    scored_counts,
     stratified_degrees,
     stratified_stderr,
     unpadded,
@@ -78,21 +79,14 @@ def log_likelihood(
     """
     _check_options(method, num_samples, refinement)
     sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    num_scored, rows = torch.zeros(len(input_ids), dtype=torch.long), []
+    rows = []
     for i, ids, scored in sequences:
-        num_scored[i] = scored.sum()
         key = (sequence_key(ids, scored, seed) if keys is None else keys[i]).to(ids.device)
         rows.append(sampled_rows(ids, scored, i, model.config.vocab_size, num_samples, key, refinement))
     draws = _score_rows(model, (part for each in rows for part in each), len(input_ids), tokens_per_pass)
-    value = torch.stack([each.mean() for each in draws])
-    if not value.isfinite().all():
-        row = int((~value.isfinite()).nonzero()[0])
-        raise NotFiniteError(row, float(value[row]))
-    stderr = torch.stack([stratified_stderr(each) for each in draws])
-    degrees = torch.tensor([stratified_degrees(each) for each in draws], dtype=torch.double)
-    num_forward = torch.full((len(draws),), num_samples)
-    kept = draws if return_draws else None
-    return PrimeV2LogLikelihood(value, stderr, num_forward, num_scored, True, degrees, kept)
+    parts = [(each, each.mean(), stratified_stderr(each), stratified_degrees(each)) for each in draws]
+    counts = scored_counts(sequences)
+    return gather(parts, [num_samples] * len(draws), counts, True, return_draws)
 
 
 def _check_options(method: str, num_samples: int, refinement: int) -> None:
