@@ -28,16 +28,16 @@ def cases(ordinary: int, thorough: int) -> settings:
     return settings(max_examples=thorough if is_thorough else ordinary, suppress_health_check=slow)
 
 
-def attempt(test: str, call: Callable[[], Any]) -> Any:
-    """call(), counted as an answer of `test`; or its refusal, a `Refusal`, counted as one."""
+def attempt(test: str | None, call: Callable[[], Any]) -> Any:
+    """call(), counted as an answer of `test`; or its refusal, a `Refusal`, counted as one (None: not counted)."""
     try:
         answer = call()
     except (ValueError, StrictDataclassError) as error:
         sentence = " ".join(str(error).split())
         assert 10 < len(sentence) < LONGEST_SENTENCE, sentence
-        COUNTS[f"{test}: refused"] += 1
-        return Refusal(sentence)
-    COUNTS[f"{test}: answered"] += 1
+        answer = Refusal(sentence)
+    if test is not None:
+        COUNTS[f"{test}: {'refused' if isinstance(answer, Refusal) else 'answered'}"] += 1
     return answer
 
 

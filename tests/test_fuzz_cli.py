@@ -121,7 +121,7 @@ COMMANDS: dict[str, tuple[list[list[str]], dict[str, list[str]]]] = {
         },
     ),
     "compare": (
-        [["families", "TEXT", "JSONL", "NOTHING", "EMPTY", "FOLDER", "", "\0"]],
+        [[*["families"] * 5, "TEXT", "JSONL", "NOTHING", "EMPTY", "FOLDER", "", "\0"]],
         {"--jobs": COUNT, "--launcher": ["", "x"], "--out": ["OUT"], **WRITES},
     ),
 }

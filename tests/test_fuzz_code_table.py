@@ -96,7 +96,7 @@ def test_digits_and_bases_needed_are_the_smallest(vocab_size, base, num_subtoken
     assert smallest**num_subtokens >= vocab_size and (smallest == 2 or (smallest - 1) ** num_subtokens < vocab_size)
 
 
-ENTRY = mostly(st.integers(-1, 4), [2**63, -(2**63), 10**30, 0.0, 1.5, None, "1", True])
+ENTRY = mostly(st.integers(-1, 4), [2**63, -(2**63), 10**30, 0.0, 1.5, None, "1"])
 ROWS = st.integers(2, 3).flatmap(
     lambda width: st.lists(st.lists(st.integers(0, 2), min_size=width, max_size=width), min_size=1, max_size=5)
 )
@@ -123,6 +123,6 @@ def test_a_stored_table_is_taken_exactly_if_it_is_one(rows, poison, base):
     assert isinstance(found, Refusal) != right, (found, rows, base)
     if whole and same and small and all(type(digit) is int and abs(digit) < 2**62 for row in rows for digit in row):
         codes = torch.tensor([*rows, [base] * len(rows[0])])
-        assert isinstance(attempt("table of weights", lambda: check_codes(codes, base)), Refusal) != right
+        assert isinstance(attempt(None, lambda: check_codes(codes, base)), Refusal) != right
     if right:
         assert found[0].dtype == np.int64 and found[0].tolist() == rows
