@@ -69,7 +69,9 @@ def check_folder(folder: Path, course: dict[str, Any]) -> bool:
         return False
     if not (folder / "run.json").exists():
         raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
-    found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    # An option that came with a later version has been at its default.
+    defaults = json.loads(json.dumps({each.name: each.default for each in dataclasses.fields(RunOptions)}))
+    found = defaults | json.loads((folder / "run.json").read_text(encoding="utf-8"))
     differing = [key for key in course if found.get(key) != course[key]]
     finished = (folder / "results" / "train.json").exists()
     if differing and not finished and get_last_checkpoint(str(folder)) is None:

@@ -153,6 +153,15 @@ def test_what_a_kill_leaves_of_run_json_does_not_lock_the_folder(tmp_path):
         training.check_folder(tmp_path, {})
 
 
+def test_an_option_that_a_later_version_added_has_been_at_its_default(tmp_path):
+    """run.json of before there was --example_template."""
+    (tmp_path / "run.json").write_text('{"seed": 0}')
+    (tmp_path / "checkpoint-1").mkdir()
+    assert not training.check_folder(tmp_path, {"seed": 0, "example_template": "{prompt}\n{answer}", "lora": None})
+    with pytest.raises(ValueError, match="a run with lora=None, not 8"):
+        training.check_folder(tmp_path, {"seed": 0, "lora": 8})
+
+
 # What the samples of a step are
 
 
