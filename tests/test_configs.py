@@ -43,7 +43,7 @@ def recipes() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         name, content = path.relative_to(ROOT).as_posix(), yaml.safe_load(path.read_text(encoding="utf-8"))
-        if path.stem == "published":
+        if path.stem in ("published", "tree"):
             found |= {f"{name}:{key}": entry for key, entry in content.items() if not key.startswith(".")}
         else:
             found[name] = content
@@ -89,6 +89,13 @@ def test_recipe_holds_only_known_options_of_the_right_type(name: str, tmp_path: 
     TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **training)
 
 
+def test_the_trees_differ_in_the_order_alone():
+    token, nested = (dict(RECIPES[f"configs/tree.yaml:{name}"]["model"]) for name in ("token", "nested"))
+    assert (token.pop("reveal_order"), nested.pop("reveal_order")) == ("token", "nested")
+    assert nested.pop("stage_digits") == [6, 11]
+    assert token == nested
+
+
 @pytest.mark.parametrize("name", [name for name, options in RECIPES.items() if "model" in options])
 def test_recipe_makes_a_valid_model(name: str):
     options = RECIPES[name]
@@ -99,7 +106,7 @@ def test_recipe_makes_a_valid_model(name: str):
 def published() -> list[tuple[str, int, dict[str, Any]]]:
     entries = []
     for name, options in RECIPES.items():
-        if ":" in name:
+        if name.startswith("configs/published.yaml:"):
             family, _, size = name.partition(":")[2].rpartition("_")
             entries.append((family, int(size.removesuffix("m")), options))
     return entries
