@@ -20,7 +20,7 @@ from prime_v2.tokenization.supervised import Examples, Supervision, read_splits,
 # The projections of attention and MLP. Embeddings and head are read as matrices and take no adapter.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Of the configuration, what a run may change in a trained model: neither its weights nor its codes depend on it.
-TRAINING_FIELDS = {"objective", "loss_weight", "attention_dropout", "token_order_share", "whole_token_above"}
+TRAINING_FIELDS = {"objective", "loss_weight", "attention_dropout", "whole_token_above"}
 ADAPTER = "adapter"  # folder of the adapter beside the merged model
 
 

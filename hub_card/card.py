@@ -97,7 +97,7 @@ def render_card(
     check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
     # Of MDM-Prime models alone, and of those the ones that read any set of visible digits.
     loss, config = look_up(record, "results.evaluation").get("token_objective"), look_up(record, "results.config")
-    has_none = config.get("model_type") != "prime_v2" or config.get("subtoken_embedding") in ("prefix", "ancestors")
+    has_none = config.get("model_type") != "prime_v2" or config.get("subtoken_embedding") == "ancestors"
     if loss is not None:
         check_score(loss, "results.evaluation.token_objective")
     elif not has_none:

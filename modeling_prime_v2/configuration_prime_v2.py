@@ -1,6 +1,5 @@
 """Configuration of an MDM-Prime-v2 network."""
 
-import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,7 +10,7 @@ from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
-    "objective": ("token", "subtoken", "mixed"),
+    "objective": ("token", "subtoken"),
     "loss_weight": ("elbo", "low_variance"),
     "noise_form": ("count", "time"),
     "reveal_order": ("digit", "token", "nested"),
@@ -25,19 +24,15 @@ class PrimeV2Config(PrimeV2CodedConfig):
     Args:
         vocab_size: V, the number of tokens that can be predicted. The mask token has the id V.
         num_subtokens: S, the digits of a token (the paper's l); None means ceil(log_base V). 1 is plain MDM.
-        subtoken_embedding: of states, also "prefix" (a vector of its own for each node of the code tree at the stages'
-            ends) or "ancestors" (the sum of the vectors down to the node), both for reveal_order "nested" or "token";
-            or "groups" (a sum over groups of `group_digits` digits, a vector for each state of a group).
+        subtoken_embedding: also "ancestors", for reveal_order "nested" or "token": a vector for each node of the code
+            tree at the stages' ends, and of a state the sum of those from the root to its node.
         tree_levels: digit counts at which "ancestors" has vectors, the stages' ends among them; None is those ends.
         head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
         carry_over: filter the tokens that contradict a visible digit out of the softmax.
         objective: "token", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "subtoken", the
-            negative evidence lower bound of `reveal_order` from the marginals of the digits, or "mixed", their mean.
+            negative evidence lower bound of `reveal_order` from the marginals of the digits.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
-        stage_rates: of "nested", how fast each stage follows the one before (`RevealOrder`); None is [J, ..., 2, 1],
-            iid reveal times that are sorted. Larger first rates reveal the leading digits of all tokens earlier.
-        token_order_share: share of the training sequences whose noise hides whole tokens, whatever the reveal_order.
         reveal_order: the unit that is hidden and revealed: each "digit" (published), the whole "token", or "nested",
             stages of leading digits that end at the counts in `stage_digits`, e.g. [6, 11].
         whole_token_above: hide whole tokens when the masked share exceeds this (the published 1.1B recipe uses 0.5).
@@ -48,7 +43,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     """
 
     model_type = "prime_v2"
-    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "prefix", "ancestors", "groups")
+    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "ancestors")
 
     carry_over: bool = True
     objective: str = "token"
@@ -56,9 +51,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
     noise_form: str = "count"
     reveal_order: str = "digit"
     stage_digits: list[int] | None = None
-    stage_rates: list[float] | None = None
-    token_order_share: int | float = 0.0
-    group_digits: int | None = None
     tree_levels: list[int] | None = None
     head_ancestors: bool = False
     whole_token_above: int | float | None = None
@@ -84,13 +76,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
         self._check_embedding()
 
     def _check_objective(self):
-        if not 0 <= self.token_order_share <= 1:
-            raise ValueError(f"token_order_share={self.token_order_share} is outside [0, 1]; use 0.0")
-        if self.token_order_share and self.reveal_order != "nested":
-            raise ValueError(
-                f"token_order_share={self.token_order_share} needs reveal_order='nested', not {self.reveal_order!r}; "
-                f"leave it out"
-            )
         if self.whole_token_above is not None:
             if not 0 <= self.whole_token_above <= 1:
                 raise ValueError(f"whole_token_above={self.whole_token_above} is outside [0, 1]; use 0.5 or None")
@@ -114,17 +99,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
                 raise ValueError(
                     f"stage_digits={self.stage_digits} must rise from at least 1 to num_subtokens="
                     f"{self.num_subtokens}; use e.g. [{self.num_subtokens}]"
-                )
-        if self.stage_rates is not None:
-            if self.stage_digits is None or len(self.stage_rates) != len(self.stage_digits):
-                raise ValueError(
-                    f"stage_rates={self.stage_rates} needs one rate for each of stage_digits={self.stage_digits}; "
-                    f"use e.g. reveal_order='nested', stage_digits=[6, {self.num_subtokens}], stage_rates=[4, 1]"
-                )
-            if not all(0 < rate < math.inf for rate in self.stage_rates) or self.noise_form != "time":
-                raise ValueError(
-                    f"stage_rates={self.stage_rates} must be positive and finite and need noise_form='time', not "
-                    f"{self.noise_form!r}"
                 )
 
     @property
@@ -155,29 +129,19 @@ class PrimeV2Config(PrimeV2CodedConfig):
             )
         if self.head_ancestors and self.tie_word_embeddings:
             raise ValueError("head_ancestors=True with tie_word_embeddings=True: a tied head has no rows of its own")
-        if (form == "groups") != (self.group_digits is not None):
+        if form == "ancestors":
+            self._check_ancestors()
+
+    def _check_ancestors(self):
+        if self.reveal_order == "digit":
             raise ValueError(
-                f"subtoken_embedding={form!r} with group_digits={self.group_digits}: 'groups' needs it and the others "
-                f"take none; use e.g. subtoken_embedding='groups' and group_digits=4"
+                "subtoken_embedding='ancestors' has vectors for leading digits alone, but reveal_order='digit' shows "
+                "any digits; use reveal_order='nested' or 'token', or subtoken_embedding='sum'"
             )
-        if form in ("prefix", "ancestors"):
-            if self.reveal_order == "digit":
-                raise ValueError(
-                    f"subtoken_embedding={form!r} has no vector for any set of visible digits; use "
-                    f"reveal_order='nested' or 'token', or subtoken_embedding='groups'"
-                )
-            rows = num_nodes(self.base, (0, *self.levels))
-        elif form == "groups":
-            if not 1 <= self.group_digits <= self.num_subtokens:
-                raise ValueError(
-                    f"group_digits={self.group_digits} is outside [1, num_subtokens={self.num_subtokens}]; use 4"
-                )
-            rows = (self.base + 1) ** self.group_digits
-        else:
-            return
+        rows = num_nodes(self.base, (0, *self.levels))
         if rows > MAX_STATES:
             raise ValueError(
-                f"subtoken_embedding={form!r} would need {rows} rows, more than {MAX_STATES}; use fewer digits"
+                f"subtoken_embedding='ancestors' would need {rows} rows, more than {MAX_STATES}; use fewer digits"
             )
 
 

@@ -19,7 +19,7 @@ from .random_prime_v2 import hash64, uniforms
 # Time form only: t below this is raised to it. The integrand is flat there, so the bound moves by O(T_MIN**2).
 T_MIN = 1e-4
 # Stream numbers: draws for different purposes never share bits.
-_LEVEL, _ROTATION, _UNITS, _WHOLE, _SHARE = 1, 2, 3, 4, 5
+_LEVEL, _ROTATION, _UNITS, _WHOLE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,12 @@ class RevealOrder:
     """What is hidden and revealed as one: "digit", "token", or "nested" stages of leading digits.
 
     Noise, weights, bounds and sampler all take this object. `stage_digits` are the digit counts at which the stages of
-    "nested" end, rising to S; a token's stages are revealed first to last. Its J reveal times are U_1^(1/a_1), then
-    each the one before times U_j^(1/a_j), with U iid uniform on (0, 1) and a = `stage_rates`: at time t the next stage
-    of a token is revealed at the rate a_j / t. The default a = (J, ..., 2, 1) is J iid uniform times, sorted. Any
-    rates give a bound: E_t 1/t sum over tokens of a_j times the nats of the next stage.
+    "nested" end, rising to S; a token's stages are revealed first to last, at iid times that are sorted.
     """
 
     kind: str
     num_subtokens: int
     stage_digits: tuple[int, ...] = ()
-    stage_rates: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.kind not in ("digit", "token", "nested"):
@@ -48,9 +44,7 @@ class RevealOrder:
         stages = tuple(config.stage_digits or ())
         if kind == "nested" and not stages:
             raise ValueError("the nested reveal order needs a config with stage_digits, e.g. stage_digits=[6, 11]")
-        if kind != "nested":
-            return cls(kind, config.num_subtokens)
-        return cls(kind, config.num_subtokens, stages, tuple(config.stage_rates or ()))
+        return cls(kind, config.num_subtokens, stages if kind == "nested" else ())
 
     @property
     def units_per_token(self) -> int:
@@ -73,18 +67,6 @@ class RevealOrder:
             return torch.ones(*hidden_count.shape, self.num_subtokens, dtype=torch.bool, device=hidden_count.device)
         return self._leading((self.units_per_token - hidden_count + 1).clamp(max=self.units_per_token))
 
-    def rate(self, hidden_count: Tensor) -> Tensor:
-        """Of "nested": rate a_j of the next stage of tokens with `hidden_count` (...) hidden stages, 0 for none."""
-        if not self.stage_rates:
-            return hidden_count
-        rates = torch.tensor((0.0, *reversed(self.stage_rates)), dtype=torch.double, device=hidden_count.device)
-        return rates[hidden_count]
-
-    def reveal_times(self, draws: Tensor) -> Tensor:
-        """Of "nested" with rates: uniform draws (..., J) to the times (..., J) of the stages, in order, falling."""
-        exponents = 1 / torch.tensor(self.stage_rates, dtype=torch.double, device=draws.device)
-        return (draws**exponents).cumprod(-1)
-
     def _leading(self, num_stages: Tensor) -> Tensor:
         ends = torch.tensor((0, *self.stage_digits), device=num_stages.device)
         return torch.arange(self.num_subtokens, device=num_stages.device) < ends[num_stages].unsqueeze(-1)
@@ -96,8 +78,7 @@ class Noise:
 
     visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t;
     maskable (B, L) bool, tokens that could have been hidden; goal (B, L, S) bool or None: of the tokens counted in
-    hidden_count, the digits whose joint is asked for, where it is not each hidden unit. rate (B, L) or None: the
-    factor of each token's nats, where it does not follow from the order and hidden_count.
+    hidden_count, the digits whose joint is asked for, where it is not each hidden unit.
     """
 
     visible: Tensor
@@ -105,12 +86,11 @@ class Noise:
     weight: Tensor
     maskable: Tensor
     goal: Tensor | None = None
-    rate: Tensor | None = None
 
     def rows(self, part: slice) -> "Noise":
         """The draws of some of the sequences."""
-        goal, rate = (None if each is None else each[part] for each in (self.goal, self.rate))
-        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], goal, rate)
+        goal = None if self.goal is None else self.goal[part]
+        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], goal)
 
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:
@@ -152,41 +132,24 @@ def draw_noise(
     levels: Tensor,
     form: str = "count",
     whole_token_above: float | None = None,
-    token_order_share: float = 0.0,
 ) -> Noise:
     """Hide units of the maskable tokens: maskable (B, L) bool; keys (B,) int64; levels (B,) float64 in (0, 1).
 
     A pure function of its arguments; a row's draws depend on its key, its level and its number of maskable tokens, not
-    on where padding and given tokens lie. Above `whole_token_above` the units of a token share one draw. A share
-    `token_order_share` of the rows (of "nested") hides whole tokens, whose nats are then those of the token.
+    on where padding and given tokens lie. Above `whole_token_above` the units of a token share one draw.
     """
     if form not in ("count", "time"):
         raise ValueError(f'form={form!r} is not one of "count", "time"')
     noise = _draw(maskable, order, keys, levels, form)
-    if whole_token_above is None and not token_order_share:
+    if whole_token_above is None:
         return noise
     whole = _draw(maskable, RevealOrder("token", order.num_subtokens), keys, levels, form)
-    if token_order_share:
-        return _mixed(noise, whole, order, uniforms(keys, _SHARE) < token_order_share)
     above = levels > whole_token_above
     return Noise(
         torch.where(above[:, None, None], whole.visible, noise.visible),
         torch.where(above[:, None], whole.hidden_count * order.units_per_token, noise.hidden_count),
         torch.where(above, whole.weight, noise.weight),
         maskable,
-    )
-
-
-def _mixed(noise: Noise, whole: Noise, order: RevealOrder, is_whole: Tensor) -> Noise:
-    """Rows of `whole` (token order) where is_whole (B,), else of `noise` (nested order)."""
-    row, token = is_whole[:, None], is_whole[:, None, None]
-    return Noise(
-        torch.where(token, whole.visible, noise.visible),
-        torch.where(row, whole.hidden_count, noise.hidden_count),
-        torch.where(is_whole, whole.weight, noise.weight),
-        noise.maskable,
-        order.next_visible(noise.hidden_count) | token,
-        torch.where(row, whole.hidden_count, order.rate(noise.hidden_count)),
     )
 
 
@@ -198,12 +161,8 @@ def _draw(maskable: Tensor, order: RevealOrder, keys: Tensor, levels: Tensor, fo
     draws = uniforms(keys.unsqueeze(1), stream, maskable_units.cumsum(1))  # (B, L * U)
     if form == "time":
         levels = levels.clamp(min=T_MIN)
-        if order.stage_rates:  # not exchangeable: the first stages are hidden for shorter
-            draws = order.reveal_times(draws.view(batch, length, units)).flatten(1)
         hidden, weight = draws < levels.unsqueeze(1), 1 / levels
     else:
-        if order.stage_rates:
-            raise ValueError("stage_rates have no count form; use the time form")
         num_units = maskable_units.sum(1)
         count = hidden_counts_to_draw(levels, num_units)
         ranks = torch.where(maskable_units, draws, 2.0).argsort(dim=1, stable=True).argsort(dim=1)

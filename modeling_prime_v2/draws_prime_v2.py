@@ -68,18 +68,14 @@ def sampled_rows(
     key: Tensor,
     refinement: int = 0,
 ) -> Iterator[Rows]:
-    """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k.
-
-    Of the time form for an order with stage_rates: t spread evenly over (0, 1), factor 1/t.
-    """
+    """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k."""
     draws = torch.arange(num_samples, device=ids.device)
     keys = hash64(key, draws) if refinement == 0 else hash64(key, _REFINEMENT, refinement, draws)
     levels = draw_levels(key, num_samples, refinement)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)
         maskable = scored.expand(len(keys[piece]), -1)
-        form = "time" if order.stage_rates else "count"
-        noise = draw_noise(maskable, order, keys[piece], levels[piece], form)
+        noise = draw_noise(maskable, order, keys[piece], levels[piece])
         yield Rows(ids.expand(len(maskable), -1), noise, noise.weight, sequence)
 
 

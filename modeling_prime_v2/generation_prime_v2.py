@@ -132,8 +132,6 @@ def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, num_steps: i
     """
     units = torch.arange(order.units_per_token, device=keys.device)
     draws = uniforms(keys[:, None, None], _REVEAL, canvas.position_ids.unsqueeze(-1), units)  # (B, T, U)
-    if order.stage_rates:
-        draws = 1 - order.reveal_times(draws)  # time runs down to 0
     steps = (draws * num_steps).long().clamp(max=num_steps - 1)
     steps = steps.masked_fill(~canvas.fillable.unsqueeze(-1), num_steps).flatten(1)
     ordered, index = steps.sort(1)

@@ -42,7 +42,7 @@ TOKENS_PER_PASS = 8192  # rows of (sequence x draw) share a forward pass up to t
 def methods_of(config) -> tuple[str, ...]:
     """The methods that a PrimeV2Config has: "nested" with stages alone, digits in any order if states have vectors."""
     missing = [] if config.stage_digits else ["nested"]
-    if config.subtoken_embedding in ("prefix", "ancestors"):
+    if config.subtoken_embedding == "ancestors":
         missing += [method for method, (order, _) in SAMPLED_METHODS.items() if order == "digit"]
     return tuple(method for method in METHODS if method not in missing)
 
@@ -131,7 +131,7 @@ def gather(
     return_draws: bool,
 ) -> PrimeV2LogLikelihood:
     """The result from each sequence's (draws (K,), value, standard error, degrees); NotFiniteError for no number."""
-    value, stderr = (torch.stack([part[i] for part in parts]) for i in (1, 2))
+    value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
     degrees = torch.tensor([part[3] for part in parts], dtype=torch.double)
     refuse_not_finite(value)
     draws = [part[0] for part in parts] if return_draws else None
@@ -177,7 +177,7 @@ class _Plan:
     def draws_nothing(self, num_tokens: int) -> bool:
         """Whether the rows of a sequence of `num_tokens` scored tokens are all that there are."""
         units = num_tokens * self.order.units_per_token
-        if self.method == "chain" or units > 62 or (self.order.stage_rates and self.method != "orders"):
+        if self.method == "chain" or units > 62:
             return self.method == "chain"
         number = math.factorial(units) if self.method == "orders" else num_masks(num_tokens, self.order)
         return number <= self.most_masks

@@ -135,8 +135,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     def loss_is_bound(self) -> bool:
         """Whether the loss is an upper bound on -log p(x) per token, see `diffusion_prime_v2.is_bound`."""
         config, order = self.config, RevealOrder.from_config(self.config)
-        mixed = config.whole_token_above if not config.token_order_share else config.token_order_share
-        return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, mixed)
+        return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, config.whole_token_above)
 
     @can_return_tuple
     def forward(
@@ -193,27 +192,15 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         if noise_levels is None:
             seed = int(torch.randint(2**62, ()))
             noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
-        noise = draw_noise(
-            scored,
-            order,
-            noise_keys,
-            noise_levels,
-            config.noise_form,
-            config.whole_token_above,
-            config.token_order_share,
-        )
+        noise = draw_noise(scored, order, noise_keys, noise_levels, config.noise_form, config.whole_token_above)
         digits = self.code_table.encode(ids)
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
-        objectives = ("token", "subtoken") if config.objective == "mixed" else (config.objective,)
-        totals = [
-            self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, objective, weight)[0]
-            for objective in objectives
-        ]
+        total, _ = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
-        return sum(totals) / (len(totals) * num_items_in_batch), outputs
+        return total / num_items_in_batch, outputs
 
     def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
         """Weighted nats of the tokens that have a hidden unit (the others have none).
@@ -229,15 +216,13 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             asked = noise.maskable
         rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None
-        if noise.goal is not None and (objective == "subtoken" or noise.rate is None):
+        if noise.goal is not None:
             kind, goal = "prefix", noise.goal[rows, columns]
-            multiplicity = multiplicity if noise.rate is None else noise.rate[rows, columns]
         elif objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
         elif objective == "subtoken" and order.kind == "nested":
-            hidden_count = noise.hidden_count[rows, columns]
-            multiplicity = order.rate(hidden_count)
-            kind, goal = "prefix", order.next_visible(hidden_count)
+            multiplicity = noise.hidden_count[rows, columns]
+            kind, goal = "prefix", order.next_visible(multiplicity)
         tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
         total, nats = hidden_nats(
             hidden_states[rows, columns], self.head_weight(), self.code_table, tokens, kind, self.config.carry_over

@@ -1,7 +1,7 @@
-"""Input vectors of whole states, beyond the linear forms of `backbone_prime_v2.PrimeV2SubtokenEmbedding`.
+"""Vectors of the nodes of the code tree, for input and head.
 
-A sum of S digit vectors gives V tokens no more than S (b - 1) + 1 dimensions. Here a state has a vector of its own, or
-a sum of vectors of parts that are more than a digit.
+A sum of S digit vectors (`backbone_prime_v2.PrimeV2SubtokenEmbedding`) gives V tokens no more than S (b - 1) + 1
+dimensions. Here each string of leading digits, down to whole tokens, has a vector of its own.
 """
 
 import torch
@@ -11,28 +11,24 @@ from .backbone_prime_v2 import PrimeV2SubtokenEmbedding, plain_weight
 from .code_table_prime_v2 import num_nodes
 
 
-class PrimeV2PrefixEmbedding(nn.Module):
-    """States of the nested order (B, L, S) to (B, L, D): a vector for each node of the code tree at `config.levels`.
+class PrimeV2TreeEmbedding(nn.Module):
+    """States of the nested order (B, L, S) to (B, L, D): the sum of the vectors from the root to the state's node.
 
-    "prefix": the vector of the node; "ancestors": the sum of the vectors from the root to the node. A level of d
-    digits has base**d nodes, d = 0 being the masked token; rows are ordered by level, then by the digits' value.
+    Nodes are those of the code tree at `config.levels`. A level of d digits has base**d, d = 0 being the masked token;
+    rows are ordered by level, then by the digits' value.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.base, self.num_subtokens = config.base, config.num_subtokens
-        self.ends = (0, *config.levels)
-        self.with_ancestors = config.subtoken_embedding == "ancestors"
-        self.table = nn.Embedding(num_nodes(config.base, self.ends), config.hidden_size)
+        self.base, self.ends = config.base, (0, *config.levels)
+        self.table = nn.Embedding(num_nodes(self.base, self.ends), config.hidden_size)
 
     def forward(self, subtoken_ids: Tensor) -> Tensor:
-        rows, stage = node_rows(subtoken_ids, self.base, self.ends)  # (B, L, levels + 1), (B, L)
-        if not self.with_ancestors:
-            return self.table(rows.gather(-1, stage.unsqueeze(-1)).squeeze(-1))
-        known = torch.arange(len(self.ends), device=rows.device) <= stage.unsqueeze(-1)
-        weights = known.to(self.table.weight.dtype).flatten(0, -2)
-        flat = rows.masked_fill(~known, 0).flatten(0, -2)
-        vectors = nn.functional.embedding_bag(flat, plain_weight(self.table), mode="sum", per_sample_weights=weights)
+        rows, level = node_rows(subtoken_ids, self.base, self.ends)  # (B, L, levels + 1), (B, L)
+        known = torch.arange(len(self.ends), device=rows.device) <= level.unsqueeze(-1)
+        table = plain_weight(self.table)
+        weights = known.to(table.dtype).flatten(0, -2)  # 0 for levels that are not reached
+        vectors = nn.functional.embedding_bag(rows.flatten(0, -2), table, mode="sum", per_sample_weights=weights)
         return vectors.unflatten(0, rows.shape[:-1])
 
 
@@ -66,39 +62,11 @@ def node_rows(subtoken_ids: Tensor, base: int, ends: tuple[int, ...]) -> tuple[T
     return torch.stack(rows, -1), torch.searchsorted(limits, visible.sum(-1), right=True) - 1
 
 
-class PrimeV2GroupEmbedding(nn.Module):
-    """States (B, L, S) to (B, L, D): a sum over groups of `group_digits` digits, a vector for each state of a group.
-
-    A group of g digits has (base + 1)**g states, masked digits included, so any order of reveal is served. The last
-    group has what is left of S.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        size, digits, values = config.group_digits, config.num_subtokens, config.base + 1
-        sizes = [min(size, digits - start) for start in range(0, digits, size)]
-        self.values, self.sizes = values, sizes
-        self.table = nn.Embedding(sum(values**each for each in sizes), config.hidden_size)
-
-    def forward(self, subtoken_ids: Tensor) -> Tensor:
-        rows, first = [], 0
-        for group in subtoken_ids.split(self.sizes, dim=-1):
-            size = group.shape[-1]
-            powers = self.values ** torch.arange(size - 1, -1, -1, device=group.device)
-            rows.append(first + (group * powers).sum(-1))
-            first += self.values**size
-        flat = torch.stack(rows, -1).flatten(0, -2)
-        vectors = nn.functional.embedding_bag(flat, plain_weight(self.table), mode="sum")
-        return vectors.unflatten(0, subtoken_ids.shape[:-1])
-
-
 def make_embedding(config) -> nn.Module:
     """The input embedding that `config.subtoken_embedding` names; its rows are in `.table`."""
-    if config.subtoken_embedding in ("prefix", "ancestors"):
-        return PrimeV2PrefixEmbedding(config)
-    if config.subtoken_embedding == "groups":
-        return PrimeV2GroupEmbedding(config)
+    if config.subtoken_embedding == "ancestors":
+        return PrimeV2TreeEmbedding(config)
     return PrimeV2SubtokenEmbedding(config, config.base + 1)
 
 
-__all__ = ["PrimeV2GroupEmbedding", "PrimeV2HeadNodes", "PrimeV2PrefixEmbedding", "make_embedding", "node_rows"]
+__all__ = ["PrimeV2HeadNodes", "PrimeV2TreeEmbedding", "make_embedding", "node_rows"]

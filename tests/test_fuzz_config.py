@@ -88,23 +88,20 @@ BAD_CODED = {
     "shuffle_seed": [None, 0.5, "0", [0]],
     "shuffle_ratio": NO_SHARES,
     "shuffle_domain": ["", "tokens", None],
-    "subtoken_embedding": ["", "mean", None, "prefix", "groups"],
+    "subtoken_embedding": ["", "mean", None, "ancestors"],
 }
 LOSS = {"loss_weight": ["elbo", "low_variance"]}
 BAD_LOSS = {"loss_weight": ["", "one", None, 1]}
 PRIME = {
     "carry_over": [True, False],
-    "objective": ["token", "subtoken", "mixed"],
+    "objective": ["token", "subtoken"],
     "noise_form": ["count", "time"],
     "reveal_order": ["digit", "token", "nested"],
     "stage_digits": [None, [1], [1, 2], [2, 4], [4], [1, 2, 3, 4]],
-    "stage_rates": [None, [1], [2.0, 1.0]],
-    "token_order_share": [0, 0.5],
-    "group_digits": [None, 1, 2, 4],
     "tree_levels": [None, [1, 4], [4], [1, 2, 3, 4]],
     "head_ancestors": [False, True],
     "whole_token_above": [None, 0.5],
-    "subtoken_embedding": ["sum", "prefix", "ancestors", "groups"],
+    "subtoken_embedding": ["sum", "ancestors"],
 }
 BAD_PRIME = {
     "carry_over": ["yes", None],
@@ -112,9 +109,6 @@ BAD_PRIME = {
     "noise_form": ["both", None],
     "reveal_order": ["word", None],
     "stage_digits": [[], [0], [4, 4], [4, 2], [-1, 4], [10**9], ["a"], [2.5], 3, "4"],
-    "stage_rates": [[], [0], [-1.0, 1.0], [NAN], [INF, 1.0], [1, 2, 3], 1.0, "1"],
-    "token_order_share": NO_SHARES,
-    "group_digits": [0, -1, 99, 10**9, 2.0, "2"],
     "tree_levels": [[], [0, 4], [4, 1], [-4], [10**9], ["4"], 4],
     "whole_token_above": [-0.5, 1.5, NAN, INF, "1"],
 }

@@ -1,4 +1,4 @@
-"""Vectors of whole states: each state has the row or rows that it should, against loops; their rank; refusals."""
+"""Vectors of the nodes of the code tree: each state has the rows that it should, against loops; rank; refusals."""
 
 import itertools
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from enumeration import small_config, small_model
 
-from prime_v2.state_embedding_prime_v2 import PrimeV2GroupEmbedding, PrimeV2PrefixEmbedding
+from prime_v2.state_embedding_prime_v2 import PrimeV2TreeEmbedding
 
-PREFIX = {"reveal_order": "nested", "stage_digits": [1, 3, 4], "base": 2, "num_subtokens": 4}
+STAGES = {"reveal_order": "nested", "stage_digits": [1, 3, 4], "base": 2, "num_subtokens": 4}
 
 
 def leading_states(config) -> torch.Tensor:
@@ -21,20 +21,11 @@ def leading_states(config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("base", [2, 3])
-def test_each_node_of_the_tree_has_a_row_of_its_own(base):
-    config = small_config(**{**PREFIX, "base": base}, subtoken_embedding="prefix")
-    embedding = PrimeV2PrefixEmbedding(config)
-    states = leading_states(config)
-    assert len(states) == embedding.table.num_embeddings
-    vectors = embedding(states.unsqueeze(0))[0]
-    torch.testing.assert_close(vectors, embedding.table.weight, rtol=0, atol=0)  # listed in the order of the rows
-
-
-@pytest.mark.parametrize("base", [2, 3])
 def test_ancestors_add_the_vectors_from_the_root(base):
-    config = small_config(**{**PREFIX, "base": base}, subtoken_embedding="ancestors")
-    embedding = PrimeV2PrefixEmbedding(config)
+    config = small_config(**{**STAGES, "base": base}, subtoken_embedding="ancestors")
+    embedding = PrimeV2TreeEmbedding(config)
     states, ends = leading_states(config), [0, *config.stage_digits]
+    assert len(states) == embedding.table.num_embeddings
     row_of = {tuple(state): row for row, state in enumerate(states.tolist())}
     for state, vector in zip(states.tolist(), embedding(states.unsqueeze(0))[0], strict=True):
         known = sum(digit != base for digit in state)
@@ -45,8 +36,8 @@ def test_ancestors_add_the_vectors_from_the_root(base):
 
 
 def test_vectors_may_stand_at_more_levels_than_the_stages_end():
-    fields = {**PREFIX, "stage_digits": [3, 4], "subtoken_embedding": "ancestors", "tree_levels": [1, 2, 3, 4]}
-    embedding = PrimeV2PrefixEmbedding(small_config(**fields))
+    fields = {**STAGES, "stage_digits": [3, 4], "subtoken_embedding": "ancestors", "tree_levels": [1, 2, 3, 4]}
+    embedding = PrimeV2TreeEmbedding(small_config(**fields))
     states = torch.tensor([[2, 2, 2, 2], [1, 0, 1, 2], [1, 0, 1, 1]])
     first = [0, 1, 3, 7, 15]  # rows before each level: 1, 2, 4, 8 nodes
     paths = [[0], [0, 1 + 1, 3 + 0b10, 7 + 0b101], [0, 1 + 1, 3 + 0b10, 7 + 0b101, 15 + 0b1011]]
@@ -56,7 +47,7 @@ def test_vectors_may_stand_at_more_levels_than_the_stages_end():
 
 
 def test_tokens_share_rows_of_the_head_with_those_of_the_same_nodes():
-    model = small_model(**PREFIX, head_ancestors=True)
+    model = small_model(**STAGES, head_ancestors=True)
     head, nodes = model.head_weight(), model.head_nodes.table.weight
     for v, code in enumerate(model.code_table.codes[:-1].tolist()):
         shared = nodes[code[0]] + nodes[2 + code[0] * 4 + code[1] * 2 + code[2]]
@@ -66,73 +57,46 @@ def test_tokens_share_rows_of_the_head_with_those_of_the_same_nodes():
     assert (nodes.grad[:2].abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize(("base", "size"), [(2, 2), (2, 3), (3, 4), (2, 1)])
-def test_groups_add_a_vector_for_each_state_of_each_group(base, size):
-    config = small_config(base=base, num_subtokens=4, subtoken_embedding="groups", group_digits=size)
-    embedding = PrimeV2GroupEmbedding(config)
-    states = torch.tensor(list(itertools.product(range(base + 1), repeat=4)))
-    vectors = embedding(states.unsqueeze(0))[0]
-    for state, vector in zip(states.tolist(), vectors, strict=True):
-        expected, first = torch.zeros(config.hidden_size), 0
-        for start in range(0, 4, size):
-            group = state[start : start + size]
-            row = 0
-            for digit in group:
-                row = row * (base + 1) + digit
-            expected = expected + embedding.table.weight[first + row]
-            first += (base + 1) ** len(group)
-        torch.testing.assert_close(vector, expected)
-    assert first == embedding.table.num_embeddings
-
-
 @pytest.mark.parametrize(
     ("fields", "rank"),
     [
         ({"subtoken_embedding": "sum"}, 4 + 1),  # S (b - 1) + 1
-        ({"subtoken_embedding": "groups", "group_digits": 2}, 2 * 3 + 1),
-        ({"subtoken_embedding": "prefix", **PREFIX}, 11),
-        ({"subtoken_embedding": "ancestors", **PREFIX}, 11),
+        ({"subtoken_embedding": "ancestors", **STAGES}, 11),
     ],
 )
-def test_whole_states_lift_the_rank_of_the_token_embeddings(fields, rank):
+def test_nodes_lift_the_rank_of_the_token_embeddings(fields, rank):
     """11 tokens in 4 binary digits."""
     model = small_model(**fields)
     vectors = model.model.embed_subtokens(model.encode(torch.arange(11)).unsqueeze(0))[0]
     assert torch.linalg.matrix_rank(vectors.detach().double(), tol=1e-5) == rank
 
 
-@pytest.mark.parametrize("form", ["prefix", "ancestors"])
-def test_a_model_with_it_trains_samples_and_bounds(form):
-    model = small_model(**PREFIX, subtoken_embedding=form, objective="subtoken").train()
+def test_a_model_with_it_trains_samples_and_bounds():
+    model = small_model(**STAGES, subtoken_embedding="ancestors", objective="subtoken").train()
     ids = torch.arange(12).view(2, 6) % 11
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert model.model.embed_subtokens.table.weight.grad.abs().sum() > 0
-    assert model.likelihood_methods == ("nested", "token", "chain", "orders") or set(model.likelihood_methods) == {
-        "nested", "token", "chain", "orders",
-    }  # fmt: skip
+    assert set(model.likelihood_methods) == {"nested", "token", "chain", "orders"}
     assert model.log_likelihood(ids, method=model.bound_method, num_samples=4).is_bound
     out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, max_denoising_steps=8, seed=0)
     assert out.shape == (1, 6)
-    with pytest.raises(ValueError, match=f"method='subtoken' hides digits in any order, but .*{form}.*use one of"):
+    with pytest.raises(ValueError, match="method='subtoken' hides digits in any order, but .*ancestors.*use one of"):
         model.log_likelihood(ids, method="subtoken")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"subtoken_embedding": "prefix"}, "has no vector for any set of visible digits"),
-        ({"subtoken_embedding": "groups"}, "'groups' needs it and the others take none"),
-        ({"group_digits": 2}, "'groups' needs it and the others take none"),
-        ({"subtoken_embedding": "groups", "group_digits": 9}, r"group_digits=9 is outside \[1, num_subtokens=4\]"),
-        ({**PREFIX, "tree_levels": [1, 2, 4]}, r"tree_levels=\[1, 2, 4\] must rise .* hold the stages' ends"),
-        ({**PREFIX, "tree_levels": [1, 2, 3, 4]}, "is for subtoken_embedding='ancestors' and head_ancestors"),
+        ({"subtoken_embedding": "ancestors"}, "vectors for leading digits alone, .* or subtoken_embedding='sum'"),
+        ({**STAGES, "tree_levels": [1, 2, 4]}, r"tree_levels=\[1, 2, 4\] must rise .* hold the stages' ends"),
+        ({**STAGES, "tree_levels": [1, 2, 3, 4]}, "is for subtoken_embedding='ancestors' and head_ancestors"),
         ({"head_ancestors": True}, r"needs a level above the tokens, but there is \[4\]"),
-        ({**PREFIX, "head_ancestors": True, "tie_word_embeddings": True}, "a tied head has no rows of its own"),
+        ({**STAGES, "head_ancestors": True, "tie_word_embeddings": True}, "a tied head has no rows of its own"),
         (
-            {"vocab_size": 50257, "base": 2, "num_subtokens": 26, "subtoken_embedding": "groups", "group_digits": 26,
-             "shuffle_domain": "vocab"},
-            "more than 16777216; use fewer digits",
+            {"vocab_size": 50257, "base": 2, "num_subtokens": 26, "subtoken_embedding": "ancestors",
+             "reveal_order": "token", "shuffle_domain": "vocab"},
+            "would need 67108865 rows, more than 16777216; use fewer digits",
         ),
     ],
 )  # fmt: skip

@@ -107,18 +107,6 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(fields):
         torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
 
 
-def test_the_mixed_objective_is_the_mean_of_the_two():
-    ids, gradients, losses = some_ids(3, 6), {}, {}
-    for objective in ("token", "subtoken", "mixed"):
-        model = small_model(objective=objective)
-        loss = model(ids, labels=ids, **some_noise(3)).loss
-        loss.backward()
-        losses[objective], gradients[objective] = loss.detach(), model.lm_head.weight.grad
-    assert not torch.allclose(losses["token"], losses["subtoken"], rtol=1e-3)
-    for found in (losses, gradients):
-        torch.testing.assert_close(found["mixed"], (found["token"] + found["subtoken"]) / 2, **CLOSE)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_neither_loss_nor_gradient(side):
     """The noise of a row does not depend on where its padding lies, given its key."""
@@ -187,7 +175,6 @@ def test_the_mean_loss_over_noise_is_the_enumerated_bound(fields):
     [
         ({"objective": "token"}, False),
         ({"objective": "subtoken"}, True),
-        ({"objective": "mixed"}, False),
         ({"objective": "subtoken", "loss_weight": "low_variance"}, False),
         ({"objective": "token", "reveal_order": "token"}, True),
         ({"objective": "token", "base": 11, "num_subtokens": 1}, True),
