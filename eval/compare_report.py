@@ -343,11 +343,15 @@ def markdown_text(results: dict[str, Any]) -> str:
 def record_table(path: Path) -> str:
     """Tables, notes and origin of a record of `prime-v2 compare`, as Markdown."""
     record = read_record(path)
+    return f"{markdown_text(record['results'])}\n{_origin(record)}"
+
+
+def _origin(record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
     seeds = ", ".join(map(str, record["results"]["seeds"]))
-    origin = f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seeds {seeds})"
-    return f"{markdown_text(record['results'])}\n{origin}.\n"
+    plural = "" if len(record["results"]["seeds"]) == 1 else "s"
+    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seed{plural} {seeds}).\n"
 
 
 def aligned(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -387,16 +391,40 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _table(name: str, results: Path) -> str:
+def best_table(path: Path) -> str:
+    """A line a run and a column a budget: the bound of the size with the lowest dev bound, and that size."""
+    from prime_v2.eval.tables import markdown
+
+    record = read_record(path)
+    results = record["results"]
+    found = {(each["name"], each["budget"]): each for each in results["best"]}
+    lines = [
+        [name, *(_best_cell(found.get((name, budget))) for budget in results["budgets"])] for name in results["names"]
+    ]
+    heads = ["run", *(f"{number(budget)} FLOPs" for budget in results["budgets"])]
+    return f"{markdown(heads, lines)}\n" + "\n".join(notes(results)) + f"\n\n{_origin(record)}"
+
+
+def _best_cell(best: dict[str, Any] | None) -> str:
+    if best is None:
+        return "–"
+    return f"{'=' if best['bound']['is_exact'] else '≤'} {_with_interval(best['bound'])} ({best['shape']})"
+
+
+def _record_of(name: str, results: Path) -> str:
     return record_table(results / f"compare_{name}.json")
 
 
+def _isoflop(results: Path) -> str:
+    return best_table(results / "compare_isoflop.json")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
-    f"compare_{name}": partial(_table, name)
-    for name in ("families", "granularity", "shuffle_ratio", "shuffle_seeds", "arm_subtokens", "isoflop")
+    **{f"compare_{name}": partial(_record_of, name) for name in ("isoflop", "levers", "winners")},
+    "isoflop": _isoflop,
 }
 
 __all__ = [
-    "TABLES", "check_one_experiment", "cost_table", "duration", "markdown_text", "notes", "over_seeds", "paired",
-    "quantity", "record_table", "render", "score_table", "summarise", "whole_table",
+    "TABLES", "best_table", "check_one_experiment", "cost_table", "duration", "markdown_text", "notes", "over_seeds",
+    "paired", "quantity", "record_table", "render", "score_table", "summarise", "whole_table",
 ]  # fmt: skip

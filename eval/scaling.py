@@ -46,8 +46,9 @@ class Law:
         return cls(floor, of_size, of_tokens, a, b, k)
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
-        """Nats per token of N parameters trained on D tokens."""
-        return self.E + self.A * parameters**-self.a + self.B * tokens**-self.b
+        """Nats per token of N parameters trained on D tokens; infinite for N or D of 0."""
+        with np.errstate(divide="ignore"):
+            return self.E + self.A * parameters**-self.a + self.B * tokens**-self.b
 
     @property
     def exponents(self) -> tuple[Any, Any]:
@@ -57,11 +58,13 @@ class Law:
     def allocate(self, flops: Any) -> tuple[Any, Any]:
         """(N, D) of the lowest loss at C = k N D: N = G (C/k)^(b/(a+b)), D = (C/k)^(a/(a+b)) / G.
 
-        G = (a A / (b B))^(1/(a+b)) (arXiv:2203.15556, equation 4).
+        G = (a A / (b B))^(1/(a+b)) (arXiv:2203.15556, equation 4). A law that its points do not identify can put N at 0
+        and D at infinity, or the other way round.
         """
         of_parameters, of_tokens = self.exponents
         ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
-        return ratio * (flops / self.k) ** of_parameters, (flops / self.k) ** of_tokens / ratio
+        with np.errstate(divide="ignore", over="ignore"):
+            return ratio * (flops / self.k) ** of_parameters, (flops / self.k) ** of_tokens / ratio
 
     def frontier(self, flops: Any) -> Any:
         """The lowest loss at C: E + M C^(-ab/(a+b)), since both terms fall with the same power at the optimum."""

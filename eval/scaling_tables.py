@@ -1,35 +1,37 @@
 """Tables of docs/scaling.md, from the records of `prime-v2 scaling fit`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.records import read_record
 
-PUBLISHED, PUBLISHED_PRIME = "scaling_published.json", "scaling_published_prime_v2.json"
+PUBLISHED, PUBLISHED_PRIME, OWN = "scaling_published.json", "scaling_published_prime_v2.json", "scaling_isoflop.json"
+Pairs = tuple[tuple[str, str], ...]
 
 
-def law_table(results: Path) -> str:
-    """Approach 3 of the published families whose loss is a bound."""
-    return _laws(read_record(results / PUBLISHED))
+def law_table(file: str, results: Path) -> str:
+    """Approach 3."""
+    return _laws(read_record(results / file))
 
 
-def minima_table(results: Path) -> str:
-    """Approach 2 of the published families whose loss is a bound."""
-    return _minima(read_record(results / PUBLISHED))
+def minima_table(file: str, results: Path) -> str:
+    """Approach 2."""
+    return _minima(read_record(results / file))
 
 
-def efficiency_table(results: Path) -> str:
-    """FLOPs of one published family for the loss of the other, at budgets that both have."""
+def efficiency_table(file: str, pairs: Pairs, results: Path) -> str:
+    """FLOPs that the second family of each pair needs for the loss of the first, at budgets that both have."""
     from prime_v2.eval.scaling_families import common_budgets, compare, from_json
     from prime_v2.eval.scaling_report import between, number
     from prime_v2.eval.tables import markdown
 
-    record = read_record(results / PUBLISHED)
+    record = read_record(results / file)
     fits = {name: from_json(each) for name, each in record["results"]["families"].items()}
     rows = []
-    for names in (("MDM", "ARM"), ("ARM", "MDM")):
-        for row in compare(fits, names, common_budgets(fits["ARM"], fits["MDM"])):
+    for names in pairs:
+        for row in compare(fits, names, common_budgets(*(fits[name] for name in names))):
             factor = "infinite" if row["factor"] is None else number(row["factor"])
             rows.append(
                 [
@@ -73,12 +75,16 @@ def _minima(record: dict[str, Any]) -> str:
     rows = []
     for family in record["results"]["families"].values():
         for budget in family["approach_2"]["budgets"]:
-            cells = [
-                f"{form(budget[name])} {between(budget[f'{name}_interval_95'], form)}"
-                for name, form in (("parameters", short), ("tokens", short), ("loss", "{:.3f}".format))
-            ]
+            cells = ["no minimum", "–", "–"]
+            if budget["parameters"] is not None:
+                cells = [
+                    f"{form(budget[name])} {between(budget[f'{name}_interval_95'], form)}"
+                    for name, form in (("parameters", short), ("tokens", short), ("loss", "{:.3f}".format))
+                ]
             rows.append([family["label"], f"{budget['flops']:.3g}", f"{budget['sizes']}", *cells])
         power = family["approach_2"]["power_laws"]
+        if not power:
+            continue
         laws = [
             f"C^{power[name]['exponent']:.3f} {between(power[name]['exponent_interval_95'], '{:.3f}'.format)}"
             for name in ("parameters", "tokens", "loss")
@@ -94,8 +100,11 @@ def _conditions(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "scaling_law": law_table,
-    "scaling_minima": minima_table,
-    "scaling_efficiency": efficiency_table,
+    "scaling_law": partial(law_table, PUBLISHED),
+    "scaling_minima": partial(minima_table, PUBLISHED),
+    "scaling_efficiency": partial(efficiency_table, PUBLISHED, (("MDM", "ARM"), ("ARM", "MDM"))),
+    "isoflop_law": partial(law_table, OWN),
+    "isoflop_minima": partial(minima_table, OWN),
+    "isoflop_efficiency": partial(efficiency_table, OWN, (("MDM", "ARM"), ("MDM-Prime-v2", "ARM"))),
     "scaling_not_a_bound": not_a_bound_table,
 }

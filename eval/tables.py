@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prime_v2.eval.compare_report import TABLES as COMPARE_TABLES
 from prime_v2.eval.records import read_record
 from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
 
@@ -249,6 +250,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sciq_protocol": sciq_table,
     "tasks": tasks_table,
     "perplexity": perplexity_table,
+    **COMPARE_TABLES,
     **SCALING_TABLES,
 }
 

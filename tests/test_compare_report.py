@@ -174,10 +174,8 @@ def test_text_and_markdown_say_what_the_numbers_are():
 
 def test_a_record_becomes_a_table_with_its_origin(tmp_path: Path):
     results = summarise(*compared())
-    write_json(
-        tmp_path / "compare_families.json", make_record("compare", results, seed=0, command="prime-v2 compare x")
-    )
-    table = TABLES["compare_families"](tmp_path)
+    write_json(tmp_path / "compare_levers.json", make_record("compare", results, seed=0, command="prime-v2 compare x"))
+    table = TABLES["compare_levers"](tmp_path)
     assert table.startswith(markdown_text(results))
     assert table.splitlines()[-1].startswith("`prime-v2 compare x` (")
 

@@ -8,7 +8,8 @@ import pytest
 from prime_v2.eval.tables import TABLES, main, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("paper_loss.md", "lm_eval.md", "scaling.md"))]
+DOCS = ("paper_loss", "lm_eval", "scaling", "compare", "findings")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 
 def test_the_tables_of_readme_and_docs_are_those_of_the_records(capsys):

@@ -1,0 +1,41 @@
+"""Ways of doing one thing timed by turns, so that all of them see the same machine; ratios of neighbors in time."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Wall time of one call; an accelerator is waited for."""
+    started = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def by_turns(ways: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each way, `repeats` a way, after `warm_up` calls that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(warm_up + repeats):
+        for name, work in ways.items():
+            taken = seconds_of(work)
+            if repeat >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> dict[str, Any]:
+    """seconds[name] / seconds[reference] of neighbors: {"median", "range"}."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
+    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a product of two square matrices, the best of `repeats`: what this machine can do at all."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = min(seconds_of(lambda: left @ right) for _ in range(repeats + 1))
+    return 2 * size**3 / best
