@@ -58,8 +58,8 @@ class Law:
     def allocate(self, flops: Any) -> tuple[Any, Any]:
         """(N, D) of the lowest loss at C = k N D: N = G (C/k)^(b/(a+b)), D = (C/k)^(a/(a+b)) / G.
 
-        G = (a A / (b B))^(1/(a+b)) (arXiv:2203.15556, equation 4). A law that its points do not identify can put N at 0
-        and D at infinity, or the other way round.
+        G = (a A / (b B))^(1/(a+b)) (arXiv:2203.15556, equation 4). A law that its points do not identify can put N at
+        0 and D at infinity, or the other way round.
         """
         of_parameters, of_tokens = self.exponents
         ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
