@@ -420,7 +420,7 @@ def _isoflop(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    **{f"compare_{name}": partial(_record_of, name) for name in ("isoflop", "levers", "winners")},
+    **{f"compare_{name}": partial(_record_of, name) for name in ("families", "isoflop", "levers", "winners")},
     "isoflop": _isoflop,
 }
 
