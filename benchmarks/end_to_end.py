@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import ratio, seconds_of
+from timing import positive, ratio, seconds_of
 from torch.utils.data import DataLoader, default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("repeats", 3),
         ("seed", 0),
     ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

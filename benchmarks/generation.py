@@ -14,7 +14,7 @@ import statistics
 from typing import Any
 
 import torch
-from timing import by_turns, ratio
+from timing import by_turns, positive, ratio
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.eval.records import make_record, write_json
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = (("hidden_size", 256), ("layers", 4), ("batch", 8), ("steps", 64), ("repeats", 3), ("seed", 0))
     for name, default in defaults:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     rows = []

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from timing import by_turns
+from timing import by_turns, positive
 
 from prime_v2.eval.records import make_record, write_json
 
@@ -40,7 +40,7 @@ def start(code: str) -> Callable[[], object]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     seconds = by_turns({name: start(code) for name, code in STARTS.items()}, options.repeats)

@@ -1,11 +1,19 @@
 """Ways of doing one thing timed by turns, so that all of them see the same machine; ratios of neighbors in time."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def positive(text: str) -> int:
+    """A size on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1, e.g. 8")
+    return int(text)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
