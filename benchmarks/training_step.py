@@ -1,11 +1,17 @@
 """Time and peak memory of a training step against transformers' causal Llama of the same shape with full logits.
 
     python benchmarks/training_step.py                          # V = 50,257, S = 16, D = 512, 8 layers, L = 512
-    python benchmarks/training_step.py --objective subtoken --output results/training_step_subtoken.json
+    python benchmarks/training_step.py --output results/training_step.json \\
+        --cases 50257:16:token 50257:16:subtoken 50257:8:token 50257:1:token 32000:15:token 2048:8:subtoken
+    python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
+        --cases 32000:15:token --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
 A step is forward, backward, clipping and AdamW. Steps of the two models alternate in one process, so that both see the
-same machine; the time ratio is the median of the ratios of neighbouring steps. Peak memory is measured in a fresh
-process for each model, above what the process holds before the model is built.
+same machine; the time ratio is the median of the ratios of neighboring steps. Peak memory is measured in a fresh
+process for each model, above what the process holds before the model is built. The arithmetic rate counts the matrix
+products of forward and backward (PyTorch's counter) over the whole step, against the machine's own rate for a product
+of two 2,048 x 2,048 matrices in the same process, float32 on a CPU, bf16 on an accelerator; `mfu` is the share of the
+accelerator's data-sheet rate.
 """
 
 import argparse
@@ -16,21 +22,43 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from timing import by_turns, matrix_rate, positive, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
+from prime_v2.eval.flops import measure_flops, peak_flops
 from prime_v2.eval.records import make_record, write_json
+
+KINDS = ("prime", "causal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """V, S and the objective."""
+
+    vocab_size: int
+    num_subtokens: int
+    objective: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(token|subtoken)", text)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text} is not V:S:token or V:S:subtoken, e.g. 50257:16:token")
+        return cls(int(found[1]), int(found[2]), found[3])
+
+    def __str__(self) -> str:
+        return f"{self.vocab_size}:{self.num_subtokens}:{self.objective}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("vocab_size", 50257),
-        ("num_subtokens", 16),
         ("hidden_size", 512),
         ("layers", 8),
         ("heads", 8),
@@ -39,16 +67,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("steps", 9),
         ("seed", 0),
     ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--objective", choices=("token", "subtoken"), default="token")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
+    cases = [Case(50257, 16, "token"), Case(50257, 16, "subtoken")]
+    parser.add_argument("--cases", type=Case.parse, nargs="+", default=cases, metavar="V:S:OBJECTIVE")
+    parser.add_argument("--compile", action="store_true", help="compile the Transformer of both by torch.compile")
     parser.add_argument("--output", help="write the record here (JSON)")
-    parser.add_argument("--memory-of", choices=("prime", "causal"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def build(kind: str, options: argparse.Namespace) -> torch.nn.Module:
+def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module:
     shape = {
-        "vocab_size": options.vocab_size,
+        "vocab_size": case.vocab_size,
         "hidden_size": options.hidden_size,
         "intermediate_size": 4 * options.hidden_size,
         "num_hidden_layers": options.layers,
@@ -57,32 +87,32 @@ def build(kind: str, options: argparse.Namespace) -> torch.nn.Module:
     }
     if kind == "causal":
         return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
-    return PrimeV2ForMaskedDiffusion(
-        PrimeV2Config(**shape, num_subtokens=options.num_subtokens, objective=options.objective)
-    )
+    base = next(base for base in range(2, case.vocab_size + 1) if base**case.num_subtokens >= case.vocab_size)
+    config = PrimeV2Config(**shape, base=base, num_subtokens=case.num_subtokens, objective=case.objective)
+    return PrimeV2ForMaskedDiffusion(config)
 
 
 class Stepper:
-    """One model with its optimiser and a fixed batch; `run()` takes a training step and returns its seconds."""
+    """One model with its optimizer and a fixed batch."""
 
-    def __init__(self, kind: str, options: argparse.Namespace, device: torch.device):
+    def __init__(self, kind: str, case: Case, options: argparse.Namespace, device: torch.device):
         torch.manual_seed(options.seed)
         self.device = device
-        self.model = build(kind, options).to(device).train()
+        self.model = build(kind, case, options).to(device).train()
+        if options.compile:
+            self.model.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.ids = torch.randint(options.vocab_size, (options.batch, options.length), device=device)
+        self.ids = torch.randint(case.vocab_size, (options.batch, options.length), device=device)
 
-    def run(self) -> float:
-        started = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(input_ids=self.ids, labels=self.ids).loss
-        loss.backward()
+    def loss(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            return self.model(input_ids=self.ids, labels=self.ids).loss
+
+    def step(self) -> None:
+        self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
 
 def peak_mib(device: torch.device) -> float:
@@ -96,17 +126,20 @@ def peak_mib(device: torch.device) -> float:
 
 def measure_memory(kind: str, options: argparse.Namespace, device: torch.device) -> None:
     before = peak_mib(device)
-    stepper = Stepper(kind, options, device)
+    stepper = Stepper(kind, options.cases[0], options, device)
     for _ in range(2):
-        stepper.run()
+        stepper.step()
     print(json.dumps(peak_mib(device) - before))
 
 
-def memory_in_fresh_process(kind: str, arguments: list[str]) -> float:
+def memory_in_fresh_process(kind: str, case: Case, options: argparse.Namespace) -> float:
     # glibc keeps freed blocks below a growing threshold for later; a fixed one makes the peak that of live memory.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    sizes = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in
+             ("hidden-size", "layers", "heads", "length", "batch", "seed")]  # fmt: skip
+    sizes += ["--compile"] if options.compile else []
     done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--memory-of", kind],
+        [sys.executable, __file__, *sizes, "--cases", str(case), "--memory-of", kind],
         capture_output=True,
         text=True,
         check=True,
@@ -115,52 +148,65 @@ def memory_in_fresh_process(kind: str, arguments: list[str]) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A row of the record."""
+    steppers = {kind: Stepper(kind, case, options, device) for kind in KINDS}
+    rate = matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    flops = measure_flops(steppers["prime"].loss)
+    steppers["prime"].optimizer.zero_grad(set_to_none=True)
+    seconds = by_turns({kind: stepper.step for kind, stepper in steppers.items()}, options.steps)
+    rate = max(rate, matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
+    del steppers
+    memory = {kind: memory_in_fresh_process(kind, case, options) for kind in KINDS}
+    medians, peak = {kind: statistics.median(values) for kind, values in seconds.items()}, peak_flops(device)
+    times = ratio(seconds, "prime", "causal")
+    return {
+        "vocab_size": case.vocab_size,
+        "num_subtokens": case.num_subtokens,
+        "objective": case.objective,
+        "seconds_median": medians,
+        "seconds": seconds,
+        "tokens_per_second": {kind: options.batch * options.length / value for kind, value in medians.items()},
+        "peak_mib": memory,
+        "time_ratio": times["median"],
+        "time_ratio_range": times["range"],
+        "memory_ratio": memory["prime"] / memory["causal"],
+        "flops": flops,
+        "matrix_rate": rate,
+        "share_of_matrix_rate": flops / medians["prime"] / rate,
+        "mfu": None if peak is None else flops / medians["prime"] / peak,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.memory_of:
         measure_memory(options.memory_of, options, device)
         return
-    steppers = {kind: Stepper(kind, options, device) for kind in ("prime", "causal")}
-    seconds: dict[str, list[float]] = {kind: [] for kind in steppers}
-    for step in range(options.steps + 2):
-        for kind, stepper in steppers.items():
-            taken = stepper.run()
-            if step >= 2:  # the first two warm up caches and the optimiser's state
-                seconds[kind].append(taken)
-    del steppers
-    memory = {kind: memory_in_fresh_process(kind, arguments) for kind in seconds}
-    ratios = [a / b for a, b in zip(seconds["prime"], seconds["causal"], strict=True)]
-    tokens = options.batch * options.length
-    results = {
-        "shape": {key: value for key, value in vars(options).items() if key not in ("output", "memory_of")},
-        "device": device.type,
-        "seconds_median": {kind: statistics.median(values) for kind, values in seconds.items()},
-        "seconds": seconds,
-        "tokens_per_second": {kind: tokens / statistics.median(values) for kind, values in seconds.items()},
-        "peak_mib": memory,
-        "time_ratio": statistics.median(ratios),
-        "time_ratio_range": [min(ratios), max(ratios)],
-        "memory_ratio": memory["prime"] / memory["causal"],
-    }
     print(
-        f"training step, V = {options.vocab_size:,}, S = {options.num_subtokens}, D = {options.hidden_size}, "
-        f"{options.layers} layers, {options.batch} x {options.length} tokens, objective {options.objective}, "
-        f"{device.type}"
+        f"D = {options.hidden_size}, {options.layers} layers, {options.batch} x {options.length} tokens, {device.type}"
     )
-    for kind in seconds:
+    rows = []
+    for case in options.cases:
+        row = measure(case, options, device)
+        rows.append(row)
+        low, high = row["time_ratio_range"]
         print(
-            f"  {kind:7} {results['seconds_median'][kind]:7.3f} s  {results['tokens_per_second'][kind]:9,.0f} "
-            f"tokens/s {memory[kind]:8,.0f} MiB"
+            f"V = {case.vocab_size:,}, S = {case.num_subtokens}, {case.objective}: "
+            f"{row['tokens_per_second']['prime']:,.0f} tokens/s, causal {row['tokens_per_second']['causal']:,.0f}; "
+            f"time ratio {row['time_ratio']:.3f} ({low:.3f} to {high:.3f}); "
+            f"{row['peak_mib']['prime']:,.0f} / {row['peak_mib']['causal']:,.0f} MiB, "
+            f"ratio {row['memory_ratio']:.3f}; "
+            f"{row['share_of_matrix_rate']:.0%} of {row['matrix_rate'] / 1e9:,.0f} GFLOP/s"
+            + ("" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"),
+            flush=True,
         )
-    low, high = results["time_ratio_range"]
-    print(
-        f"  time ratio {results['time_ratio']:.3f} ({low:.3f} to {high:.3f})   "
-        f"memory ratio {results['memory_ratio']:.3f}"
-    )
+    names = ("hidden_size", "layers", "heads", "length", "batch", "steps", "compile")
+    shape = {name: getattr(options, name) for name in names}
     if options.output:
-        print(f"  record: {write_json(options.output, make_record('training_step', results, seed=options.seed))}")
+        results = {"shape": shape, "device": device.type, "rows": rows}
+        print(f"record: {write_json(options.output, make_record('training_step', results, seed=options.seed))}")
 
 
 if __name__ == "__main__":
