@@ -1,9 +1,10 @@
 """Where a network's attention goes, on given text: the numbers of docs/analysis.md.
 
 A network has to be callable and to name its projections as Llama, OPT or GPT-2 do (`projection_matrices`). What it is
-fed is decided in one place, `_inputs_of`.
+fed is decided in one place, `prime_v2.eval.analysis_inputs.feed`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_v2.configuration_prime_v2 import PrimeV2Config
-from prime_v2.diffusion_prime_v2 import RevealOrder, draw_noise
+from prime_v2.eval.analysis_inputs import feed, is_causal_model
 from prime_v2.eval.analysis_spectra import Progress, projection_matrices, rounded
-from prime_v2.random_prime_v2 import hash64
 
 STATISTICS = {
     "first_position_mass": "attention on the first position",
@@ -27,26 +26,28 @@ STATISTICS = {
     "relative_entropy": "that entropy over the log of the number of positions that the query can see: 1 is uniform",
     "mean_distance": "distance between a query and what it attends to, tokens",
 }
+TOP = "top_position_mass"  # the one statistic of all windows together
 MIN_WINDOW = 8  # tokens; in fewer, no position is far from another
 MAX_ROW_SUM_ERROR = 0.01  # of attention weights; bfloat16 makes 0.004
 WEIGHTS_PER_PASS = 2**25  # attention weights of one layer, 128 MiB in float32; or of one window, where that has more
 TOKENS_PER_PASS = 8192
-_ANALYSIS = 61  # stream number, see diffusion_prime_v2
 
 
-def attention_statistics(weights: Tensor, causal: bool) -> dict[str, Tensor]:
+def attention_statistics(weights: Tensor, seen: Tensor) -> dict[str, Tensor]:
     """The `STATISTICS` of each head in each window, (B, heads) float64 on the CPU, but for top_position_mass.
 
     weights (B, heads, L, L): from query (third axis) to key, rows adding up to 1. Each number is a mean over queries.
-    causal: a query sees no later position, so relative_entropy divides by ln(positions seen), and leaves out the first
-    query, which sees one. Also "received" (B, heads, L): attention on each position, mean over queries.
+    seen (1 or B, L, L) bool: whether a query can attend to a position; relative_entropy divides by ln(positions seen)
+    and leaves out queries that see one. Also "received" (B, heads, L): attention on each position, mean over queries.
     """
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     length = weights.shape[-1]
     positions = torch.arange(length, device=weights.device)
     received = weights.mean(-2)  # (B, heads, L)
     entropy = torch.special.entr(weights).sum(-1)  # (B, heads, L)
-    choices = positions + 1 if causal else torch.full_like(positions, length)
+    choices = seen.to(weights.device).sum(-1, keepdim=True).transpose(-1, -2)  # (1 or B, 1, L)
+    chosen = choices > 1
+    relative = entropy / choices.clamp(min=2).to(weights.dtype).log() * chosen
     diagonals = {shift: weights.diagonal(shift, -2, -1).sum(-1) / length for shift in (-1, 0, 1)}
     distances = (positions.unsqueeze(1) - positions).abs().to(weights.dtype).flatten()
     result = {
@@ -55,20 +56,16 @@ def attention_statistics(weights: Tensor, causal: bool) -> dict[str, Tensor]:
         "self_mass": diagonals[0],
         "neighbour_mass": diagonals[-1] + diagonals[0] + diagonals[1],
         "entropy": entropy.mean(-1),
-        "relative_entropy": (entropy / choices.to(weights.dtype).log())[..., int(causal) :].mean(-1),
+        "relative_entropy": relative.sum(-1) / chosen.sum(-1).clamp(min=1),
         "mean_distance": weights.flatten(-2) @ distances / length,
         "received": received,
     }
     return {name: value.cpu().double() for name, value in result.items()}
 
 
-def uniform_statistics(length: int, causal: bool) -> dict[str, float]:
-    """The `STATISTICS` of attention that is uniform over all positions that a query sees."""
-    weights = torch.ones(length, length, dtype=torch.double)
-    weights = weights.tril() if causal else weights
-    found = attention_statistics((weights / weights.sum(-1, keepdim=True))[None, None], causal)
-    top = float(found["received"].amax())
-    return {name: top if name == "top_position_mass" else float(found[name]) for name in STATISTICS}
+def uniform_weights(seen: Tensor) -> Tensor:
+    """Attention (1 or B, 1, L, L) float64 that is uniform over what each query sees, `seen` (1 or B, L, L)."""
+    return (seen.double() / seen.sum(-1, keepdim=True)).unsqueeze(1)
 
 
 class _Moments:
@@ -109,103 +106,41 @@ def measure_attention(
     """The `STATISTICS` of each layer and head over windows (N, L) of clean token ids; JSON-ready.
 
     model: of `load_scorer`, a masked-diffusion model or a `CausalScorer`; set to eager attention and evaluation mode
-    meanwhile. masked_share, seed: see `_inputs_of`. windows_per_pass: None fills passes of `WEIGHTS_PER_PASS` weights.
+    meanwhile. masked_share, seed: see `feed`. windows_per_pass: None fills passes of `WEIGHTS_PER_PASS` weights.
     Weights are summed up layer by layer as the network runs; those of one layer and pass are held at a time.
     The result says what was fed; "masked_digits" and "masked_tokens" are shares: of digits, of tokens with none left.
     Raises ValueError for windows below `MIN_WINDOW` tokens, a masked share outside [0, 1], and a network that gives no
     attention weights, or some that do not add up to 1.
     """
-    network, causal = network_of(model), is_causal_model(model)
+    network = network_of(model)
     num_windows, length = windows.shape
     if num_windows < 1 or length < MIN_WINDOW:
         raise ValueError(
             f"there are {num_windows} windows of {length} tokens; give at least one of {MIN_WINDOW} tokens"
         )
     modules = _attention_modules(network)
-    moments = [{name: _Moments() for name in (*STATISTICS, "received")} for _ in modules]
-    masked_digits = masked_tokens = 0
+    moments = [_new_moments() for _ in modules]
+    uniform, shares, about = _new_moments(), defaultdict(_Moments), {"masked_share": masked_share}
     step = windows_per_pass or _windows_per_pass(network, length)
-    with _eager_evaluation(network), _watched(modules, partial(_take, moments, causal)):
+    with _eager_evaluation(network):
         for ids in windows.split(step):
-            inputs = _inputs_of(model, ids.to(network.device), masked_share, seed)
-            if not causal:
-                masked = inputs["subtoken_ids"] == network.config.base  # (B, L, S)
-                masked_digits += int(masked.sum())
-                masked_tokens += int(masked.all(-1).sum())
-            # The network below its head: no logits are needed.
-            getattr(network, "base_model", network)(**inputs)
+            fed = feed(model, ids.to(network.device), masked_share, seed)
+            with _watched(modules, partial(_take, moments, fed.seen)):
+                # The network below its head: no logits are needed.
+                getattr(network, "base_model", network)(**fed.inputs)
+            _add(uniform, attention_statistics(uniform_weights(fed.seen), fed.seen))
+            for name, values in fed.shares.items():
+                shares[name].add(values.cpu())
+            about["fed"] = fed.words
             if progress is not None:
                 progress(len(ids))
-    about = {"masked_share": masked_share, "fed": _fed(model, masked_share)}
-    if not causal:
-        about["masked_digits"] = masked_digits / (windows.numel() * network.config.num_subtokens)
-        about["masked_tokens"] = masked_tokens / windows.numel()
-    return about | _summary(moments, [layer for layer, _ in modules], causal)
+    about |= {name: float(each.mean()) for name, each in shares.items()}
+    return about | _summary(moments, [layer for layer, _ in modules], uniform)
 
 
 def network_of(model: Any) -> Any:
     """The network of what `load_scorer` gives."""
     return model.model if is_causal_model(model) else model
-
-
-def is_causal_model(model: Any) -> bool:
-    """Whether this is a `CausalScorer`, which knows the token that a window starts with."""
-    return hasattr(model, "start_token_id")
-
-
-def _inputs_of(model: Any, ids: Tensor, masked_share: float | None, seed: int) -> dict[str, Any]:
-    """What the network is fed for clean ids (B, L): its arguments.
-
-    Causal: as for a likelihood, the start token and all but the last one; masked_share must be None. Masked diffusion:
-    states drawn by the model's own forward process at the level `masked_share` in [0, 1], 0 for clean; keyed by the
-    seed and the window's ids, so that equal windows and levels have equal states, and a higher level hides more of
-    the same units (count form). Another family needs a branch of its own here, and the words of `_fed`.
-    """
-    if is_causal_model(model):
-        if masked_share is not None:
-            raise ValueError(
-                f"masked_share={masked_share} is for masked diffusion; a causal model has None, clean text"
-            )
-        if int(ids.max()) >= model.vocab_size:
-            raise ValueError(
-                f"token id {int(ids.max())} is not below vocab_size={model.vocab_size}; use the model's own tokenizer"
-            )
-        start = ids.new_full((len(ids), 1), model.start_token_id)
-        return {"input_ids": torch.cat([start, ids[:, :-1]], dim=1), "use_cache": False}
-    config = model.config
-    if config.model_type != PrimeV2Config.model_type:
-        raise ValueError(
-            f"models of type {config.model_type!r} cannot be analyzed: it is not said what they are fed; use a "
-            f"{PrimeV2Config.model_type!r} or causal model"
-        )
-    check_masked_share(masked_share)
-    digits = model.encode(ids)
-    if masked_share == 0:
-        return {"subtoken_ids": digits}
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    keys = hash64(seed, _ANALYSIS, hash64(positions, ids).sum(1))
-    levels = torch.full((len(ids),), masked_share, dtype=torch.double, device=ids.device)
-    order = RevealOrder.from_config(config)
-    maskable = torch.ones_like(ids, dtype=torch.bool)
-    noise = draw_noise(maskable, order, keys, levels, config.noise_form, config.whole_token_above)
-    return {"subtoken_ids": torch.where(noise.visible, digits, config.base)}
-
-
-def check_masked_share(masked_share: float | None) -> None:
-    """ValueError unless this is a number in [0, 1]."""
-    if masked_share is None or not 0 <= masked_share <= 1:
-        raise ValueError(f"masked_share={masked_share} must be between 0 (clean text) and 1 (all masked); use 0.5")
-
-
-def _fed(model: Any, masked_share: float | None) -> str:
-    if is_causal_model(model):
-        return f"clean text: start token {model.start_token_id} and the window without its last token"
-    if masked_share == 0:
-        return "clean text: every digit visible"
-    config = model.config
-    above = config.whole_token_above
-    whole = "" if above is None else f", whole tokens above {above}"
-    return f"draw_noise at level {masked_share}: {config.noise_form} form, reveal order {config.reveal_order}{whole}"
 
 
 def _windows_per_pass(network: Any, length: int) -> int:
@@ -246,7 +181,7 @@ def _watched(modules: list[tuple[int, Any]], take: Callable[[int, int, Any], Non
             handle.remove()
 
 
-def _take(moments: list[dict[str, _Moments]], causal: bool, number: int, layer: int, output: Any) -> None:
+def _take(moments: list[dict[str, _Moments]], seen: Tensor, number: int, layer: int, output: Any) -> None:
     """Add the attention weights that a module gave back beside its output (B, L, D) to its moments."""
     others = output[1:] if isinstance(output, tuple) else ()
     weights = next((each for each in others if isinstance(each, Tensor) and each.dim() == 4), None)
@@ -260,23 +195,28 @@ def _take(moments: list[dict[str, _Moments]], causal: bool, number: int, layer: 
             f"the attention weights of layer {layer} miss a sum of 1 by {error:.3g}, more than {MAX_ROW_SUM_ERROR}; "
             f"use a model whose attention is a softmax over positions"
         )
-    found = attention_statistics(weights, causal)
+    _add(moments[number], attention_statistics(weights, seen))
+
+
+def _new_moments() -> dict[str, _Moments]:
+    return {name: _Moments() for name in (*STATISTICS, "received")}
+
+
+def _add(moments: dict[str, _Moments], found: dict[str, Tensor]) -> None:
     for name, values in found.items():
-        moments[number][name].add(values)
+        moments[name].add(values)
 
 
-def _summary(moments: list[dict[str, _Moments]], layers: list[int], causal: bool) -> dict[str, Any]:
-    """Means and standard errors, each a list over layers of lists over heads."""
+def _summary(moments: list[dict[str, _Moments]], layers: list[int], uniform: dict[str, _Moments]) -> dict[str, Any]:
+    """Means and standard errors, each a list over layers of lists over heads; `uniform` has one head."""
     received = [each["received"] for each in moments]
     length, count = received[0].mean().shape[-1], received[0].count
     top = [each.mean().argmax(-1, keepdim=True) for each in received]  # (heads, 1) each
-    mean = {name: [each[name].mean() for each in moments] for name in STATISTICS if name != "top_position_mass"}
+    mean = {name: [each[name].mean() for each in moments] for name in STATISTICS if name != TOP}
     stderr = {name: [each[name].stderr() for each in moments] for name in mean}
-    mean["top_position_mass"] = [
-        each.mean().gather(-1, at).squeeze(-1) for each, at in zip(received, top, strict=True)
-    ]
+    mean[TOP] = [each.mean().gather(-1, at).squeeze(-1) for each, at in zip(received, top, strict=True)]
     spread = [each.stderr() for each in received]
-    stderr["top_position_mass"] = [
+    stderr[TOP] = [
         None if each is None else each.gather(-1, at).squeeze(-1) for each, at in zip(spread, top, strict=True)
     ]
     return {
@@ -291,7 +231,10 @@ def _summary(moments: list[dict[str, _Moments]], layers: list[int], causal: bool
             for name in STATISTICS
         },
         "top_position": [each.squeeze(-1).tolist() for each in top],
-        "uniform": uniform_statistics(length, causal),
+        "uniform": {
+            name: rounded(float(uniform["received"].mean().amax() if name == TOP else uniform[name].mean()))
+            for name in STATISTICS
+        },
     }
 
 
@@ -303,9 +246,7 @@ __all__ = [
     "MIN_WINDOW",
     "STATISTICS",
     "attention_statistics",
-    "check_masked_share",
-    "is_causal_model",
     "measure_attention",
     "network_of",
-    "uniform_statistics",
+    "uniform_weights",
 ]

@@ -143,10 +143,17 @@ def plot_attention(results: dict[str, Any], path: Path) -> Path:
     for column, share in enumerate(columns):
         axes[0][column].set_title(f"masked share {share:g}" if share else "clean text", fontsize=10)
         for row, (name, label) in enumerate(STATISTIC_LABELS.items()):
-            for number, model in enumerate(models):
-                for state in model["attention"]:
-                    if (state["masked_share"] or 0.0) == share:
-                        _draw_heads(axes[row][column], state, name, number)
+            states = {
+                number: state
+                for number, model in enumerate(models)
+                for state in model["attention"]
+                if (state["masked_share"] or 0.0) == share
+            }
+            several = len({state["uniform"][name] for state in states.values()}) > 1
+            for number, state in states.items():
+                _draw_heads(axes[row][column], state, name, number)
+                color = COLORS[number] if several else "0.3"
+                axes[row][column].axhline(state["uniform"][name], color=color, linewidth=1, linestyle=":")
             if column == 0:
                 axes[row][0].set_ylabel(label)
         axes[-1][column].set_xlabel("layer")
@@ -165,7 +172,6 @@ def _draw_heads(axes: Any, state: dict[str, Any], name: str, number: int) -> Non
     x = np.repeat(layers, heads.shape[1])
     axes.scatter(x, heads.flatten(), s=11, color=COLORS[number], marker=MARKERS[number], alpha=0.55, linewidths=0)
     axes.plot(layers, heads.mean(1), color=COLORS[number], linewidth=1.3)
-    axes.axhline(state["uniform"][name], color="0.3", linewidth=1, linestyle=":")
 
 
 def _share_limits(panels: list[Any]) -> None:
@@ -192,7 +198,8 @@ def _panels(
 
     left, right, bottom, top = MARGINS
     width = left + right + columns * size[0] + (columns - 1) * gap[0]
-    in_a_row = min(len(handles), int(width // LEGEND_ENTRY[0]))
+    entry = max(LEGEND_ENTRY[0], 0.6 + 0.058 * max(len(each.get_label()) for each in handles))
+    in_a_row = max(1, min(len(handles), int(width // entry)))
     top += LEGEND_ENTRY[1] * math.ceil(len(handles) / in_a_row)
     height = bottom + top + rows * size[1] + (rows - 1) * gap[1]
     # Measured out, not "constrained", which takes seconds for this many panels.

@@ -102,31 +102,31 @@ def _check_figures(folder: Path | None) -> None:
 
 
 def _analyze(names: list[str], text: TextSource, options: Analysis) -> dict[str, Any]:
-    from prime_v2.configuration_prime_v2 import PrimeV2Config
-    from prime_v2.eval.analysis import STATISTICS, check_masked_share
+    from prime_v2.eval.analysis import STATISTICS
+    from prime_v2.eval.analysis_inputs import DIFFUSION, check_masked_share
     from prime_v2.eval.analysis_spectra import gaussian_spectrum
     from prime_v2.eval.loading import load_config
 
     labels = labels_of(names)
     configs = [load_config(each) for each in names]
-    has_masks = [each.model_type == PrimeV2Config.model_type for each in configs]
+    has_noise = [each.model_type in DIFFUSION for each in configs]
     for share in options.masked_shares or []:
         check_masked_share(share)
-    if options.masked_shares and not any(has_masks):
+    if options.masked_shares and not any(has_noise):
         raise ValueError(
-            f"--masked-share {options.masked_shares[0]} is for masked-diffusion models; leave it out for causal ones, "
+            f"--masked-share {options.masked_shares[0]} is for diffusion models; leave it out for causal ones, "
             f"which are measured on clean text"
         )
     shares = sorted(set(options.masked_shares or MASKED_SHARES))
     windows, about = _windows(names, configs, text, options)
     found = [
         _analyze_model(name, label, each, shares if masked else [None], options)
-        for name, label, each, masked in zip(names, labels, windows, has_masks, strict=True)
+        for name, label, each, masked in zip(names, labels, windows, has_noise, strict=True)
     ]
     shapes = sorted({(each["rows"], each["columns"]) for model in found for each in model["matrices"]})
     return {
         "text": about,
-        "masked_shares": shares if any(has_masks) else None,
+        "masked_shares": shares if any(has_noise) else None,
         "seed": options.seed,
         "statistics": STATISTICS,
         "models": found,
@@ -264,13 +264,17 @@ def _spectrum_cells(found: list[dict[str, Any]]) -> list[str]:
 def _attention_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = [["masked", "model", "windows", *(heading for heading, _, _ in COLUMNS)]]
     references: dict[str, dict[str, float]] = {}
+    kinds = {model["name"]: model["model_type"] for model in results["models"]}
     states = [(state, model["name"]) for model in results["models"] for state in model["attention"]]
     for state, name in sorted(states, key=lambda each: each[0]["masked_share"] or 0.0):
         means = {each: fmean(map(fmean, state["statistics"][each]["mean"])) for _, each, _ in COLUMNS}
         share = state["masked_share"]
         shown = [form.format(means[each]) for _, each, form in COLUMNS]
         rows.append(["causal" if share is None else f"{share:g}", name, str(state["num_windows"]), *shown])
-        references["uniform, causal" if share is None else "uniform"] = state["uniform"]
+        kind = "uniform, causal" if share is None else "uniform"
+        if kinds[name] == "prime_v2_interpolating":  # whose queries see what is known
+            kind += f", {share:g} masked"
+        references[kind] = state["uniform"]
     for name, each in references.items():
         rows.append(["", name, "", *(form.format(each[statistic]) for _, statistic, form in COLUMNS)])
     return rows

@@ -7,44 +7,46 @@ import pytest
 import torch
 from analysis_networks import LENGTH, causal_model, draw
 from enumeration import small_model
+from interpolating_networks import small_model as interpolating_model
 from torch import nn
 from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
+from uniform_networks import small_model as uniform_model
 
 from prime_v2.eval import analysis
 from prime_v2.eval.analysis import (
     STATISTICS,
-    _inputs_of,
     attention_statistics,
     measure_attention,
-    uniform_statistics,
 )
+from prime_v2.eval.analysis_inputs import feed, seen_everywhere
 from prime_v2.eval.analysis_spectra import (
     projection_matrices,
 )
 
 
-def naive_statistics(weights: torch.Tensor, causal: bool) -> dict[str, torch.Tensor]:
+def naive_statistics(weights: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
     """The statistics of weights (N, heads, L, L) by loops over windows, heads, queries and keys; (heads,) each."""
+    seen = seen.expand(len(weights), -1, -1)
     num_windows, heads, length, _ = weights.shape
     result = {name: torch.zeros(heads, dtype=torch.double) for name in STATISTICS}
     for head in range(heads):
         received = torch.zeros(num_windows, length, dtype=torch.double)
         for window in range(num_windows):
+            several = sum(int(seen[window, query].sum()) > 1 for query in range(length))
             for query in range(length):
                 row = [float(each) for each in weights[window, head, query]]
                 entropy = -sum(each * math.log(each) for each in row if each > 0)
-                seen = query + 1 if causal else length
+                choices = int(seen[window, query].sum())
                 share = 1 / (num_windows * length)
                 result["first_position_mass"][head] += share * row[0]
                 result["self_mass"][head] += share * row[query]
                 result["neighbour_mass"][head] += share * sum(row[max(0, query - 1) : query + 2])
                 result["entropy"][head] += share * entropy
-                if seen > 1:
-                    queries = num_windows * (length - causal)
-                    result["relative_entropy"][head] += entropy / math.log(seen) / queries
+                if choices > 1:
+                    result["relative_entropy"][head] += entropy / math.log(choices) / (num_windows * several)
                 result["mean_distance"][head] += share * sum(abs(query - key) * each for key, each in enumerate(row))
                 received[window] += torch.tensor(row, dtype=torch.double) / length
         result["top_in_window_mass"][head] = received.amax(1).mean()
@@ -52,23 +54,31 @@ def naive_statistics(weights: torch.Tensor, causal: bool) -> dict[str, torch.Ten
     return result
 
 
-@pytest.mark.parametrize("kind", ["masked", "clean", "gpt2", "llama"])
+def network_for(kind: str):
+    """A small model, its network, and what it is asked for."""
+    if kind in ("gpt2", "llama"):
+        model = causal_model(LlamaForCausalLM if kind == "llama" else GPT2LMHeadModel)
+        return model, model.model, None
+    model = {"uniform": uniform_model, "interpolating": interpolating_model}.get(kind, small_model)()
+    return model, model, 0.0 if kind == "clean" else 0.5
+
+
+@pytest.mark.parametrize("kind", ["masked", "clean", "gpt2", "llama", "uniform", "interpolating"])
 def test_statistics_are_those_of_plain_loops_over_the_networks_own_attention(kind):
     """The weights are those that Transformers gives for output_attentions."""
-    causal = kind in ("gpt2", "llama")
-    model = causal_model(LlamaForCausalLM if kind == "llama" else GPT2LMHeadModel) if causal else small_model()
-    share = None if causal else 0.5 if kind == "masked" else 0.0
+    model, network, share = network_for(kind)
     windows = draw(3)
     found = measure_attention(model, windows, share)
-    network = model.model if causal else model
     network.set_attn_implementation("eager")
+    fed = feed(model, windows, share, 0)
     with torch.no_grad():
-        attentions = network(**_inputs_of(model, windows, share, 0), output_attentions=True).attentions
+        attentions = network.base_model(**fed.inputs, output_attentions=True).attentions
     assert found["layers"] == [0, 1] and len(attentions) == 2
     for layer, weights in enumerate(attentions):
-        for name, values in naive_statistics(weights, causal).items():
+        for name, values in naive_statistics(weights, fed.seen).items():
             measured = found["statistics"][name]["mean"][layer]
             np.testing.assert_allclose(measured, values, rtol=1e-5, atol=1e-7, err_msg=name)  # float32, 6 digits
+        assert (weights[~fed.seen.unsqueeze(1).expand_as(weights)] == 0).all()
         received = weights.double().mean((0, 2))  # (heads, L)
         assert found["top_position"][layer] == received.argmax(1).tolist()
 
@@ -122,8 +132,7 @@ def test_uniform_attention_has_the_closed_form(causal):
         if each.kind == "q":
             nn.init.zeros_(each.weight)
     found = measure_attention(model, draw(), None if causal else 0.5)
-    assert uniform_statistics(LENGTH, causal) == pytest.approx(UNIFORM[causal], rel=1e-12)
-    assert found["uniform"] == uniform_statistics(LENGTH, causal)
+    assert found["uniform"] == pytest.approx(UNIFORM[causal], rel=1e-5)  # of rounded values
     for name, expected in UNIFORM[causal].items():
         np.testing.assert_allclose(found["statistics"][name]["mean"], expected, rtol=1e-5, err_msg=name)  # float32
         np.testing.assert_allclose(found["statistics"][name]["stderr"], 0, atol=1e-6)
@@ -133,7 +142,7 @@ def test_attention_on_one_position_each_has_the_closed_form():
     """Each query attends to the next position, the last one to itself."""
     weights = torch.diag(torch.ones(LENGTH - 1), 1)
     weights[-1, -1] = 1
-    found = attention_statistics(weights.expand(2, 3, LENGTH, LENGTH), causal=False)
+    found = attention_statistics(weights.expand(2, 3, LENGTH, LENGTH), seen_everywhere(LENGTH))
     expected = {
         "first_position_mass": 0,
         "top_in_window_mass": 2 / LENGTH,
@@ -169,15 +178,17 @@ def test_runs_repeat_themselves_and_passes_change_nothing(causal):
 def test_one_pass_of_one_layer_is_held_at_a_time(monkeypatch):
     seen = []
 
-    def spy(weights, causal):
+    def spy(weights, visible):
         seen.append(tuple(weights.shape))
-        return attention_statistics(weights, causal)
+        return attention_statistics(weights, visible)
 
     monkeypatch.setattr(analysis, "attention_statistics", spy)
     monkeypatch.setattr(analysis, "WEIGHTS_PER_PASS", 3 * 2 * LENGTH**2 + 1)
     measure_attention(small_model(), draw(7), 0.5)
-    # Two layers a pass, three windows a pass; the last one is the reference of uniform attention.
-    assert seen[:-1] == [(3, 2, LENGTH, LENGTH)] * 4 + [(1, 2, LENGTH, LENGTH)] * 2
+    # Two layers a pass, three windows a pass; after each pass the reference, uniform attention.
+    reference = [(1, 1, LENGTH, LENGTH)]
+    whole, rest = ([(count, 2, LENGTH, LENGTH)] * 2 + reference for count in (3, 1))
+    assert seen == whole + whole + rest
 
 
 def test_the_network_is_left_as_it_was():
@@ -206,11 +217,11 @@ ORDERS = {
 def test_the_level_is_the_share_of_hidden_units_of_the_models_own_order(order):
     model, ids = small_model(**ORDERS[order]), draw(6)
     digits = model.encode(ids)
-    assert (_inputs_of(model, ids, 0, 0)["subtoken_ids"] == digits).all()
-    assert (_inputs_of(model, ids, 1, 0)["subtoken_ids"] == model.config.base).all()
+    assert (feed(model, ids, 0, 0).inputs["subtoken_ids"] == digits).all()
+    assert (feed(model, ids, 1, 0).inputs["subtoken_ids"] == model.config.base).all()
     fewer = None
     for share in (0.25, 0.5, 0.9):
-        states = _inputs_of(model, ids, share, 0)["subtoken_ids"]
+        states = feed(model, ids, share, 0).inputs["subtoken_ids"]
         hidden = states == model.config.base  # (6, L, 4)
         assert (states == torch.where(hidden, model.config.base, digits)).all()
         if order == "digit":
@@ -230,10 +241,10 @@ def test_the_level_is_the_share_of_hidden_units_of_the_models_own_order(order):
 
 def test_masks_depend_on_the_seed_and_the_window_alone():
     model, ids = small_model(), draw(6)
-    together = _inputs_of(model, ids, 0.5, 3)["subtoken_ids"]
-    alone = torch.cat([_inputs_of(model, row.unsqueeze(0), 0.5, 3)["subtoken_ids"] for row in ids])
+    together = feed(model, ids, 0.5, 3).inputs["subtoken_ids"]
+    alone = torch.cat([feed(model, row.unsqueeze(0), 0.5, 3).inputs["subtoken_ids"] for row in ids])
     assert (together == alone).all()
-    assert (together != _inputs_of(model, ids, 0.5, 4)["subtoken_ids"]).any()
+    assert (together != feed(model, ids, 0.5, 4).inputs["subtoken_ids"]).any()
     masks = together == model.config.base
     assert len({tuple(each.flatten().tolist()) for each in masks}) == 6
 
@@ -256,7 +267,7 @@ def test_a_causal_model_is_fed_what_its_likelihood_is_computed_from(monkeypatch)
     logits = scorer._logits
     monkeypatch.setattr(scorer, "_logits", lambda ids, mask: (fed.append(ids), logits(ids, mask))[1])
     scorer.log_likelihood(ids)
-    assert (_inputs_of(scorer, ids, None, 0)["input_ids"] == fed[0]).all()
+    assert (feed(scorer, ids, None, 0).inputs["input_ids"] == fed[0]).all()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan, None])
@@ -305,5 +316,51 @@ def test_a_family_of_which_nothing_is_known_is_refused_by_its_type():
     class Model:
         config = Other()
 
-    with pytest.raises(ValueError, match="models of type 'other' cannot be analyzed: .*; use a 'prime_v2' or causal"):
-        _inputs_of(Model(), draw(), 0.5, 0)
+    with pytest.raises(ValueError, match="models of type 'other' cannot be analyzed: .*; use a causal model or"):
+        feed(Model(), draw(), 0.5, 0)
+
+
+# ------------------------------------------------------------------------------------------- the other families
+
+
+def test_a_uniform_state_model_is_fed_replaced_tokens_and_their_time():
+    model, ids = uniform_model(), draw(64)
+    clean = feed(model, ids, 0, 0).inputs
+    assert (clean["input_ids"] == ids).all() and (clean["times"] < 1e-10).all()
+    before = 0.0
+    for share in (0.25, 0.5, 0.9):
+        fed = feed(model, ids, share, 0)
+        changed = share * 10 / 11  # one draw in eleven changes nothing
+        assert (fed.shares["changed_tokens"].mean() - changed).abs() < 0.05
+        assert (fed.inputs["times"].mean() - share).abs() < 0.05 and fed.inputs["times"].mean() > before
+        before = fed.inputs["times"].mean()
+    assert (feed(model, ids[:1], 0.5, 0).inputs["input_ids"] == feed(model, ids, 0.5, 0).inputs["input_ids"][:1]).all()
+
+
+def test_an_interpolating_model_is_fed_masks_and_an_order():
+    """A masked token sees itself and what is known; the k-th known one, k tokens."""
+    model, ids = interpolating_model(), draw(6)
+    fewer = torch.zeros_like(ids, dtype=torch.bool)
+    for share in (0.0, 0.25, 0.5, 1.0):
+        fed = feed(model, ids, share, 0)
+        hidden = fed.inputs["input_ids"] == model.config.mask_token_id
+        assert (hidden.sum(1) == share * LENGTH).all() and (hidden | ~fewer).all()
+        assert (fed.inputs["input_ids"] == torch.where(hidden, model.config.mask_token_id, ids)).all()
+        known = LENGTH - int(share * LENGTH)
+        counts = fed.seen.sum(-1)
+        assert (counts[hidden] == known + 1).all()
+        assert (counts.masked_fill(hidden, 0).sort(1).values[:, LENGTH - known :] == torch.arange(1, known + 1)).all()
+        fewer = hidden
+
+
+@pytest.mark.parametrize("kind", ["uniform", "interpolating"])
+def test_uniform_attention_is_over_what_a_query_sees(kind):
+    model, network, share = network_for(kind)
+    for each in projection_matrices(network):
+        if each.kind == "q":
+            nn.init.zeros_(each.weight)
+    found = measure_attention(model, draw(), share)
+    for name, expected in found["uniform"].items():
+        if name != "top_position_mass":  # of each head of all windows, like the reference, but rounded before
+            np.testing.assert_allclose(found["statistics"][name]["mean"], expected, rtol=1e-5, err_msg=name)
+    assert found["uniform"]["relative_entropy"] == pytest.approx(1)

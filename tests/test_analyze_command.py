@@ -256,7 +256,7 @@ def test_folders_that_cannot_be_analyzed_are_refused_and_nothing_is_written(mode
     empty.mkdir()
     assert "has no config.json; give the folder of a saved model" in refused(models["prime"], empty, text, *output)
     assert "is given twice; once will do" in refused(models["prime"], models["prime"], text, *output)
-    message = "--masked-share 0.5 is for masked-diffusion models; leave it out for causal ones"
+    message = "--masked-share 0.5 is for diffusion models; leave it out for causal ones"
     assert message in refused(models["gpt2"], text, "--masked-share", 0.5, *output)
     assert list(written.iterdir()) == []
 
