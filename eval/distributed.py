@@ -25,8 +25,22 @@ class _KeepName(TrainerCallback):
             type(model).__module__ = self.module
 
 
+class _NameReadWeights(TrainerCallback):
+    """ZeRO-3 gathers a module's weights for its call; the model's own forward also reads those outside its layers."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        import deepspeed
+
+        in_layers = {id(weight) for weight in model.base_model.layers.parameters()}
+        for weight in model.parameters():
+            if id(weight) not in in_layers and hasattr(weight, "ds_id"):
+                deepspeed.zero.register_external_parameter(model, weight)
+
+
 def prepare_sharding(trainer: Any) -> None:
-    """Tell Accelerate's FSDP2, where a run uses it, what it must know of these models before it shards them."""
+    """Tell FSDP2 or ZeRO-3, where a run uses one of them, what it must know of these models."""
+    if trainer.is_deepspeed_enabled:
+        trainer.add_callback(_NameReadWeights())
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
@@ -43,19 +57,31 @@ def prepare_sharding(trainer: Any) -> None:
 
 
 def whole(model: Any) -> Any:
-    """The model itself, or of one that FSDP2 has sharded a copy with all weights; all processes call it together.
+    """The model itself, or of one that FSDP2 or ZeRO-3 has sharded a copy with all weights; all processes call it.
 
-    Likelihoods and `generate` call parts of a model and read weights outside any forward, for which FSDP gathers
-    nothing. And the passes of a whole model need no other process, so that each can score texts of its own.
+    Likelihoods and `generate` call parts of a model and read weights outside any forward, for which nothing is
+    gathered. And the passes of a whole model need no other process, so that each can score texts of its own.
     """
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    by_zero = any(hasattr(weight, "ds_id") for weight in model.parameters())
+    if not by_zero and not any(isinstance(module, FSDPModule) for module in model.modules()):
         return model
     with torch.random.fork_rng():
         copy = FAMILY_OF_TYPE[model.config.model_type].model_class(model.config)
-    state = model.state_dict().items()
-    copy.load_state_dict({key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in state})
+    copy.load_state_dict(_gathered_by_zero(model) if by_zero else _gathered(model))
     copy.generation_config = model.generation_config
     return copy.to(model.device).eval()
+
+
+def _gathered(model: Any) -> dict[str, torch.Tensor]:
+    state = model.state_dict().items()
+    return {key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in state}
+
+
+def _gathered_by_zero(model: Any) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {key: each.detach().clone() for key, each in model.state_dict().items()}
 
 
 __all__ = ["prepare_sharding", "whole"]
