@@ -310,10 +310,10 @@ def _prepared(comparison: Comparison, out: Path, running: Running) -> tuple[list
         prepare(comparison, out)
     planned = plan(comparison, out, measure=False)
     finished = {each.run.folder for each in planned if state_of(each) == "finished"}
-    if not running.allow_mixed:
-        check_code([each for each in planned if each.run.folder in finished])
     waiting = [each for each in planned if each.run.folder not in finished]
     if waiting:
+        if not running.allow_mixed:
+            check_code([each for each in planned if each.run.folder in finished])
         prepare(comparison, out)
     return planned, waiting
 

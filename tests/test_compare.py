@@ -379,10 +379,15 @@ def test_other_options_in_the_folder_are_refused_by_folder(finished, content, tm
     assert re.search(r"--output_dir .*MDM-.* holds a run with learning_rate=0.01, not 0.02", sentence)
 
 
-def test_runs_of_another_commit_are_refused_before_anything_is_trained(finished, forked, monkeypatch):
+def test_no_run_is_trained_beside_those_of_another_commit(
+    finished, content, forked, tmp_path, monkeypatch
+):
+    """Finished runs alone are reported as they are, since nothing is mixed."""
     monkeypatch.setattr(compare, "code_version", lambda: {"commit": "f" * 40, "uncommitted_changes": False})
-    assert "was trained by commit" in refused(finished / "mini.yaml", "--out", finished / "out")
-    assert not forked
+    assert run(finished / "mini.yaml", "--out", finished / "out").exit_code == 0
+    runs = {**content["runs"], "another": {"family": "arm"}}
+    sentence = refused(write(tmp_path, content, runs=runs), "--out", finished / "out")
+    assert "was trained by commit" in sentence and not forked
 
 
 def test_folders_of_something_else_or_in_use_are_refused(finished, content, tmp_path):
