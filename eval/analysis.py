@@ -120,7 +120,8 @@ def measure_attention(
         )
     modules = _attention_modules(network)
     moments = [_new_moments() for _ in modules]
-    uniform, shares, about = _new_moments(), defaultdict(_Moments), {"masked_share": masked_share}
+    uniform, shares = _new_moments(), defaultdict[str, _Moments](_Moments)
+    about: dict[str, Any] = {"masked_share": masked_share}
     step = windows_per_pass or _windows_per_pass(network, length)
     with _eager_evaluation(network):
         for ids in windows.split(step):

@@ -379,9 +379,7 @@ def test_other_options_in_the_folder_are_refused_by_folder(finished, content, tm
     assert re.search(r"--output_dir .*MDM-.* holds a run with learning_rate=0.01, not 0.02", sentence)
 
 
-def test_no_run_is_trained_beside_those_of_another_commit(
-    finished, content, forked, tmp_path, monkeypatch
-):
+def test_no_run_is_trained_beside_those_of_another_commit(finished, content, forked, tmp_path, monkeypatch):
     """Finished runs alone are reported as they are, since nothing is mixed."""
     monkeypatch.setattr(compare, "code_version", lambda: {"commit": "f" * 40, "uncommitted_changes": False})
     assert run(finished / "mini.yaml", "--out", finished / "out").exit_code == 0
