@@ -6,12 +6,12 @@
     python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
         --cases 32000:15:token --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
-A step is forward, backward, clipping and AdamW. Steps of the two models alternate in one process, so that both see the
-same machine; the time ratio is the median of the ratios of neighboring steps. Peak memory is measured in a fresh
-process for each model, above what the process holds before the model is built. The arithmetic rate counts the matrix
-products of forward and backward (PyTorch's counter) over the whole step, against the machine's own rate for a product
-of two 2,048 x 2,048 matrices in the same process, float32 on a CPU, bf16 on an accelerator; `mfu` is the share of the
-accelerator's data-sheet rate.
+A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the two models
+alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
+steps. Peak memory is measured in a fresh process for each model, above what the process holds before the model is
+built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step,
+against the machine's own rate for a product of two 2,048 x 2,048 matrices in the same process, float32 on a CPU, bf16
+on an accelerator; `mfu` is the share of the accelerator's data-sheet rate.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.eval.flops import measure_flops, peak_flops
 from prime_v2.eval.records import make_record, write_json
+from prime_v2.eval.training import keep_freed_memory
 
 KINDS = ("prime", "causal")
 
@@ -184,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_of:
         measure_memory(options.memory_of, options, device)
         return
+    keep_freed_memory()
     print(
         f"D = {options.hidden_size}, {options.layers} layers, {options.batch} x {options.length} tokens, {device.type}"
     )
