@@ -1,7 +1,7 @@
 """Run the fuzz tests in full and count their cases: answered and checked, refused with a sentence, failed.
 
     python benchmarks/fuzz.py --output results/fuzz.json          # every file, over 10,000 cases
-    python benchmarks/fuzz.py config code_table                   # some files
+    python benchmarks/fuzz.py config code_table --jobs 2          # some files, two at a time
 
 A failed case is a silent wrong answer or an error that is no refusal; Hypothesis prints the smallest one.
 """
@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from timing import positive
 
 from prime_v2.eval.records import code_version, make_record, write_json
 
@@ -51,15 +54,17 @@ def main() -> int:
     names = sorted(path.stem.removeprefix("test_fuzz_") for path in TESTS.glob("test_fuzz_*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--jobs", type=positive, default=1, help="files at once")
     parser.add_argument("--output", type=Path, help="write the record here (JSON)")
     args = parser.parse_args()
     unknown = sorted(set(args.files) - set(names))
     if unknown:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(names)}")
     code, rows = code_version(), []
-    for name in args.files or names:
-        rows.append(fuzz(name))
-        print(json.dumps({key: value for key, value in rows[-1].items() if key != "by_test"}), flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(fuzz, args.files or names):
+            rows.append(row)
+            print(json.dumps({key: value for key, value in row.items() if key != "by_test"}), flush=True)
     results = {
         "cases": sum(row["cases"] for row in rows),
         "tests_failed": sum(row["tests_failed"] for row in rows),
