@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:60} {1000 * each:+7.0f} ms")
     if options.output:
         results = {"seconds_median": medians, "seconds": seconds, "added_median": added}
-        print(f"record: {write_json(options.output, make_record('startup', results))}")
+        print(f"record: {write_json(options.output, make_record('startup', results, seed=None))}")
 
 
 if __name__ == "__main__":

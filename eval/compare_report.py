@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from prime_v2.eval.compare_config import COMMON, Comparison, Run, number
+from prime_v2.eval.markdown import markdown
 from prime_v2.eval.records import read_record
 
 Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
@@ -265,7 +266,7 @@ def cost_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def whole_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headings, lines) with the columns of both tables, for `prime_v2.eval.tables.markdown`."""
+    """(headings, lines) with the columns of both tables, for `prime_v2.eval.markdown.markdown`."""
     scores, costs = score_table(results), cost_table(results)
     shared = len(scores[0]) - 4  # the columns that name a group
     lines = [first + second[shared:] for first, second in zip(scores[1], costs[1], strict=True)]
@@ -332,8 +333,6 @@ def render(results: dict[str, Any]) -> str:
 
 def markdown_text(results: dict[str, Any]) -> str:
     """Tables and notes as Markdown."""
-    from prime_v2.eval.tables import markdown
-
     parts = [markdown(*whole_table(results))]
     if results["best"]:
         parts.append("The size with the lowest dev bound:\n\n" + markdown(*score_table(results, results["best"])))
@@ -393,8 +392,6 @@ def quantity(value: float) -> str:
 
 def best_table(path: Path) -> str:
     """A line a run and a column a budget: the bound of the size with the lowest dev bound, and that size."""
-    from prime_v2.eval.tables import markdown
-
     record = read_record(path)
     results = record["results"]
     found = {(each["name"], each["budget"]): each for each in results["best"]}
@@ -419,8 +416,12 @@ def _isoflop(results: Path) -> str:
     return best_table(results / "compare_isoflop.json")
 
 
+RECORDED = ("families", "isoflop", "levers", "levers_seeds", "winners")
 TABLES: dict[str, Callable[[Path], str]] = {
-    **{f"compare_{name}": partial(_record_of, name) for name in ("families", "isoflop", "levers", "winners")},
+    **{
+        f"compare_{name}": partial(_record_of, name)
+        for name in ("families", "isoflop", "levers", "levers_seeds", "winners")
+    },
     "isoflop": _isoflop,
 }
 

@@ -19,11 +19,13 @@ def make_record(
     name: str,
     results: dict[str, Any],
     *,
-    seed: int,
+    seed: int | None,
     command: str | None = None,
     code: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line.
+
+    seed: None where nothing is drawn.
 
     code: `code_version()` taken when the process began; None takes it now, which is right for short commands alone.
     """

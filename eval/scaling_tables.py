@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prime_v2.eval.markdown import markdown
 from prime_v2.eval.records import read_record
 
 PUBLISHED, PUBLISHED_PRIME, OWN = "scaling_published.json", "scaling_published_prime_v2.json", "scaling_isoflop.json"
@@ -25,7 +26,6 @@ def efficiency_table(file: str, pairs: Pairs, results: Path) -> str:
     """FLOPs that the second family of each pair needs for the loss of the first, at budgets that both have."""
     from prime_v2.eval.scaling_families import common_budgets, compare, from_json
     from prime_v2.eval.scaling_report import between, number
-    from prime_v2.eval.tables import markdown
 
     record = read_record(results / file)
     fits = {name: from_json(each) for name, each in record["results"]["families"].items()}
@@ -54,7 +54,6 @@ def not_a_bound_table(results: Path) -> str:
 
 def _laws(record: dict[str, Any]) -> str:
     from prime_v2.eval.scaling_report import between, number
-    from prime_v2.eval.tables import markdown
 
     rows = []
     for family in record["results"]["families"].values():
@@ -70,7 +69,6 @@ def _laws(record: dict[str, Any]) -> str:
 
 def _minima(record: dict[str, Any]) -> str:
     from prime_v2.eval.scaling_report import between, short
-    from prime_v2.eval.tables import markdown
 
     rows = []
     for family in record["results"]["families"].values():

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prime_v2.eval.benchmark_tables import TABLES as BENCHMARK_TABLES
 from prime_v2.eval.compare_report import TABLES as COMPARE_TABLES
+from prime_v2.eval.markdown import markdown, origin, with_origin
 from prime_v2.eval.records import read_record
 from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
 
@@ -53,7 +55,7 @@ def training_table(results: Path) -> str:
         "FLOPs",
         "training",
     ]
-    return markdown(heads, rows) + f"\n{_distances(results)}\n{_conditions(read_record(results / 'tiny.json'))}"
+    return markdown(heads, rows) + f"\n{_distances(results)}\n{origin(read_record(results / 'tiny.json'))}"
 
 
 def _distances(results: Path) -> str:
@@ -65,27 +67,6 @@ def _distances(results: Path) -> str:
         f"Below the unigram entropy: {below[0]:.2f} nats/token for MDM-Prime-v2, {below[1]:.2f} for MDM. The paper's "
         f"loss of MDM-Prime-v2 is {hidden:.2f} nats/token below its bound.\n"
     )
-
-
-def step_table(results: Path) -> str:
-    """Training step against the causal twin."""
-    rows = []
-    for objective in ("token", "subtoken"):
-        record = read_record(results / f"training_step_{objective}.json")
-        step = record["results"]
-        low, high = step["time_ratio_range"]
-        rows.append(
-            [
-                f"`{objective}`",
-                f"{step['tokens_per_second']['prime']:,.0f}",
-                f"{step['tokens_per_second']['causal']:,.0f}",
-                f"{step['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
-                f"{step['peak_mib']['prime']:,.0f} / {step['peak_mib']['causal']:,.0f} MiB",
-                f"{step['memory_ratio']:.2f}",
-            ]
-        )
-    heads = ["objective", "tokens/s", "causal twin", "time ratio [range]", "peak memory", "memory ratio"]
-    return markdown(heads, rows) + f"\n{_conditions(record)}"
 
 
 def entropy_table(results: Path) -> str:
@@ -103,7 +84,7 @@ def entropy_table(results: Path) -> str:
         for row in record["results"]["rows"]
     ]
     heads = ["sub-tokens S", "base b", "unshuffled", "25% shuffled", "shuffled", "joint entropy / S"]
-    return markdown(heads, rows) + f"\n{_conditions(record)}"
+    return with_origin(heads, rows, record)
 
 
 def paper_loss_table(results: Path) -> str:
@@ -133,7 +114,7 @@ def paper_loss_table(results: Path) -> str:
         )
     shuffles = max(row["shuffles"] for row in record["results"]["rows"])
     heads = ["law", "b", "S", "entropy", "every bound", "paper's loss", f"shuffled, mean [range] of {shuffles}"]
-    return markdown(heads, rows) + f"\n{_conditions(record)}"
+    return with_origin(heads, rows, record)
 
 
 def settings_table(results: Path) -> str:
@@ -159,7 +140,7 @@ def settings_table(results: Path) -> str:
         "stderr of the lead, nats",
         "seconds",
     ]
-    return markdown(heads, rows) + f"\n{_conditions(record)}"
+    return with_origin(heads, rows, record)
 
 
 def sciq_table(results: Path) -> str:
@@ -199,7 +180,7 @@ def sciq_table(results: Path) -> str:
         f"{full['token_passes']:,.0f} token passes and {full['seconds']:.2f} s a question, "
         f"{found['ratio_token_passes']:.0f} and {found['ratio_seconds']:.0f} times fewer than the published protocol "
         f"({metrics}).\nAdaptive draws chose the same answer as all 128 in {found['adaptive_same_best_share']:.0%} of "
-        f"{found['questions']} questions. A million token passes, rows of a pass {batching}.\n\n{_conditions(record)}"
+        f"{found['questions']} questions. A million token passes, rows of a pass {batching}.\n\n{origin(record)}"
     )
 
 
@@ -214,7 +195,7 @@ def tasks_table(results: Path) -> str:
             place = (row["task"], row["metric"], row["scored_split"], f"{row['n']:,}")
             cells.setdefault(place, {})[name] = f"{row['value']:.3f}{stderr}"
     rows = [[*place, *(found.get(name, "–") for name in names)] for place, found in cells.items()]
-    commands = "\n".join(_conditions(record) for record in records)
+    commands = "\n".join(origin(record) for record in records)
     return markdown(["task", "metric", "split", "questions", *names], rows) + f"\n{commands}"
 
 
@@ -238,33 +219,21 @@ def perplexity_table(results: Path) -> str:
             ]
         )
     heads = ["set", "model", "method", "nats/token", "perplexity", "bits/byte", "tokens", "draws"]
-    return markdown(heads, rows) + f"\n{_conditions(record)}"
+    return with_origin(heads, rows, record)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "training": training_table,
-    "training_step": step_table,
     "entropy": entropy_table,
     "paper_loss": paper_loss_table,
     "likelihood_settings": settings_table,
     "sciq_protocol": sciq_table,
     "tasks": tasks_table,
     "perplexity": perplexity_table,
+    **BENCHMARK_TABLES,
     **COMPARE_TABLES,
     **SCALING_TABLES,
 }
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _conditions(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    where = machine["accelerator"] or f"{machine['processor']}, {threads}"
-    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}, seed {record['seed']}).\n"
 
 
 def rewrite(text: str, results: Path) -> str:
