@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .code_table_prime_v2 import check_ids
 from .denoising_prime_v2 import num_new_tokens
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_config_prime_v2 import SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
 from .likelihood_arm_prime_v2 import evaluating, start_token_id
 
 
@@ -52,6 +52,8 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
         """
         refuse_filling_in(suffix_ids, max_denoising_steps)
         sources = [kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config)]
+        for name in SPECIAL_TOKENS:
+            special_ids(name, _first(sources, name), self.config.vocab_size)
         options = sampling_defaults(sources)
         check_seed(seed, _first([options, *sources], "do_sample"))
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
@@ -102,10 +104,15 @@ def _with_options(generation_config: GenerationConfig | None, kwargs: dict, opti
 
 
 def sampling_defaults(sources: list[dict]) -> dict[str, Any]:
-    """What is not set: draws, as the other families do, from all tokens; Transformers' top_k is 50."""
+    """What is not set: draws, as the other families do, from all tokens; Transformers' top_k is 50.
+
+    Without a token that ends a row, `eos_token_id=[]`, nothing is padded, but Transformers asks for a padding token.
+    """
     options: dict[str, Any] = {"do_sample": True} if _first(sources, "do_sample") is None else {}
     if _first([options, *sources], "do_sample") and _first(sources, "top_k") is None:
         options["top_k"] = 0
+    if _first(sources, "eos_token_id") in ([], ()) and _first(sources, "pad_token_id") is None:
+        options["pad_token_id"] = 0
     return options
 
 

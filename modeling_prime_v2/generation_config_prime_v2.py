@@ -75,11 +75,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
         if self.seed is not None and not _is_integer(self.seed):
             raise ValueError(f"seed={self.seed!r} must be an integer, or None to draw one; use 0")
         for name in SPECIAL_TOKENS:
-            value = getattr(self, name)
-            several = name == "eos_token_id" and isinstance(value, (list, tuple))
-            ids = list(value) if several else [] if value is None else [value]
-            if not all(_is_integer(each) and each >= 0 for each in ids):
-                raise ValueError(f"{name}={value!r} must be a token id, an integer of at least 0, or None")
+            special_ids(name, getattr(self, name))
 
     def _validate_sampling(self) -> None:
         if self.do_sample is not None and not isinstance(self.do_sample, bool):
@@ -132,15 +128,24 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
             setattr(options, name, DEFAULTS[name])
     if options.seed is None and options.do_sample:
         options.seed = int(torch.randint(2**62, ()))
-    eos, vocab_size = options.eos_token_id, model.config.vocab_size
-    options.eos_token_id = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    named = [("bos_token_id", options.bos_token_id), ("pad_token_id", options.pad_token_id)]
-    for name, token in named + [("eos_token_id", each) for each in options.eos_token_id]:
-        if token is not None and token >= vocab_size:
-            raise ValueError(f"{name}={token} is no token of this model; use an id in [0, {vocab_size - 1}], or None")
+    for name in SPECIAL_TOKENS:
+        special_ids(name, getattr(options, name), model.config.vocab_size)
+    options.eos_token_id = special_ids("eos_token_id", options.eos_token_id)
     if options.pad_token_id is None and options.eos_token_id:
         options.pad_token_id = options.eos_token_id[0]
     return options
+
+
+def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[int]:
+    """The ids that one of `SPECIAL_TOKENS` names, [] for None; ValueError for what is no id, or none of the model."""
+    several = name == "eos_token_id" and isinstance(value, (list, tuple))
+    ids = list(value) if several else [] if value is None else [value]
+    if not all(_is_integer(each) and each >= 0 for each in ids):
+        raise ValueError(f"{name}={value!r} must be a token id, an integer of at least 0, or None")
+    for token in ids:
+        if vocab_size is not None and token >= vocab_size:
+            raise ValueError(f"{name}={token} is no token of this model; use an id in [0, {vocab_size - 1}], or None")
+    return ids
 
 
 def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
@@ -162,4 +167,4 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["PrimeV2GenerationConfig"]
+__all__ = ["SPECIAL_TOKENS", "PrimeV2GenerationConfig", "merge_options", "special_ids"]

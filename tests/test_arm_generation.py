@@ -266,3 +266,27 @@ def test_bad_options_are_refused(model, arguments, message):
 def test_a_start_token_is_needed():
     with pytest.raises(ValueError, match="bos_token_id=None and eos_token_id=None: neither"):
         small_arm(bos_token_id=None).generate(some_ids())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_token_ends_a_row_where_the_list_of_them_is_empty(model, rows):
+    """Each token is EOS some time; with [] as with a token that is never drawn, rows go on."""
+    prompt = torch.zeros(rows, 1, dtype=torch.long)
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    assert model.generate(prompt, max_new_tokens=5, seed=0).shape == (rows, 2)
+    assert model.generate(prompt, max_new_tokens=5, seed=0, eos_token_id=[]).shape == (rows, 6)
+    model.generation_config.eos_token_id = None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id='2' must be a token id, an integer of at least 0, or None"),
+        ({"eos_token_id": [-1]}, r"eos_token_id=\[-1\] must be a token id"),
+        ({"pad_token_id": "0"}, "pad_token_id='0' must be a token id"),
+        ({"pad_token_id": 10**9}, r"pad_token_id=1000000000 is no token of this model; use an id in \[0, "),
+    ],
+)
+def test_special_tokens_that_are_none_are_refused(model, option, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=2, **option)
