@@ -127,4 +127,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training_step": step_table,
     "generation": generation_table,
     "end_to_end": end_to_end_table,
+    "growth": growth_table,
+    "startup": startup_table,
+    "crash_test": crash_table,
+    "fuzz": fuzz_table,
 }
