@@ -40,6 +40,8 @@ def check_start(run: Any) -> list[str]:
         problems.append(f"--lora {run.lora} must be a rank of at least 1, e.g. 8")
     if run.lora is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         problems.append("--lora does not run with FSDP here; use configs/accelerate/ddp.yaml")
+    if run.lora is not None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        problems.append("--lora does not run with DeepSpeed here; use configs/accelerate/ddp.yaml")
     if (run.prompt_field is None) != (run.answer_field is None):
         problems.append("--prompt_field and --answer_field belong together; give both")
     elif run.prompt_field is None:
