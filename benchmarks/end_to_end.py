@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import positive, ratio, seconds_of
+from timing import HEAD_DIM, add_sizes, ratio, seconds_of
 from torch.utils.data import DataLoader, default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -49,7 +49,7 @@ def shape(options: argparse.Namespace) -> dict[str, int]:
         "hidden_size": options.hidden_size,
         "intermediate_size": 4 * options.hidden_size,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": options.hidden_size // 64,
+        "num_attention_heads": options.hidden_size // HEAD_DIM,
         "max_position_embeddings": options.length,
     }
 
@@ -118,16 +118,7 @@ def pipeline(options: argparse.Namespace, blocks: PackedBlocks) -> dict[str, flo
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("hidden_size", 256),
-        ("layers", 4),
-        ("length", 256),
-        ("batch", 8),
-        ("steps", 30),
-        ("repeats", 3),
-        ("seed", 0),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
+    add_sizes(parser, hidden_size=256, layers=4, length=256, batch=8, steps=30, repeats=3, seed=0)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

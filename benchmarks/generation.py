@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 import torch
-from timing import by_turns, positive, ratio
+from timing import HEAD_DIM, add_sizes, by_turns, ratio
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.eval.records import make_record, write_json
@@ -44,7 +44,7 @@ def measure(vocab_size: int, num_subtokens: int, new: int, options: argparse.Nam
         hidden_size=options.hidden_size,
         intermediate_size=4 * options.hidden_size,
         num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
+        num_attention_heads=options.hidden_size // HEAD_DIM,
         max_position_embeddings=new + 1,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,9 +83,7 @@ def measure(vocab_size: int, num_subtokens: int, new: int, options: argparse.Nam
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = (("hidden_size", 256), ("layers", 4), ("batch", 8), ("steps", 64), ("repeats", 3), ("seed", 0))
-    for name, default in defaults:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
+    add_sizes(parser, hidden_size=256, layers=4, batch=8, steps=64, repeats=3, seed=0)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     rows = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import by_turns, positive
+from timing import HEAD_DIM, add_sizes, by_turns
 from training_step import KINDS, Case, Stepper, memory_in_fresh_process
 
 from prime_v2.eval.records import make_record, write_json
@@ -40,7 +40,7 @@ def measure(axis: str, options: argparse.Namespace, device: torch.device) -> dic
                 **vars(options),
                 batch=at["batch"],
                 length=at["length"],
-                heads=options.hidden_size // 64,
+                heads=options.hidden_size // HEAD_DIM,
                 compile=False,
             )
             case = Case(at["vocab_size"], (at["vocab_size"] - 1).bit_length(), "subtoken")
@@ -55,8 +55,7 @@ def measure(axis: str, options: argparse.Namespace, device: torch.device) -> dic
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden_size", 256), ("layers", 4), ("repeats", 3), ("seed", 0)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
+    add_sizes(parser, hidden_size=256, layers=4, repeats=3, seed=0)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

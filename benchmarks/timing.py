@@ -16,6 +16,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+HEAD_DIM = 64  # of the benchmarks that have no option for the number of heads
+
+
+def _width(text: str) -> int:
+    if positive(text) % HEAD_DIM:
+        raise argparse.ArgumentTypeError(f"{text} must be a multiple of {HEAD_DIM}, the width of a head, e.g. 256")
+    return int(text)
+
+
+def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Options of whole numbers, hidden_size=256 as --hidden-size 256; `seed` may be anything."""
+    types = {"seed": int} if "heads" in defaults else {"seed": int, "hidden_size": _width}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=types.get(name, positive), default=default)
+
+
 def seconds_of(work: Callable[[], Any]) -> float:
     """Wall time of one call; an accelerator is waited for."""
     started = time.perf_counter()

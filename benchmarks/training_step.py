@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import by_turns, matrix_rate, positive, ratio
+from timing import add_sizes, by_turns, matrix_rate, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
@@ -59,22 +59,17 @@ class Case:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("hidden_size", 512),
-        ("layers", 8),
-        ("heads", 8),
-        ("length", 512),
-        ("batch", 4),
-        ("steps", 9),
-        ("seed", 0),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "seed" else positive, default=default)
+    add_sizes(parser, hidden_size=512, layers=8, heads=8, length=512, batch=4, steps=9, seed=0)
     cases = [Case(50257, 16, "token"), Case(50257, 16, "subtoken")]
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=cases, metavar="V:S:OBJECTIVE")
     parser.add_argument("--compile", action="store_true", help="compile the Transformer of both by torch.compile")
     parser.add_argument("--output", help="write the record here (JSON)")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    width, heads = options.hidden_size, options.heads
+    if width % (2 * heads):
+        parser.error(f"--hidden-size {width} must be an even multiple of --heads {heads}, e.g. {64 * heads}")
+    return options
 
 
 def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module:

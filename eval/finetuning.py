@@ -38,10 +38,9 @@ def check_start(run: Any) -> list[str]:
             problems.append(f"--tokenizer {run.tokenizer} beside --init_from, which has its own; leave it out")
     if run.lora is not None and run.lora < 1:
         problems.append(f"--lora {run.lora} must be a rank of at least 1, e.g. 8")
-    if run.lora is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        problems.append("--lora does not run with FSDP here; use configs/accelerate/ddp.yaml")
-    if run.lora is not None and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        problems.append("--lora does not run with DeepSpeed here; use configs/accelerate/ddp.yaml")
+    for engine in ("FSDP", "DeepSpeed"):
+        if run.lora is not None and os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
+            problems.append(f"--lora does not run with {engine} here; use configs/accelerate/ddp.yaml")
     if (run.prompt_field is None) != (run.answer_field is None):
         problems.append("--prompt_field and --answer_field belong together; give both")
     elif run.prompt_field is None:

@@ -253,11 +253,14 @@ def test_a_dry_run_of_finished_runs_says_so(finished):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(content, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_the_same_command_goes_on(content, tmp_path, monkeypatch, request):
     """The command and its run in processes of their own; the signal reaches the command alone."""
     config = write(tmp_path, content, budgets=[28 * content["budgets"][0]], runs={"MDM": content["runs"]["MDM"]})
     out, logs = tmp_path / "out", tmp_path / "out" / "logs"
     arguments = [sys.executable, "-c", APPLICATION, "compare", str(config), "--out", str(out)]
+    # A background job of a shell starts with SIGINT ignored, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 120
         while not any("loss" in progress_of(log) for log in logs.glob("*")):

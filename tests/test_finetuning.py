@@ -13,9 +13,10 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from prime_v2.eval import training
 from prime_v2.eval.families import FAMILIES, bound_method
-from prime_v2.eval.finetuning import LORA_TARGETS, with_lora
+from prime_v2.eval.finetuning import LORA_TARGETS, check_start, with_lora
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.loading import load_model_and_tokenizer
+from prime_v2.eval.training_options import RunOptions
 from prime_v2.tokenization.supervised import Supervision, read_splits
 
 # peft reads a property that Transformers has renamed.
@@ -367,6 +368,14 @@ def test_options_that_do_not_go_together_are_one_sentence(options, message, caps
     with pytest.raises(SystemExit):
         training.main(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_adapters_are_not_sharded(engine, monkeypatch):
+    run = RunOptions(init_from="x", lora=2)
+    assert check_start(run) == []
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    assert check_start(run) == [f"--lora does not run with {engine} here; use configs/accelerate/ddp.yaml"]
 
 
 @pytest.mark.parametrize(
