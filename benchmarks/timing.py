@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from prime_v2.linear_prime_v2 import product
+
 
 def positive(text: str) -> int:
     """A size on the command line."""
@@ -59,7 +61,8 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> dict[st
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a product of two square matrices, the best of `repeats`: what this machine can do at all."""
+    """FLOP/s of a product of two square matrices, the best of `repeats` of two libraries: what this machine can do."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = min(seconds_of(lambda: left @ right) for _ in range(repeats + 1))
+    ways = (lambda: left @ right, lambda: product(left, right))
+    best = min(seconds_of(way) for _ in range(repeats + 1) for way in ways)
     return 2 * size**3 / best

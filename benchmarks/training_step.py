@@ -10,8 +10,8 @@ A step is forward, backward, clipping and AdamW, with freed memory kept as `trai
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
 steps. Peak memory is measured in a fresh process for each model, above what the process holds before the model is
 built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step,
-against the machine's own rate for a product of two 2,048 x 2,048 matrices in the same process, float32 on a CPU, bf16
-on an accelerator; `mfu` is the share of the accelerator's data-sheet rate.
+against the machine's own best rate for a product of two 2,048 x 2,048 matrices in the same process, float32 on a CPU,
+bf16 on an accelerator; `mfu` is the share of the accelerator's data-sheet rate.
 """
 
 import argparse

@@ -31,6 +31,24 @@ def step_table(results: Path) -> str:
     return with_origin(heads, rows, record)
 
 
+def products_table(results: Path) -> str:
+    """Products with a weight matrix by PyTorch and by `linear_prime_v2`."""
+    record = read_record(results / "products.json")
+    rows = []
+    for row in record["results"]["rows"]:
+        low, high = row["speedup_range"]
+        rows.append(
+            [
+                f"{row['matrices']}, {row['direction']}",
+                " x ".join(f"{side:,}" for side in row["shape"]),
+                *(f"{row['flops_per_second'][way] / 1e9:,.0f}" for way in ("pytorch", "product")),
+                f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+            ]
+        )
+    heads = ["matrices", "M x K x N", "PyTorch, GFLOP/s", "`product`, GFLOP/s", "times as fast [range]"]
+    return with_origin(heads, rows, record)
+
+
 def generation_table(results: Path) -> str:
     """`generate` against the published algorithm."""
     record = read_record(results / "generation.json")

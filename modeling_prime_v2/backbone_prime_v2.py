@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
+from .linear_prime_v2 import PrimeV2Linear
 from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
@@ -59,9 +60,9 @@ class PrimeV2MLP(nn.Module):
 
     def __init__(self, config: PrimeV2BackboneConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = PrimeV2Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = PrimeV2Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = PrimeV2Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor, checkpointed: bool = False) -> Tensor:
         """(..., D) to (..., D); checkpointed: the layer keeps nothing anyway."""
@@ -115,10 +116,10 @@ class PrimeV2Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = config.causal
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = PrimeV2Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = PrimeV2Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = PrimeV2Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = PrimeV2Linear(width, config.hidden_size, bias=config.attention_bias)
         self.q_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 

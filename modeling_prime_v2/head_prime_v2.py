@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear_prime_v2 import product
+
 # Elements of a chunk's logits: 16 MiB of float32 on a CPU (near its caches).
 CHUNK_ELEMENTS_CPU = 2**22
-# Elements of the head's rows that one product on a CPU takes: 2 MiB of float32, the size of a second-level cache.
-HEAD_BLOCK_ELEMENTS = 2**19
 # On an accelerator, one for so many bytes of memory; a chunk takes some 20 bytes an element, so 1/32 of the memory.
 BYTES_PER_CHUNK_ELEMENT = 640
 # A marginal below this is recomputed from logarithms: its terms come near 1e-38, where a float32 softmax underflows.
@@ -100,13 +100,13 @@ class _ChunkedNats(torch.autograd.Function):
         rows = max(1, chunk_elements(inputs.device) // head.shape[0])
         for start in range(0, len(inputs), rows):
             part = slice(start, start + rows)
-            logits = _logits(inputs[part], head).to(exact)
+            logits = product(inputs[part], head).to(exact)
             nats[part], gradient = chunk(logits, tokens, part)
             if gradient is None:
                 continue
             gradient = gradient.to(dtype)
             if need_inputs:
-                grad_inputs[part] = gradient @ head
+                grad_inputs[part] = product(gradient, head.t())
             if need_head:
                 _add_product(grad_head, gradient.T, inputs[part])
         ctx.gradients, ctx.head_dtype = (grad_inputs, grad_head), head_weight.dtype
@@ -125,17 +125,6 @@ class _ChunkedNats(torch.autograd.Function):
         if grad_head is not None:
             grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
         return grad_inputs, grad_head, None, None, None, None
-
-
-def _logits(inputs: Tensor, head: Tensor) -> Tensor:
-    """inputs (C, D) @ head (V, D).T; on a CPU by blocks of the head that stay in its cache, a third faster."""
-    if inputs.device.type != "cpu":
-        return inputs @ head.T
-    logits = inputs.new_empty(len(inputs), len(head))
-    rows = max(1, HEAD_BLOCK_ELEMENTS // head.shape[1])
-    for start in range(0, len(head), rows):
-        torch.mm(inputs, head[start : start + rows].T, out=logits[:, start : start + rows])
-    return logits
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -22,6 +22,7 @@ from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
 from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .linear_prime_v2 import product
 
 
 @dataclass
@@ -150,7 +151,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""
-        return nn.functional.linear(hidden_states, self.head_weight())
+        return product(hidden_states, self.head_weight())
 
     @property
     def likelihood_methods(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from .head_prime_v2 import token_nats
 from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
 from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .linear_prime_v2 import product
 
 MASKED_NOTE = "the mask token, the last of them, included"
 
@@ -136,7 +137,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
-        logits = nn.functional.linear(hidden_states, self.head_weight())
+        logits = product(hidden_states, self.head_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property

@@ -20,6 +20,7 @@ from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
 from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
+from .linear_prime_v2 import product
 from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 
 
@@ -176,7 +177,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
 
     def filtered_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
-        logits = nn.functional.linear(hidden_states, self.head_weight())
+        logits = product(hidden_states, self.head_weight())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.carry_over:
             logits = logits.masked_fill(~self.code_table.consistent(states), -torch.inf)

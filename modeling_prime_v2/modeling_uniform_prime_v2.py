@@ -20,6 +20,7 @@ from .diffusion_prime_v2 import stratified_levels
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
+from .linear_prime_v2 import PrimeV2Linear
 from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
 
 # Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
@@ -154,7 +155,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
     def __init__(self, config: PrimeV2UniformConfig):
         super().__init__(config)
         self.model = PrimeV2UniformModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = PrimeV2Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def resize_token_embeddings(self, *args, **kwargs):

@@ -312,11 +312,3 @@ def test_a_training_step_never_holds_a_tensor_of_batch_by_length_by_vocabulary(f
     with LargestTensor() as full:
         torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
     assert full.numel >= limit, "the check sees full logits where there are any"
-
-
-def test_products_by_blocks_of_the_head_are_those_of_the_whole(monkeypatch):
-    torch.manual_seed(0)
-    inputs, head = torch.randn(5, 6, dtype=torch.double), torch.randn(11, 6, dtype=torch.double)
-    for elements in (1, 6, 24, 66, 1000):  # 1, 1, 4, 11 rows, and more than there are
-        monkeypatch.setattr(head_prime_v2, "HEAD_BLOCK_ELEMENTS", elements)
-        torch.testing.assert_close(head_prime_v2._logits(inputs, head), inputs @ head.T, rtol=1e-12, atol=1e-12)
