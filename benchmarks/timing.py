@@ -60,9 +60,13 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> dict[st
     return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a product of two square matrices, the best of `repeats` of two libraries: what this machine can do."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    ways = (lambda: left @ right, lambda: product(left, right))
-    best = min(seconds_of(way) for _ in range(repeats + 1) for way in ways)
-    return 2 * size**3 / best
+def products_alone(
+    rows: int, inner: int, columns: int, flops: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], Any], int]:
+    """What does about `flops` FLOPs of (rows, inner) @ (inner, columns) by the faster of two libraries; the FLOPs."""
+    left, right = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
+    ways = (lambda: left @ right.t(), lambda: product(left, right))
+    fastest = min(ways, key=lambda way: min(seconds_of(way) for _ in range(4)))
+    each = 2 * rows * inner * columns
+    count = max(1, flops // each)
+    return (lambda: [fastest() for _ in range(count)][-1]), count * each

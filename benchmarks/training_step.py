@@ -9,9 +9,10 @@
 A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the two models
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
 steps. Peak memory is measured in a fresh process for each model, above what the process holds before the model is
-built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step,
-against the machine's own best rate for a product of two 2,048 x 2,048 matrices in the same process, float32 on a CPU,
-bf16 on an accelerator; `mfu` is the share of the accelerator's data-sheet rate.
+built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step.
+It stands beside the machine's own rate for nothing but products, which take turns with the steps, by the faster of the
+libraries, float32 on a CPU, bf16 on an accelerator: "width" of 2,048 tokens by a D x 4 D weight, "square" of two
+matrices of side 2,048. `mfu` is the share of the accelerator's data-sheet rate.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import add_sizes, by_turns, matrix_rate, ratio
+from timing import add_sizes, by_turns, products_alone, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
@@ -147,11 +148,14 @@ def memory_in_fresh_process(kind: str, case: Case, options: argparse.Namespace) 
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A row of the record."""
     steppers = {kind: Stepper(kind, case, options, device) for kind in KINDS}
-    rate = matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     flops = measure_flops(steppers["prime"].loss)
     steppers["prime"].optimizer.zero_grad(set_to_none=True)
-    seconds = by_turns({kind: stepper.step for kind, stepper in steppers.items()}, options.steps)
-    rate = max(rate, matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
+    alone = {name: products_alone(*each, flops // 10, device, dtype) for name, each in sides.items()}
+    ways = {"causal": steppers["causal"].step, "prime": steppers["prime"].step}
+    seconds = by_turns(ways | {name: run for name, (run, _) in alone.items()}, options.steps)
+    shares = {name: flops / done / ratio(seconds, "prime", name)["median"] for name, (_, done) in alone.items()}
     del steppers
     memory = {kind: memory_in_fresh_process(kind, case, options) for kind in KINDS}
     medians, peak = {kind: statistics.median(values) for kind, values in seconds.items()}, peak_flops(device)
@@ -162,14 +166,14 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
         "objective": case.objective,
         "seconds_median": medians,
         "seconds": seconds,
-        "tokens_per_second": {kind: options.batch * options.length / value for kind, value in medians.items()},
+        "tokens_per_second": {kind: options.batch * options.length / medians[kind] for kind in KINDS},
         "peak_mib": memory,
         "time_ratio": times["median"],
         "time_ratio_range": times["range"],
         "memory_ratio": memory["prime"] / memory["causal"],
         "flops": flops,
-        "matrix_rate": rate,
-        "share_of_matrix_rate": flops / medians["prime"] / rate,
+        "matrix_rate": {name: done / medians[name] for name, (_, done) in alone.items()},
+        "share_of_matrix_rate": shares,
         "mfu": None if peak is None else flops / medians["prime"] / peak,
     }
 
@@ -195,7 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"time ratio {row['time_ratio']:.3f} ({low:.3f} to {high:.3f}); "
             f"{row['peak_mib']['prime']:,.0f} / {row['peak_mib']['causal']:,.0f} MiB, "
             f"ratio {row['memory_ratio']:.3f}; "
-            f"{row['share_of_matrix_rate']:.0%} of {row['matrix_rate'] / 1e9:,.0f} GFLOP/s"
+            + ", ".join(
+                f"{share:.0%} of {row['matrix_rate'][name] / 1e9:,.0f} GFLOP/s ({name})"
+                for name, share in row["share_of_matrix_rate"].items()
+            )
             + ("" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"),
             flush=True,
         )

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from .linear_prime_v2 import product
 
-# Elements of a chunk's logits: 16 MiB of float32 on a CPU (near its caches).
-CHUNK_ELEMENTS_CPU = 2**22
+# Elements of a chunk's logits: 24 MiB of float32 on a CPU (near its caches; allocators keep blocks below 32 MiB).
+CHUNK_ELEMENTS_CPU = 3 * 2**21
 # On an accelerator, one for so many bytes of memory; a chunk takes some 20 bytes an element, so 1/32 of the memory.
 BYTES_PER_CHUNK_ELEMENT = 640
 # A marginal below this is recomputed from logarithms: its terms come near 1e-38, where a float32 softmax underflows.
@@ -151,18 +151,16 @@ class _Chunk:
         if self.kind == "token" and not self.carry_over:
             return self._token(logits, ids, weights)
         visible = tokens.visible[part]
-        differs = self.packed ^ self.packed[ids].unsqueeze(1)  # (C, V)
         if self.carry_over:
-            logits.masked_fill_((differs & self.table.pack_visible(visible).unsqueeze(1)) != 0, -torch.inf)
+            logits.masked_fill_(self._sharing(ids, visible).logical_not_(), -torch.inf)
         if self.kind == "token":
-            del differs
             return self._token(logits, ids, weights)
         if self.kind == "digits":
             columns, hidden = self.columns[ids], ~visible
-            nats, gradient, rare = self._digits(logits.softmax(-1), weights, columns, hidden)
+            nats, gradient, rare = self._digits(logits, weights, columns, hidden)
             groups = ((self.one_hot.T[columns[rare, j]] > 0, hidden[rare, j]) for j in range(columns.shape[1]))
         else:
-            shared = (differs & self.table.pack_visible(tokens.goal[part]).unsqueeze(1)) == 0
+            shared = self._sharing(ids, tokens.goal[part])
             nats, gradient, rare = self._prefix(logits.softmax(-1), weights, shared)
             groups = ((shared[rare], rare[rare]) for _ in range(1))
         if rare.any():
@@ -170,6 +168,11 @@ class _Chunk:
             if gradient is not None:
                 gradient[rare] = exact
         return nats, gradient
+
+    def _sharing(self, ids: Tensor, asked: Tensor) -> Tensor:
+        """Which tokens have the digits of `ids` (C,) wherever `asked` (C, S) is True: (C, V) bool."""
+        fields = self.table.pack_visible(asked).unsqueeze(1)
+        return (self.packed & fields) == (self.packed[ids].unsqueeze(1) & fields)
 
     def _from_logarithms(self, logits: Tensor, weights: Tensor, groups) -> tuple[Tensor, Tensor | None]:
         """Nats and gradient of any size. groups: (tokens sharing what is asked (C, V), whether it is asked (C,))."""
@@ -192,8 +195,9 @@ class _Chunk:
         gradient.scatter_add_(1, ids.unsqueeze(1), gradient.new_full((len(ids), 1), -1.0))
         return nats, gradient.mul_(weights.unsqueeze(1))
 
-    def _digits(self, probabilities, weights, columns, hidden) -> tuple[Tensor, Tensor | None, Tensor]:
-        one_hot = self.one_hot.to(probabilities.dtype)
+    def _digits(self, logits, weights, columns, hidden) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Writes into the logits, unless some tokens are rare and need them."""
+        probabilities, one_hot = logits.softmax(-1), self.one_hot.to(logits.dtype)
         marginals = (probabilities @ one_hot).gather(1, columns)  # (C, S), of the token's own digits
         rare = ((marginals < RARE_MARGINAL) & hidden).any(1)
         marginals = marginals.clamp(min=RARE_MARGINAL)
@@ -203,7 +207,8 @@ class _Chunk:
         pull = torch.where(hidden, weights.unsqueeze(1) / marginals, 0.0)  # (C, S)
         pull = marginals.new_zeros(len(weights), one_hot.shape[1]).scatter_(1, columns, pull)
         push = (weights * hidden.sum(1)).unsqueeze(1)
-        return nats, probabilities.mul_(torch.addmm(push, pull, one_hot.T, alpha=-1.0)), rare
+        factors = torch.addmm(push, pull, one_hot.T, alpha=-1.0, out=None if rare.any() else logits)
+        return nats, probabilities.mul_(factors), rare
 
     def _prefix(self, probabilities, weights, shared) -> tuple[Tensor, Tensor | None, Tensor]:
         mass = (probabilities * shared).sum(1)
