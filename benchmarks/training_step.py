@@ -10,9 +10,9 @@ A step is forward, backward, clipping and AdamW, with freed memory kept as `trai
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
 steps. Peak memory is measured in a fresh process for each model, above what the process holds before the model is
 built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step.
-It stands beside the machine's own rate for nothing but products, which take turns with the steps, by the faster of the
-libraries, float32 on a CPU, bf16 on an accelerator: "width" of 2,048 tokens by a D x 4 D weight, "square" of two
-matrices of side 2,048. `mfu` is the share of the accelerator's data-sheet rate.
+It stands beside the machine's own rate for nothing but products, float32 on a CPU, bf16 on an accelerator, by the
+faster of two libraries, which takes turns with the steps when the causal model is gone: "width" of 2,048 tokens by a
+D x 4 D weight, "square" of two matrices of side 2,048. `mfu` is the share of the accelerator's data-sheet rate.
 """
 
 import argparse
@@ -145,17 +145,29 @@ def memory_in_fresh_process(kind: str, case: Case, options: argparse.Namespace) 
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def beside_products(stepper: Stepper, flops: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """FLOP/s of products alone, which take turns with the steps, and the share of them that a step reaches."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
+    alone = {name: products_alone(*each, flops // 10, device, dtype) for name, each in sides.items()}
+    seconds = by_turns({"step": stepper.step} | {name: run for name, (run, _) in alone.items()}, options.steps)
+    return {
+        "seconds_beside_products": seconds,
+        "matrix_rate": {name: done / statistics.median(seconds[name]) for name, (_, done) in alone.items()},
+        "share_of_matrix_rate": {
+            name: flops / done / ratio(seconds, "step", name)["median"] for name, (_, done) in alone.items()
+        },
+    }
+
+
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A row of the record."""
     steppers = {kind: Stepper(kind, case, options, device) for kind in KINDS}
     flops = measure_flops(steppers["prime"].loss)
     steppers["prime"].optimizer.zero_grad(set_to_none=True)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
-    alone = {name: products_alone(*each, flops // 10, device, dtype) for name, each in sides.items()}
-    ways = {"causal": steppers["causal"].step, "prime": steppers["prime"].step}
-    seconds = by_turns(ways | {name: run for name, (run, _) in alone.items()}, options.steps)
-    shares = {name: flops / done / ratio(seconds, "prime", name)["median"] for name, (_, done) in alone.items()}
+    seconds = by_turns({kind: stepper.step for kind, stepper in steppers.items()}, options.steps)
+    del steppers["causal"]
+    beside = beside_products(steppers["prime"], flops, options, device)
     del steppers
     memory = {kind: memory_in_fresh_process(kind, case, options) for kind in KINDS}
     medians, peak = {kind: statistics.median(values) for kind, values in seconds.items()}, peak_flops(device)
@@ -172,8 +184,7 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> di
         "time_ratio_range": times["range"],
         "memory_ratio": memory["prime"] / memory["causal"],
         "flops": flops,
-        "matrix_rate": {name: done / medians[name] for name, (_, done) in alone.items()},
-        "share_of_matrix_rate": shares,
+        **beside,
         "mfu": None if peak is None else flops / medians["prime"] / peak,
     }
 
