@@ -16,6 +16,7 @@ import torch
 from timing import add_sizes, by_turns, ratio
 
 from prime_v2.eval.records import make_record, write_json
+from prime_v2.head_prime_v2 import CHUNK_ELEMENTS_CPU
 from prime_v2.linear_prime_v2 import product
 
 
@@ -26,7 +27,7 @@ def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
         "query, key, value, output": (tokens, width, width),
         "gate, up": (tokens, width, 4 * width),
         "down": (tokens, 4 * width, width),
-        "head, a chunk": (max(1, 2**22 // options.vocab_size), width, options.vocab_size),
+        "head, a chunk": (max(1, CHUNK_ELEMENTS_CPU // options.vocab_size), width, options.vocab_size),
         "square": (2048, 2048, 2048),
     }
 

@@ -23,11 +23,14 @@ def step_table(results: Path) -> str:
                 f"{step['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
                 f"{step['peak_mib']['prime']:,.0f} / {step['peak_mib']['causal']:,.0f} MiB",
                 f"{step['memory_ratio']:.2f}",
-                f"{step['share_of_matrix_rate']:.0%} of {step['matrix_rate'] / 1e9:,.0f} GFLOP/s",
+                *(
+                    f"{step['share_of_matrix_rate'][name]:.0%} of {step['matrix_rate'][name] / 1e9:,.0f} GFLOP/s"
+                    for name in ("width", "square")
+                ),
             ]
         )
     heads = ["V", "S", "objective", "tokens/s", "causal twin", "time ratio [range]", "peak memory", "memory ratio",
-             "arithmetic rate"]  # fmt: skip
+             "arithmetic rate, of products at D", "of square products"]  # fmt: skip
     return with_origin(heads, rows, record)
 
 
@@ -143,6 +146,7 @@ def fuzz_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "training_step": step_table,
+    "products": products_table,
     "generation": generation_table,
     "end_to_end": end_to_end_table,
     "growth": growth_table,

@@ -153,8 +153,11 @@ class PrimeV2Layer(GradientCheckpointingLayer):
         self.input_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, needed: Tensor | None = None, **kwargs) -> Tensor:
+        """(B, L, D) to (B, L, D), or to (M, D), the tokens that are `needed` (B, L) bool."""
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        if needed is not None:
+            hidden_states = hidden_states[needed]
         checkpointed = self.gradient_checkpointing and self.training
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), checkpointed)
 
@@ -212,19 +215,23 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
         self.norm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
 
-    def run_layers(self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, **kwargs) -> Tensor:
+    def run_layers(
+        self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, needed=None, **kwargs
+    ) -> Tensor:
         """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it.
 
         inputs: tensors that a family's layers take beside the hidden states, by position: activation checkpointing
-        loses the gradients of what is passed by name.
+        loses the gradients of what is passed by name. needed (B, L) bool: the last layer ends with these tokens alone.
         """
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
+            last = {} if needed is None or number < len(self.layers) else {"needed": needed}
             hidden_states = layer(
                 hidden_states,
                 *inputs,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
+                **last,
                 **kwargs,
             )
         return self.norm(hidden_states)

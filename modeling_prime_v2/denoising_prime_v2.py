@@ -191,10 +191,9 @@ class DenoisingProcess:
         self._last = time.perf_counter()
         mask = None if canvas.real.all() else canvas.real[picked].long()
         hidden_states = self.model.model(
-            canvas.states[picked], attention_mask=mask, position_ids=canvas.position_ids[picked]
-        ).last_hidden_state
+            canvas.states[picked], attention_mask=mask, position_ids=canvas.position_ids[picked], needed=asked
+        ).last_hidden_state  # (M, D)
         at, columns = asked.nonzero(as_tuple=True)
-        hidden_states = hidden_states[at, columns]  # (M, D)
         self._tick("network")
         known = self._known_ids(picked) if self.processors else None
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)

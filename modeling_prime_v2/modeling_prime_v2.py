@@ -61,9 +61,13 @@ class PrimeV2Model(PrimeV2Backbone):
         subtoken_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        needed: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """subtoken_ids (B, L, S) int64 in [0, base], base = masked; attention_mask (B, L), 0 for padding."""
+        """subtoken_ids (B, L, S) int64 in [0, base], base = masked; attention_mask (B, L), 0 for padding.
+
+        needed (B, L) bool: only these tokens' hidden states are wanted, (M, D) by rows, then columns.
+        """
         check_states(subtoken_ids, attention_mask, self.config)
         hidden_states = self.embed_subtokens(subtoken_ids)
         if position_ids is None:
@@ -71,7 +75,7 @@ class PrimeV2Model(PrimeV2Backbone):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        hidden_states = self.run_layers(hidden_states, position_ids, mask, **kwargs)
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, needed=needed, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 

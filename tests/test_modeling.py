@@ -185,6 +185,20 @@ def test_batch_order_and_composition_change_no_logits():
     torch.testing.assert_close(model(ids[order]).logits, logits[order], **CLOSE)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_hidden_states_of_the_needed_tokens_alone(layers):
+    model = small_model(num_hidden_layers=layers).double()
+    states = model.encode(torch.randint(12, (3, 7), generator=torch.Generator().manual_seed(0)))
+    mask = torch.ones(3, 7).long()
+    mask[1, 5:] = 0
+    needed = (torch.rand(3, 7, generator=torch.Generator().manual_seed(1)) < 0.4) & mask.bool()
+    assert 0 < needed.sum() < mask.sum()
+    every = model.model(states, mask).last_hidden_state
+    found = model.model(states, mask, needed=needed).last_hidden_state
+    torch.testing.assert_close(found, every[needed], rtol=1e-12, atol=1e-12)
+    assert model.model(states, mask, needed=torch.zeros_like(needed)).last_hidden_state.shape == (0, every.shape[-1])
+
+
 @pytest.mark.parametrize("ones", [torch.ones(3, 7, dtype=torch.long), torch.ones(3, 7, dtype=torch.bool)])
 def test_a_mask_of_ones_is_no_mask(ones):
     model, ids = small_model(), some_ids()
