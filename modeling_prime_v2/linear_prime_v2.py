@@ -20,7 +20,7 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     """inputs (..., K) @ weight (N, K).T, differentiable: `nn.functional.linear`, by the faster library."""
     if not _onednn_pays(inputs, weight):
         return nn.functional.linear(inputs, weight)
-    return _Product.apply(inputs, weight)
+    return _Product.apply(inputs, weight) if torch.is_grad_enabled() else _by_onednn(inputs, weight)
 
 
 class PrimeV2Linear(nn.Linear):
@@ -47,11 +47,15 @@ def _onednn_pays(inputs: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _by_onednn(inputs: Tensor, weight: Tensor) -> Tensor:
+    return _ONEDNN(inputs, weight, None, "none", [], "")
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, weight):
         ctx.save_for_backward(inputs, weight)
-        return _ONEDNN(inputs, weight, None, "none", [], "")
+        return _by_onednn(inputs, weight)
 
     @staticmethod
     def backward(ctx, grad):
