@@ -163,7 +163,7 @@ def ddp(runs, options, questions, one) -> Path:
 
 @pytest.fixture(scope="module")
 def fsdp(runs, options, one) -> Path:
-    env = prepare_multi_gpu_env(accelerate_arguments("fsdp2.yaml"))
+    env = prepare_multi_gpu_env(accelerate_arguments("fsdp2.yaml", "--main_process_port", "0"))  # any that is free
     bf16 = [*options, "--bf16", "true", "--max_steps", "3"]
     assert training.main([*bf16, "--output_dir", str(runs / "one_bf16")]) == 0
     text = launch(
@@ -281,7 +281,7 @@ def test_accelerate_reads_every_file_and_knows_every_key(path):
 
 def test_ddp_and_fsdp2_are_what_they_are_called():
     assert accelerate_arguments("ddp.yaml").multi_gpu and not accelerate_arguments("ddp.yaml").use_fsdp
-    env = prepare_multi_gpu_env(accelerate_arguments("fsdp2.yaml"))
+    env = prepare_multi_gpu_env(accelerate_arguments("fsdp2.yaml", "--main_process_port", "0"))  # any that is free
     assert env["ACCELERATE_USE_FSDP"] == "true" and env["FSDP_VERSION"] == "2"
     assert env["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"  # stops at a persistent buffer
     assert env["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
