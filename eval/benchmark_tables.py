@@ -24,7 +24,7 @@ def step_table(results: Path) -> str:
                 f"{step['peak_mib']['prime']:,.0f} / {step['peak_mib']['causal']:,.0f} MiB",
                 f"{step['memory_ratio']:.2f}",
                 *(
-                    f"{step['share_of_matrix_rate'][name]:.0%} of {step['matrix_rate'][name] / 1e9:,.0f} GFLOP/s"
+                    f"{step['share_of_matrix_rate'][name]:.1%} of {step['matrix_rate'][name] / 1e9:,.0f} GFLOP/s"
                     for name in ("width", "square")
                 ),
             ]
