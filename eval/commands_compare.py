@@ -19,7 +19,7 @@ SHORT_HELP = "Train families of models at equal FLOPs and compare them."
 
 def compare(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of one in configs/compare/, e.g. families.")
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe of configs/compare/, e.g. families.")
     ],
     out: Annotated[
         Path | None,

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "compare"
+from prime_v2.eval.recipes import find_recipe
+
+KIND = "compare"  # of its recipes
 FIELDS = ("train", "budgets", "count", "shapes", "seeds", "runs", "baseline")
 RUN_FIELDS = ("family", "model", "train", "shapes", "budgets")
 COUNTS = ("6nd", "measured")
@@ -100,12 +102,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_comparison(given: str) -> Comparison:
-    """The comparison of a YAML file, or of a name in configs/compare/.
+    """The comparison of a YAML file, or of a recipe, a name in configs/compare/.
 
     Raises ValueError, with a sentence, for whatever in it no run can be made of; options of train.py and fields of a
     model are looked at when the runs are planned (`prime_v2.eval.compare.plan`).
     """
-    path = _find(given)
+    path = find_recipe(given, KIND, "CONFIG")
     content = _load(path)
     _check_keys({key: value for key, value in content.items() if not str(key).startswith(".")}, FIELDS, str(path))
     train, count = _mapping(content, "train", str(path)), str(content.get("count", COUNTS[0]))
@@ -133,19 +135,6 @@ def read_comparison(given: str) -> Comparison:
     order = {each.name: number for number, each in enumerate(shapes)}
     made.sort(key=lambda run: (run.budget, order[run.shape], seeds.index(run.seed), names.index(run.name)))
     return Comparison(path.stem, count, baseline, tuple(made))
-
-
-def _find(given: str) -> Path:
-    path = Path(given).expanduser()
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        path = CONFIGS / f"{given}.yaml"
-    if not path.is_file():
-        there = sorted(each.stem for each in CONFIGS.glob("*.yaml"))
-        known = (
-            f"configs/compare/ has {', '.join(there)}" if there else "there is no configs/compare/ beside the package"
-        )
-        raise ValueError(f"{given} is no YAML file and no ready-made comparison; {known}")
-    return path
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -72,9 +72,11 @@ def start_from(
             f"--init_from {run.init_from}; use {config.max_position_embeddings}"
         )
     for key, value in model_options.items():
+        if key not in TRAINING_FIELDS and value == getattr(config, key):
+            continue
         if key not in TRAINING_FIELDS:
             raise ValueError(
-                f"--model {key} is fixed by the weights of --init_from; only "
+                f"--model {key}={value} is fixed at {getattr(config, key)} by the weights of --init_from; only "
                 f"{', '.join(sorted(TRAINING_FIELDS & family.fields()))} can be changed"
             )
         setattr(config, key, value)

@@ -10,9 +10,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from prime_v2.eval.families import FAMILIES, family_named
-from prime_v2.eval.finetuning import check_start
+from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
+from prime_v2.eval.recipes import CONFIGS, find_recipe, recipe_names
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Options of TrainingArguments that would be ignored or would make results wrong, and the value that they must keep.
 REFUSED = {"load_best_model_at_end": False, "label_smoothing_factor": 0.0, "fp16": False}
 
@@ -22,7 +22,7 @@ class RunOptions:
     """What TrainingArguments does not hold."""
 
     config: str | None = field(
-        default=None, metadata={"help": "YAML file with any of these options, or FILE.yaml:ENTRY."}
+        default=None, metadata={"help": "YAML file with any of these options, or a recipe such as tiny or published:mdm_14m."}
     )
     family: str = field(
         default="prime",
@@ -86,13 +86,16 @@ def parse_options(
 ) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:
     """Command line (and its YAML file) to options; exits with status 2 and one sentence for a bad one.
 
-    Without --config it is tiny.yaml, of the recipes in the checkout's configs/.
+    Without --config it is the recipe tiny.
     """
     kinds: Any = (RunOptions, TrainingArguments)
     parser = parser_class(kinds, prog="train.py", description=description)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of the family's config.")
     known = {action.dest for action in parser._actions} - {"help"}
-    config_path, entry = _config_path(arguments)
+    try:
+        config_path, entry = _config_path(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     options = read_config(config_path, entry, known, parser)
     model_options = options.pop("model", None) or {}
     if not isinstance(model_options, dict):
@@ -108,6 +111,9 @@ def parse_options(
     if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
         fields = FAMILIES[run.family].fields() if run.init_from is None else ()
         model_options = {key: value for key, value in model_options.items() if key in fields}
+    if run.init_from is not None and run.family in FAMILIES:  # the weights decide what a recipe says of sizes and codes
+        decided = FAMILIES[run.family].fields() - TRAINING_FIELDS
+        model_options = {key: value for key, value in model_options.items() if key not in decided}
     model_options |= _key_values(extra.model, parser)
     try:
         check_options(run, training, model_options)
@@ -141,7 +147,7 @@ TRAINING_DEFAULTS = {
 
 
 def _config_path(arguments: list[str]) -> tuple[Path, str]:
-    """The YAML file and, for FILE.yaml:NAME, the name of its entry."""
+    """The YAML file and, for FILE.yaml:NAME or RECIPE:NAME, the name of its entry; ValueError where there is no file."""
     given = str(CONFIGS / "tiny.yaml")
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
@@ -149,16 +155,15 @@ def _config_path(arguments: list[str]) -> tuple[Path, str]:
         elif argument.startswith("--config="):
             given = argument.split("=", 1)[1]
     file, separator, entry = given.rpartition(":")
-    return (Path(file), entry) if separator and file.endswith(".yaml") else (Path(given), "")
+    if separator and (file.endswith(".yaml") or file in recipe_names()):
+        return find_recipe(file), entry
+    return find_recipe(given), ""
 
 
 def read_config(path: Path, entry: str, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
-    """The options of a YAML file; exits with status 2 for a missing file, bad YAML or an unknown option."""
+    """The options of a YAML file; exits with status 2 for bad YAML or an unknown option."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        recipes = sorted(str(each.relative_to(CONFIGS.parent)) for each in CONFIGS.glob("*.yaml"))
-        parser.error(f"--config {path} does not exist; configs/ holds {', '.join(recipes)}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(options, dict):

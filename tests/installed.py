@@ -16,7 +16,7 @@ def link_package(folder: Path) -> None:
     package.mkdir(parents=True)
     for path in (ROOT / "modeling_prime_v2").iterdir():
         (package / path.name).symlink_to(path)
-    for name in ("tokenization", "eval", "hub_card"):
+    for name in ("tokenization", "eval", "hub_card", "configs"):
         (package / name).symlink_to(ROOT / name)
 
 

@@ -27,7 +27,8 @@ from prime_v2.eval.commands_base import Command, Group
 from prime_v2.eval.commands_compare import SHORT_HELP
 from prime_v2.eval.commands_compare import compare as command
 from prime_v2.eval.compare_children import Stopped, progress_of, stopping_on_signals
-from prime_v2.eval.compare_config import CONFIGS, number, read_comparison
+from prime_v2.eval.compare_config import number, read_comparison
+from prime_v2.eval.recipes import CONFIGS
 from prime_v2.eval.flops import count_parameters
 from prime_v2.eval.scaling_points import check_one_experiment, read_points
 
@@ -363,7 +364,7 @@ def test_what_is_no_config_is_refused_with_its_line(tmp_path, text, message):
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are():
-    assert re.search("famlies is no YAML file .*configs/compare/ has .*families", refused("famlies"))
+    assert re.search("famlies is no file and no recipe; the recipes are .*families", refused("famlies"))
 
 
 def test_a_budget_below_a_step_is_refused_with_the_smallest_that_works(content, tmp_path):
@@ -419,7 +420,7 @@ def test_a_launcher_that_is_not_there_is_refused(content, tmp_path):
     assert sentence == "--launcher no_such_program: No such file or directory"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_made_comparisons_can_be_planned(path, tmp_path):
     planned = compare.plan(read_comparison(path.stem), tmp_path, measure=False)
     assert all(each.steps >= 30 for each in planned)

@@ -383,7 +383,7 @@ def test_adapters_are_not_sharded(engine, monkeypatch):
     [
         (["--family", "arm"], "holds a model of --family prime, not arm"),
         (["--block_size", "64"], "--block_size 64 is more than max_position_embeddings=48 of --init_from"),
-        (["--model", "hidden_size=8"], "--model hidden_size is fixed by the weights of --init_from; only"),
+        (["--model", "hidden_size=8"], "--model hidden_size=8 is fixed at 32 by the weights of --init_from; only"),
         (["--model", "objective=best"], "objective='best' is not one of token, subtoken"),
     ],
 )
@@ -401,6 +401,25 @@ def test_a_folder_that_does_not_fit_is_refused_and_leaves_nothing(base, sums, op
     assert training.main([*start, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_sizes_of_a_recipe_give_way_to_those_of_the_weights(base, sums, tmp_path):
+    """A size that a flag gives may be that of the weights; what only training reads is the recipe's."""
+    kept = json.loads((base / "config.json").read_text())
+    start = ["--config", "configs/tiny.yaml", "--init_from", str(base), "--data", str(sums), *SUMS, *TINY.split()]
+    start += ["--max_steps", "1", "--num_generated", "0", "--output_dir", str(tmp_path / "run")]
+    assert training.main([*start, "--model", f"hidden_size={kept['hidden_size']}"]) == 0
+    found = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert found["hidden_size"] == kept["hidden_size"] and found["num_hidden_layers"] == kept["num_hidden_layers"]
+    assert (found["objective"], found["loss_weight"]) == ("subtoken", "low_variance")
+
+
+def test_an_unknown_field_of_a_recipe_is_refused_beside_init_from(base, tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("max_steps: 1\nmodel: {hiden_size: 8}\n")
+    with pytest.raises(SystemExit):
+        training.main(["--config", str(recipe), "--init_from", str(base), "--output_dir", str(tmp_path / "run")])
+    assert "--model hiden_size is no field of PrimeV2Config" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_none_is_refused(sums, tmp_path, capsys):

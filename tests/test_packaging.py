@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from installed import HOOK, HOOK_FILE
+from tiny_runs import MODEL, TINY, write_text
 
 from prime_v2.eval.plugin import MODEL_CLASS
 
@@ -28,6 +29,7 @@ FOLDERS = {  # where each package's files lie in the checkout
     "prime_v2/tokenization": "tokenization",
     "prime_v2/eval": "eval",
     "prime_v2/hub_card": "hub_card",
+    "prime_v2/configs": "configs",
 }
 
 # Prints, as one JSON line, where each module of the installed package was imported from.
@@ -95,6 +97,20 @@ def install(wheel: Path, home: Path) -> tuple[Path, Path]:
     return python, Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
 
 
+def add_dependencies(site_packages: Path) -> None:
+    """Let the environment see this one's packages, but none that a path file adds, such as an editable install."""
+    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in folders))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel and the dependencies."""
+    python, site_packages = install(wheel, tmp_path_factory.mktemp("installed") / "environment")
+    add_dependencies(site_packages)
+    return python
+
+
 def test_wheel_holds_every_file_of_the_package_folders_and_the_start_up_line(checkout: Path, wheel: Path):
     """A new sub-package or kind of data file that setup.cfg does not name fails here."""
     expected = {
@@ -157,7 +173,7 @@ def test_installed_wheel_imports_every_module_and_puts_only_prime_v2_into_site_p
     ours = {"prime_v2", "prime_v2-0.1.0.dist-info", HOOK_FILE}
     assert {path.name for path in site_packages.iterdir()} == ours
 
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    add_dependencies(site_packages)
     # The last line alone: importing must print nothing before it.
     (line,) = run(python, "-I", "-c", PROBE, cwd=tmp_path).splitlines()
     probe = json.loads(line)
@@ -167,6 +183,41 @@ def test_installed_wheel_imports_every_module_and_puts_only_prime_v2_into_site_p
     assert {Path(file).relative_to(site_packages) for file in probe["files"].values()} == {
         path for path in modules if path.name != "__main__.py"
     }
+
+
+@pytest.mark.slow
+def test_the_installed_script_takes_every_recipe_by_its_name_in_any_folder(installed: Path, tmp_path: Path):
+    """train.py is all that is there of the checkout; it starts, and knows the recipes."""
+    shutil.copy(ROOT / "train.py", tmp_path)
+    assert "--init_from" in run(installed, "-I", "train.py", "--help", cwd=tmp_path)
+    code = (
+        "from prime_v2.eval.training_options import parse_options\n"
+        "for given in ([], ['--config', 'configs/published.yaml:prime_v2_154m'], ['--config', 'published:mdm_14m']):\n"
+        "    run, training, model = parse_options(given)\n"
+        "    print(training.output_dir, model['hidden_size'])\n"
+    )
+    lines = run(installed, "-I", "-c", code, cwd=tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == ["runs/tiny", "runs/prime_v2_154m", "runs/mdm_14m"]
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+@pytest.mark.slow
+def test_the_training_line_of_readme_runs_installed(installed: Path, tmp_path: Path):
+    """`accelerate launch train.py`, cut to a step, in a folder with train.py alone."""
+    shutil.copy(ROOT / "train.py", tmp_path)
+    write_text(tmp_path / "text.jsonl")
+    launch = [installed, "-I", "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "train.py", "--data", "text.jsonl"]
+    launch += [*TINY.split(), "--max_steps", "1", "--num_generated", "0", *MODEL]
+    run(*launch, cwd=tmp_path)
+    assert (tmp_path / "runs" / "tiny" / "results" / "train.json").is_file()
+
+
+def test_the_installed_command_plans_the_comparison_of_readme(installed: Path, tmp_path: Path):
+    code = "from prime_v2.eval.cli import app; app(['compare', 'families', '--dry-run', '--json'])"
+    plan = json.loads(run(installed, "-I", "-c", code, cwd=tmp_path))
+    assert {"ARM", "MDM"} <= {each["name"] for each in plan["runs"]}
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable_wheel"])

@@ -164,7 +164,7 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
     "arguments, message",
     [
         (["--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate?"),
-        (["--config", "nothing.yaml"], "--config nothing.yaml does not exist; configs/ holds configs/"),
+        (["--config", "nothing.yaml"], "--config nothing.yaml is no file and no recipe; .* owt, .* tiny"),
         (["--global_batch", "3", "--per_device_train_batch_size", "2"], "is not a multiple of 2 .*; use 2 or 4"),
         (["--model", "hiden_size=3"], "--model hiden_size is no field of PrimeV2Config .*hidden_size"),
         (["--model", "hidden_size"], "--model hidden_size is not KEY=VALUE"),
