@@ -10,9 +10,7 @@ from torch import Tensor
 
 from prime_v2 import diffusion_prime_v2, uniform_prime_v2
 from prime_v2.interpolating_prime_v2 import ScoredTexts, diffusion_elements, random_places
-from prime_v2.random_prime_v2 import hash64
-
-_ANALYSIS = 61  # stream number, see diffusion_prime_v2
+from prime_v2.random_prime_v2 import Stream, hash64
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def feed(model: Any, ids: Tensor, share: float | None, seed: int) -> Fed:
         )
     check_masked_share(share)
     positions = torch.arange(ids.shape[1], device=ids.device)
-    keys = hash64(seed, _ANALYSIS, hash64(positions, ids).sum(1))
+    keys = hash64(seed, Stream.ANALYSIS, hash64(positions, ids).sum(1))
     return DIFFUSION[kind](model, ids, share, keys)
 
 

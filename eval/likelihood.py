@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prime_v2.draws_prime_v2 import draw_levels, sequence_key
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
-from prime_v2.random_prime_v2 import hash64
+from prime_v2.random_prime_v2 import Stream, hash64
 
-_QUESTION = 31  # stream number, see diffusion_prime_v2
 ONE_ROUND = ("chain", "causal", "orders")  # nothing drawn, or no mean of draws
 PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passes: progress, cache, memory
 
@@ -216,7 +215,7 @@ def _key(choice: Choice, settings: Settings) -> Tensor:
     scored = torch.arange(len(ids)) >= choice.num_context
     if settings.common_masks:
         ids, scored = ids[~scored], scored[~scored]
-    return hash64(sequence_key(ids, scored, settings.seed), _QUESTION)
+    return hash64(sequence_key(ids, scored, settings.seed), Stream.QUESTION)
 
 
 def _summarise(score: QuestionScore) -> None:

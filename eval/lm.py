@@ -31,10 +31,9 @@ from prime_v2.eval.lm_settings import (
 from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
 from prime_v2.eval.published import published_score, published_settings
 from prime_v2.likelihood_prime_v2 import NotFiniteError
-from prime_v2.random_prime_v2 import hash64
+from prime_v2.random_prime_v2 import Stream, hash64
 
 LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
-_REPEAT = 51  # stream number, see diffusion_prime_v2
 MAX_TOKEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 CHOICES_PER_GREEDY_CALL = 512
 
@@ -386,7 +385,7 @@ class PrimeV2LM(HFLM):
             prepared.append(dataclasses.replace(request, arguments=(context, options)))
         texts = [""] * len(requests)
         for lot, numbers in lots.items():
-            self._seed_of_lot = self.seed if lot == 0 else int(hash64(self.seed, _REPEAT, lot))
+            self._seed_of_lot = self.seed if lot == 0 else int(hash64(self.seed, Stream.REPEAT, lot))
             found = super().generate_until([prepared[number] for number in numbers], disable_tqdm=disable_tqdm)
             for number, text in zip(numbers, found, strict=True):
                 texts[number] = text

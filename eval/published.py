@@ -15,12 +15,11 @@ import yaml
 from torch import Tensor
 
 from prime_v2.draws_prime_v2 import sequence_key
-from prime_v2.random_prime_v2 import hash64, uniforms
+from prime_v2.random_prime_v2 import Stream, hash64, uniforms
 
 ROWS_PER_BATCH = 32
 WEIGHT_OFFSET = 1e-6
 SETTINGS_FILE = Path(__file__).with_name("tasks") / "published_settings.yaml"
-_PUBLISHED, _LEVEL, _RUN = 41, 42, 43  # stream numbers, see diffusion_prime_v2
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,14 @@ def published_score(model: Any, ids: Tensor, num_context: int, settings: Publish
     config, device = model.config, model.device
     ids = ids.to(device)
     scored = torch.arange(len(ids), device=device) >= num_context
-    key = hash64(sequence_key(ids, scored, settings.seed), _PUBLISHED)
+    key = hash64(sequence_key(ids, scored, settings.seed), Stream.PUBLISHED)
     digits = model.encode(ids.unsqueeze(0))
     draws = []
     for batch, start in enumerate(range(0, settings.num_samples, ROWS_PER_BATCH)):
         count = min(ROWS_PER_BATCH, settings.num_samples - start)
         steps = torch.arange(count, device=device).double() / count
-        t = (uniforms(key, _LEVEL, batch) + steps) % 1  # (R,)
-        hidden = _hidden(t, scored, hash64(key, _RUN, batch), settings, config.num_subtokens)
+        t = (uniforms(key, Stream.PUBLISHED_TIME, batch) + steps) % 1  # (R,)
+        hidden = _hidden(t, scored, hash64(key, Stream.PUBLISHED_RUN, batch), settings, config.num_subtokens)
         states = torch.where(hidden, config.base, digits)
         logits = _guided_logits(model, states, scored, settings.cfg)  # (R, targets, V)
         if config.carry_over:

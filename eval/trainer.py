@@ -24,11 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2.diffusion_prime_v2 import stratified_levels
 from prime_v2.eval.checkpoints import ASIDE, load_state, publish, random_state, save_state, set_random_state, step_of
-from prime_v2.random_prime_v2 import hash64
+from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.tokenization.packing import StreamedBlocks, collate
 
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass on a signal that the terminal has sent already
-_NOISE_KEY = 31  # stream number of the training noise, see diffusion_prime_v2
 TRACE = ("sample_number", "position")  # of a batch, what says where it comes from; no input of the model
 
 
@@ -44,7 +43,7 @@ class Collator:
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = collate(samples, global_batch=self.global_batch, seed=self.seed, short_share=self.short_share)
         numbers = batch["sample_number"]
-        batch["noise_keys"] = hash64(self.seed, _NOISE_KEY, numbers)
+        batch["noise_keys"] = hash64(self.seed, Stream.TRAINING_NOISE, numbers)
         batch["noise_levels"] = stratified_levels(numbers, self.global_batch, self.seed)
         return batch if self.traced else {key: value for key, value in batch.items() if key not in TRACE}
 

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .random_prime_v2 import hash64, uniforms
+from .random_prime_v2 import Stream, hash64, uniforms
 
 # Time form only: t below this is raised to it. The integrand is flat there, so the bound moves by O(T_MIN**2).
 T_MIN = 1e-4
-# Stream numbers: draws for different purposes never share bits.
-_LEVEL, _ROTATION, _UNITS, _WHOLE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,9 @@ def stratified_levels(sample_numbers: Tensor, global_batch: int, seed: int) -> T
     while math.gcd(stride, global_batch) != 1:
         stride += 1
     step, position = sample_numbers // global_batch, sample_numbers % global_batch
-    rotation = hash64(seed, _ROTATION, step) % global_batch
+    rotation = hash64(seed, Stream.ROTATION, step) % global_batch
     stratum = (position * stride + rotation) % global_batch
-    return (stratum + uniforms(seed, _LEVEL, sample_numbers)) / global_batch
+    return (stratum + uniforms(seed, Stream.LEVEL, sample_numbers)) / global_batch
 
 
 def hidden_counts_to_draw(levels: Tensor, num_units: Tensor) -> Tensor:
@@ -156,7 +154,7 @@ def draw_noise(
 def _draw(maskable: Tensor, order: RevealOrder, keys: Tensor, levels: Tensor, form: str) -> Noise:
     batch, length = maskable.shape
     units = order.units_per_token
-    stream = _WHOLE if order.kind == "token" else _UNITS
+    stream = Stream.WHOLE if order.kind == "token" else Stream.UNITS
     maskable_units = maskable.repeat_interleave(units, dim=1)
     draws = uniforms(keys.unsqueeze(1), stream, maskable_units.cumsum(1))  # (B, L * U)
     if form == "time":

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .diffusion_prime_v2 import Noise, RevealOrder, draw_noise
-from .random_prime_v2 import hash64, uniforms
+from .random_prime_v2 import Stream, hash64, uniforms
 
 ROWS_PER_PIECE = 256  # of one sequence, so that a long sequence's states do not fill the memory
-_SEQUENCE, _DRAW, _ORDER, _REFINEMENT = 11, 12, 13, 14  # stream numbers, see diffusion_prime_v2
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Rows:
 def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
     """int64 key of a sequence: a hash of the seed, its ids (L,) and which of them are scored (L,)."""
     positions = torch.arange(len(ids), device=ids.device)
-    return hash64(seed, _SEQUENCE, hash64(positions, ids, scored.long()).sum())
+    return hash64(seed, Stream.SEQUENCE, hash64(positions, ids, scored.long()).sum())
 
 
 def draw_levels(key: Tensor, num_samples: int, refinement: int = 0) -> Tensor:
@@ -47,12 +46,13 @@ def draw_levels(key: Tensor, num_samples: int, refinement: int = 0) -> Tensor:
     """
     before = num_samples if refinement == 0 else num_samples >> (refinement - 1)
     numbers = torch.arange(before, device=key.device)
-    levels = (numbers + uniforms(hash64(key, numbers), _DRAW)) / before
+    levels = (numbers + uniforms(hash64(key, numbers), Stream.DRAW)) / before
     for lot in range(1, refinement + 1):
         count = len(levels)
         numbers = torch.arange(count, device=key.device)
         upper = (levels * 2 * count).floor() - 2 * numbers  # 1 where the upper half is taken
-        new = (2 * numbers + 1 - upper + uniforms(hash64(key, _REFINEMENT, lot, numbers), _DRAW)) / (2 * count)
+        within = uniforms(hash64(key, Stream.REFINEMENT, lot, numbers), Stream.DRAW)
+        new = (2 * numbers + 1 - upper + within) / (2 * count)
         if lot == refinement:
             return new
         levels = torch.cat([levels, new]).sort().values
@@ -70,7 +70,7 @@ def sampled_rows(
 ) -> Iterator[Rows]:
     """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k."""
     draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(key, draws) if refinement == 0 else hash64(key, _REFINEMENT, refinement, draws)
+    keys = hash64(key, draws) if refinement == 0 else hash64(key, Stream.REFINEMENT, refinement, draws)
     levels = draw_levels(key, num_samples, refinement)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)
@@ -149,7 +149,7 @@ def random_orders(num_units: int, num_orders: int, key: Tensor) -> Iterator[Tens
     """Ranks (n,) of `num_orders` random orders."""
     numbers = torch.arange(num_units, device=key.device)
     for number in range(num_orders):
-        yield uniforms(key, _ORDER, number, numbers).argsort(stable=True).argsort()
+        yield uniforms(key, Stream.ORDER, number, numbers).argsort(stable=True).argsort()
 
 
 def all_orders(num_units: int) -> Iterator[Tensor]:

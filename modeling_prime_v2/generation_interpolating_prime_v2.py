@@ -35,9 +35,7 @@ from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, dr
 from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
 from .interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_elements
 from .likelihood_prime_v2 import TOKENS_PER_PASS
-from .random_prime_v2 import uniforms
-
-_PHASE, _WITHIN_STEP, _TOKEN = 93, 94, 95  # stream numbers, see diffusion_prime_v2
+from .random_prime_v2 import Stream, uniforms
 
 
 class PrimeV2InterpolatingGenerationMixin(PrimeV2GenerationMixin):
@@ -88,12 +86,12 @@ def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) ->
 
     A pure function of the row keys (B,). Given tokens come first, left to right, and padding, never fed, last.
     """
-    early = canvas.fillable & (uniforms(keys.unsqueeze(1), _PHASE, canvas.position_ids) < alpha_0)
+    early = canvas.fillable & (uniforms(keys.unsqueeze(1), Stream.PHASE, canvas.position_ids) < alpha_0)
     schedule = draw_schedule(keys, replace(canvas, fillable=early), RevealOrder("token", 1), num_steps)
     passes = schedule.passes.squeeze(2)
     late = canvas.fillable & ~early
     passes = torch.where(late, passes.amax(1, keepdim=True) + late.cumsum(1), passes)
-    within = uniforms(keys.unsqueeze(1), _WITHIN_STEP, canvas.position_ids).masked_fill(~early, 0.0)
+    within = uniforms(keys.unsqueeze(1), Stream.WITHIN_STEP, canvas.position_ids).masked_fill(~early, 0.0)
     order = (passes + within).masked_fill(~canvas.real, torch.inf).argsort(dim=1, stable=True)
     return passes, order.argsort(dim=1)
 
@@ -119,7 +117,8 @@ class InterpolatingProcess(DenoisingProcess):
         for at, columns, logits in self.scores(picked, due):
             if options.do_sample:
                 probabilities = to_probabilities(logits, options.temperature or 1.0, options.top_p or 1.0)
-                draws = uniforms(self.keys[picked[at]], _TOKEN, canvas.position_ids[picked[at], columns])
+                places = canvas.position_ids[picked[at], columns]
+                draws = uniforms(self.keys[picked[at]], Stream.INTERPOLATING_TOKEN, places)
                 ids = draw_by_inverse_cdf(probabilities, draws)
             else:
                 ids = proposals(logits)[0]

@@ -24,9 +24,7 @@ from .denoising_prime_v2 import (
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
 from .greedy_prime_v2 import GreedyProcess
-from .random_prime_v2 import hash64, uniforms
-
-_ROW, _REVEAL, _TOKEN = 21, 22, 23  # stream numbers, see diffusion_prime_v2
+from .random_prime_v2 import Stream, hash64, uniforms
 
 
 class PrimeV2GenerationMixin:
@@ -131,7 +129,7 @@ def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, num_steps: i
     The stages of a nested token are revealed first to last, so their iid draws are as good as sorted.
     """
     units = torch.arange(order.units_per_token, device=keys.device)
-    draws = uniforms(keys[:, None, None], _REVEAL, canvas.position_ids.unsqueeze(-1), units)  # (B, T, U)
+    draws = uniforms(keys[:, None, None], Stream.REVEAL, canvas.position_ids.unsqueeze(-1), units)  # (B, T, U)
     steps = (draws * num_steps).long().clamp(max=num_steps - 1)
     steps = steps.masked_fill(~canvas.fillable.unsqueeze(-1), num_steps).flatten(1)
     ordered, index = steps.sort(1)
@@ -151,7 +149,7 @@ def row_keys(canvas: Canvas, seed: int) -> Tensor:
     numbers = torch.arange(len(contents), device=contents.device)
     starts = torch.where(ordered.diff(prepend=ordered[:1] - 1) != 0, numbers, 0).cummax(0).values
     occurrence = torch.empty_like(numbers).scatter_(0, index, numbers - starts)
-    return hash64(seed, _ROW, contents, occurrence)
+    return hash64(seed, Stream.ROW, contents, occurrence)
 
 
 class AncestralProcess(DenoisingProcess):
@@ -181,7 +179,7 @@ class AncestralProcess(DenoisingProcess):
         states = canvas.states[rows, columns]  # (M, S)
         probabilities = to_probabilities(logits, self.options.temperature or 1.0, self.options.top_p or 1.0)
         draws = uniforms(
-            self.keys[rows], _TOKEN, canvas.position_ids[rows, columns], self.schedule.steps[rows, number]
+            self.keys[rows], Stream.TOKEN, canvas.position_ids[rows, columns], self.schedule.steps[rows, number]
         )
         ids = draw_by_inverse_cdf(probabilities, draws)
         due = self.order.visible_digits(passes > number) & (states == table.base)

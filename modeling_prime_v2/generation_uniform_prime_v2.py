@@ -26,10 +26,8 @@ from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
 from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, most_confident
 from .likelihood_prime_v2 import TOKENS_PER_PASS
-from .random_prime_v2 import hash64, uniforms
+from .random_prime_v2 import Stream, hash64, uniforms
 from .uniform_prime_v2 import reverse_step
-
-_START, _TOKEN, _GREEDY_START = 85, 86, 87  # stream numbers, see diffusion_prime_v2
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
@@ -110,7 +108,8 @@ class AncestralUniformProcess(UniformProcess):
         super().__init__(model, options, canvas, processors)
         self.keys = row_keys(canvas, int(options.seed or 0))
         steps = int(options.max_denoising_steps or 1)
-        self.start(self.keys, _START, [steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()])
+        num_steps = [steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()]
+        self.start(self.keys, Stream.UNIFORM_START, num_steps)
 
     def run_pass(self, rows: list[int]) -> None:
         canvas, number = self.canvas, self.num_forward[rows[0]]  # the same for all rows that are not done
@@ -118,7 +117,7 @@ class AncestralUniformProcess(UniformProcess):
         for at, columns, probabilities in self.estimates(picked, now):
             which = picked[at]
             weights = reverse_step(probabilities, canvas.ids[which, columns], 1 - now[at], 1 - after[at])
-            draws = uniforms(self.keys[which], _TOKEN, canvas.position_ids[which, columns], number)
+            draws = uniforms(self.keys[which], Stream.UNIFORM_TOKEN, canvas.position_ids[which, columns], number)
             canvas.ids[which, columns] = draw_by_inverse_cdf(weights, draws)
 
 
@@ -137,7 +136,7 @@ class GreedyUniformProcess(UniformProcess):
         keys = hash64(canvas.position_ids, canvas.ids).masked_fill(~canvas.real, 0).sum(1)
         self.num_tokens = canvas.fillable.sum(1).tolist()
         steps = int(options.max_denoising_steps or 1)
-        self.start(keys, _GREEDY_START, [min(steps, count) for count in self.num_tokens])
+        self.start(keys, Stream.GREEDY_START, [min(steps, count) for count in self.num_tokens])
         self.noise = canvas.ids.clone()
 
     def run_pass(self, rows: list[int]) -> None:

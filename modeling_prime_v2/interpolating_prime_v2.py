@@ -39,11 +39,10 @@ import torch
 from torch import Tensor
 
 from .backbone_prime_v2 import NOT_SCORED
-from .random_prime_v2 import uniforms
+from .random_prime_v2 import Stream, uniforms
 
 LEAST_SHARE = 0.05  # of the rows, for a term that has any weight
 NEVER_SEEN = 2**31  # the rank of queries and of padding, above every place in an order
-_ORDER = 91  # stream number, see diffusion_prime_v2
 
 
 @dataclass
@@ -185,7 +184,7 @@ def _suffix_sums(chances: Tensor) -> Tensor:
 
 def random_places(scored: Tensor, keys: Tensor) -> Tensor:
     """Places (B, L) of the scored tokens, 0..n-1, in a uniformly random order: a pure function of keys (B,) and n."""
-    draws = uniforms(keys.unsqueeze(1), _ORDER, scored.cumsum(1))
+    draws = uniforms(keys.unsqueeze(1), Stream.INTERPOLATING_ORDER, scored.cumsum(1))
     return torch.where(scored, draws, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
 
 

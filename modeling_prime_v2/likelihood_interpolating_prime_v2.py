@@ -39,11 +39,10 @@ from .likelihood_prime_v2 import (
     stratified_stderr,
     unpadded,
 )
-from .random_prime_v2 import hash64
+from .random_prime_v2 import Stream, hash64
 
 METHODS = ("interpolating", "chain")
 MOST_ENUMERATED = 10  # scored tokens; eleven have 10**8 states
-_LOT = 92  # stream number, see diffusion_prime_v2
 
 
 @dataclass
@@ -142,7 +141,8 @@ class _Plan:
 
     def _drawn_rows(self, text: ScoredTexts, sequence: int, key: Tensor) -> Iterator[ElementRows]:
         numbers = torch.arange(self.num_samples, device=key.device)
-        keys = hash64(key, numbers) if self.refinement == 0 else hash64(key, _LOT, self.refinement, numbers)
+        lot = () if self.refinement == 0 else (Stream.INTERPOLATING_REFINEMENT, self.refinement)
+        keys = hash64(key, *lot, numbers)
         levels = draw_levels(key, self.num_samples, self.refinement)
         share = sequential_share(self.config.alpha_0)
         for start in range(0, self.num_samples, ROWS_PER_PIECE):

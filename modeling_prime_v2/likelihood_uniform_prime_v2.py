@@ -22,11 +22,10 @@ from .likelihood_prime_v2 import (
     stratified_stderr,
     unpadded,
 )
-from .random_prime_v2 import hash64
+from .random_prime_v2 import Stream, hash64
 from .uniform_prime_v2 import UniformNoise, draw_noise
 
 METHODS = ("uniform",)
-_REFINEMENT = 83  # stream number, see diffusion_prime_v2
 
 
 @dataclass
@@ -106,7 +105,7 @@ def sampled_rows(
 ) -> Iterator[UniformRows]:
     """`num_samples` draws of the noise of ids (L,), their levels stratified over (0, 1)."""
     draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(key, draws) if refinement == 0 else hash64(key, _REFINEMENT, refinement, draws)
+    keys = hash64(key, draws) if refinement == 0 else hash64(key, Stream.UNIFORM_REFINEMENT, refinement, draws)
     levels = draw_levels(key, num_samples, refinement)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)

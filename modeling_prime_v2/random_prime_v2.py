@@ -5,12 +5,70 @@ generators", OOPSLA 2014). A counter-based draw does not depend on library versi
 of workers or restarts; tests/test_random.py pins the stream.
 """
 
+from enum import IntEnum, unique
+
 import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit integers, which torch wraps on overflow
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+
+
+@unique
+class Stream(IntEnum):
+    """Stream numbers: a key of each draw, so that draws for different purposes never share bits.
+
+    All there are, of the package too; tests/test_random.py refuses a draw whose number is from elsewhere. A number
+    never changes: seeds would give other results.
+    """
+
+    # Forward process of masked diffusion: level of a training sample, rotation of a step's strata, which units are
+    # hidden, and which whole tokens.
+    LEVEL = 1
+    ROTATION = 2
+    UNITS = 3
+    WHOLE = 4
+    # Likelihoods: key of a sequence, levels, random orders, further lots of draws.
+    SEQUENCE = 11
+    DRAW = 12
+    ORDER = 13
+    REFINEMENT = 14
+    # Sampling of masked diffusion: key of a row, reveal steps, tokens.
+    ROW = 21
+    REVEAL = 22
+    TOKEN = 23
+    # Training: keys of the samples' noise.
+    TRAINING_NOISE = 31
+    # Likelihoods of answers: masks that the choices of a question share.
+    QUESTION = 32
+    # The paper's protocol: key of a question, its times, which runs of digits are hidden.
+    PUBLISHED = 41
+    PUBLISHED_TIME = 42
+    PUBLISHED_RUN = 43
+    # lm-eval: seed of a repeated request.
+    REPEAT = 51
+    # Analysis: noise of a window.
+    ANALYSIS = 61
+    # Uniform-state diffusion: when a token is replaced, by what, further lots of draws; sampling: start, tokens, start
+    # of the deterministic decode.
+    REPLACED_AT = 81
+    REPLACED_BY = 82
+    UNIFORM_REFINEMENT = 83
+    UNIFORM_START = 85
+    UNIFORM_TOKEN = 86
+    GREEDY_START = 87
+    # Interpolating diffusion: order of the tokens, further lots of draws; sampling: which tokens come first, their
+    # order within a step, tokens.
+    INTERPOLATING_ORDER = 91
+    INTERPOLATING_REFINEMENT = 92
+    PHASE = 93
+    WITHIN_STEP = 94
+    INTERPOLATING_TOKEN = 95
+    # Training data: order of the blocks, length of short batches. They stand where others have the seed, so they are
+    # far from any seed.
+    BLOCK_ORDER = 0x6F72646572
+    SHORT_LENGTH = 0x6C656E677468
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

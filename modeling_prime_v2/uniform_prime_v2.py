@@ -39,12 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from .head_prime_v2 import chunked_nats
-from .random_prime_v2 import uniforms
+from .random_prime_v2 import Stream, uniforms
 
 # Times are kept in [T_MIN, 1 - T_MIN], the resolution of the draws, which moves the bound by O(T_MIN log(1/T_MIN)).
 T_MIN = 2.0**-53
 KINDS = ("elbo", "posterior")
-_REPLACED_AT, _REPLACED_BY = 81, 82  # stream numbers, see diffusion_prime_v2
 
 
 @dataclass
@@ -67,8 +66,9 @@ def draw_noise(ids: Tensor, scored: Tensor, keys: Tensor, levels: Tensor, vocab_
     and of a token's number among the scored ones, not of where padding and given tokens lie.
     """
     num_tokens, numbers = scored.sum(1), scored.cumsum(1)
-    replaced_at = uniforms(keys.unsqueeze(1), _REPLACED_AT, numbers).masked_fill(~scored, torch.inf)  # (B, L)
-    replaced_by = (uniforms(keys.unsqueeze(1), _REPLACED_BY, numbers) * vocab_size).long().clamp(max=vocab_size - 1)
+    replaced_at = uniforms(keys.unsqueeze(1), Stream.REPLACED_AT, numbers).masked_fill(~scored, torch.inf)  # (B, L)
+    replaced_by = (uniforms(keys.unsqueeze(1), Stream.REPLACED_BY, numbers) * vocab_size).long()
+    replaced_by = replaced_by.clamp(max=vocab_size - 1)
     position = levels * (num_tokens + 1)
     count = position.floor().long().minimum(num_tokens)  # k
     ordered = replaced_at.sort(1).values

@@ -1,14 +1,17 @@
 """The counter-based random stream, against SplitMix64 written in Python integers, and pinned for ever."""
 
+import ast
 import itertools
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_v2.random_prime_v2 import hash64, permutation, uniforms
+from prime_v2.random_prime_v2 import Stream, hash64, permutation, uniforms
 
 U64 = 2**64 - 1
 GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -121,3 +124,66 @@ def test_permutations_of_four_are_equally_likely():
     counts = Counter(tuple(permutation(4, seed).tolist()) for seed in range(4800))
     statistic = sum((counts[order] - 200) ** 2 / 200 for order in itertools.permutations(range(4)))
     assert statistic < 70.5
+
+
+# ------------------------------------------------------------------------------------------------- stream numbers
+
+ROOT = Path(__file__).parents[1]
+DRAWING = {"hash64", "uniforms", "permutation"}
+PINNED_STREAMS = [
+    *(1, 2, 3, 4, 11, 12, 13, 14, 21, 22, 23, 31, 32, 41, 42, 43, 51, 61, 81, 82, 83, 85, 86, 87, 91, 92, 93, 94, 95),
+    *(int.from_bytes(b"order"), int.from_bytes(b"length")),
+]
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """(Path in the repository, its syntax) of every Python file that may draw, but for random_prime_v2 and tests."""
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not (hidden or name.parts[0] in ("tests", "build") or name.name == "random_prime_v2.py"):
+            yield str(name), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def numbers_of(module: ast.Module) -> set[str]:
+    """Names that a module gives an integer, or integers, of its own."""
+    found = set()
+    for statement in ast.walk(module):
+        if isinstance(statement, ast.Assign):
+            values = statement.value.elts if isinstance(statement.value, ast.Tuple) else [statement.value]
+            if all(isinstance(each, ast.Constant) and isinstance(each.value, int) for each in values):
+                found |= {each.id for each in ast.walk(statement) if isinstance(each, ast.Name)}
+    return found
+
+
+def foreign_keys(module: ast.Module) -> list[str]:
+    """The keys of a module's draws that are integers written there, in place of a `Stream`."""
+    own, found = numbers_of(module), []
+    for call in ast.walk(module):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", None)) in DRAWING:
+            keys = call.args[getattr(call.func, "id", "") == "permutation" :]
+            found += [ast.unparse(key) for key in keys if isinstance(key, ast.Constant) or ast.unparse(key) in own]
+    return found
+
+
+def test_no_draw_has_a_stream_number_from_elsewhere():
+    assert foreign_keys(ast.parse("_A, _B = 31, 32\nhash64(seed, _A, n)\nuniforms(7)")) == ["_A", "7"]  # it sees them
+    found = {name: foreign_keys(module) for name, module in sources()}
+    assert len(found) > 100
+    assert {name: keys for name, keys in found.items() if keys} == {}
+
+
+def test_a_stream_number_serves_one_file():
+    """Two purposes with one number would share bits; the enumeration itself holds no number twice."""
+    used: dict[str, set[str]] = {stream.name: set() for stream in Stream}
+    for name, module in sources():
+        for node in ast.walk(module):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "Stream":
+                used[node.attr].add(name)
+    assert {stream: files for stream, files in used.items() if len(files) != 1} == {}
+    assert len({int(stream) for stream in Stream.__members__.values()}) == len(Stream.__members__)
+
+
+def test_stream_numbers_are_pinned():
+    assert [int(stream) for stream in Stream] == PINNED_STREAMS
+    assert hash64(5, Stream.TRAINING_NOISE, 2).item() == signed(reference_hash(5, 31, 2))

@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from prime_v2.random_prime_v2 import permutation, uniforms
+from prime_v2.random_prime_v2 import Stream, permutation, uniforms
 from prime_v2.tokenization.corpus import Fingerprint
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
 
 # Documents of one call of `encode_batch`: enough for a tokenizer to use all cores, few enough to bound memory.
 DOCUMENTS_PER_BATCH = 256
-
-# Key words that keep the draws below apart from each other and from the noise, whose keys start with the plain seed.
-_ORDER_KEY = 0x6F72646572
-_LENGTH_KEY = 0x6C656E677468
 
 
 class _Stream:
@@ -295,7 +291,7 @@ class TrainingOrder:
             # Two are kept, since a batch may straddle two epochs.
             while len(self._epochs) >= 2:
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = permutation(len(self.blocks), _ORDER_KEY, self.seed, epoch)
+            self._epochs[epoch] = permutation(len(self.blocks), Stream.BLOCK_ORDER, self.seed, epoch)
         return self._epochs[epoch]
 
     def __getstate__(self) -> dict:
@@ -416,5 +412,5 @@ def collate(
 
 def short_length(block_size: int, seed: int, step: int, short_share: float) -> int:
     """Tokens per sample at a step, in 1..block_size: block_size with probability 1 - short_share, else uniform."""
-    choice, length = (float(uniforms(_LENGTH_KEY, seed, step, draw)) for draw in (0, 1))
+    choice, length = (float(uniforms(Stream.SHORT_LENGTH, seed, step, draw)) for draw in (0, 1))
     return block_size if choice >= short_share else 1 + int(length * block_size)
