@@ -1,4 +1,4 @@
-"""The recipes: YAML files of configs/, which an installed package has as prime_v2/configs/, found by path or by name."""
+"""The recipes: YAML files of configs/, in an installed package prime_v2/configs/, found by path or by name."""
 
 from pathlib import Path
 

@@ -22,7 +22,8 @@ class RunOptions:
     """What TrainingArguments does not hold."""
 
     config: str | None = field(
-        default=None, metadata={"help": "YAML file with any of these options, or a recipe such as tiny or published:mdm_14m."}
+        default=None,
+        metadata={"help": "YAML file with any of these options, or a recipe: tiny, published:mdm_14m, ..."},
     )
     family: str = field(
         default="prime",
@@ -111,7 +112,7 @@ def parse_options(
     if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
         fields = FAMILIES[run.family].fields() if run.init_from is None else ()
         model_options = {key: value for key, value in model_options.items() if key in fields}
-    if run.init_from is not None and run.family in FAMILIES:  # the weights decide what a recipe says of sizes and codes
+    if run.init_from is not None and run.family in FAMILIES:  # sizes and codes of a recipe give way to the weights'
         decided = FAMILIES[run.family].fields() - TRAINING_FIELDS
         model_options = {key: value for key, value in model_options.items() if key not in decided}
     model_options |= _key_values(extra.model, parser)
@@ -147,7 +148,7 @@ TRAINING_DEFAULTS = {
 
 
 def _config_path(arguments: list[str]) -> tuple[Path, str]:
-    """The YAML file and, for FILE.yaml:NAME or RECIPE:NAME, the name of its entry; ValueError where there is no file."""
+    """The YAML file and, for FILE.yaml:NAME or RECIPE:NAME, the name of its entry; ValueError without a file."""
     given = str(CONFIGS / "tiny.yaml")
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):

@@ -28,8 +28,8 @@ from prime_v2.eval.commands_compare import SHORT_HELP
 from prime_v2.eval.commands_compare import compare as command
 from prime_v2.eval.compare_children import Stopped, progress_of, stopping_on_signals
 from prime_v2.eval.compare_config import number, read_comparison
-from prime_v2.eval.recipes import CONFIGS
 from prime_v2.eval.flops import count_parameters
+from prime_v2.eval.recipes import CONFIGS
 from prime_v2.eval.scaling_points import check_one_experiment, read_points
 
 WORDS = ["the", "a", "one", "two", "red", "blue", "cat", "dog", "tree", "house", "runs", "sleeps", "sees", "finds"]

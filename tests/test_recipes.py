@@ -29,7 +29,9 @@ def test_a_file_goes_before_a_recipe_of_its_name_and_a_folder_does_not(tmp_path,
     assert find_recipe("owt") == CONFIGS / "owt.yaml"
 
 
-@pytest.mark.parametrize("given", ["", ".", "tinny", "configs", "configs/", "../configs/tiny.yaml", "a/tiny", "families"])
+@pytest.mark.parametrize(
+    "given", ["", ".", "tinny", "configs", "configs/", "../configs/tiny.yaml", "a/tiny", "families"]
+)
 def test_what_is_neither_is_refused_with_the_recipes(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = f"--config {given} is no file and no recipe; the recipes are {', '.join(recipe_names())}"
