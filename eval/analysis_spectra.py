@@ -102,6 +102,7 @@ def _check_attention(network: Any, found: list[Matrix]) -> None:
 def _embeddings(network: Any) -> list[Matrix]:
     names = {id(module): name for name, module in network.named_modules()}
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    embedding = getattr(embedding, "table", embedding)  # digits and nodes have their vectors in a table
     found = [Matrix("embedding", None, names[id(embedding)], embedding.weight)]
     if head is not None and head.weight is not embedding.weight:
         found.append(Matrix("head", None, names[id(head)], head.weight))

@@ -14,7 +14,8 @@ PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """{"total", "non_embedding"}: the second leaves out the input embedding and the head."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = {id(weight) for module in ends if module for weight in module.parameters()}
     head_nodes: Any = getattr(model, "head_nodes", None)
     if head_nodes is not None:
         outside.add(id(head_nodes.table.weight))

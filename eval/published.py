@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from prime_v2.draws_prime_v2 import sequence_key
+from prime_v2.linear_prime_v2 import apply_head
 from prime_v2.random_prime_v2 import Stream, hash64, uniforms
 
 ROWS_PER_BATCH = 32
@@ -110,7 +111,7 @@ def _guided_logits(model: Any, states: Tensor, scored: Tensor, cfg: float) -> Te
         masked = states.masked_fill(~scored[None, :, None], model.config.base)
         states = torch.cat([states, masked])
     hidden_states = model.model(states).last_hidden_state[:, scored]
-    logits = torch.nn.functional.linear(hidden_states, model.head_weight())
+    logits = apply_head(hidden_states, model.head())
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if cfg > 0:
         logits, masked_logits = logits[:rows], logits[rows:]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -14,25 +15,12 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from .cache_prime_v2 import CACHE_NAME, one_cache
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
-from .linear_prime_v2 import PrimeV2Linear
+from .linear_prime_v2 import linear
 from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
-
-
-def plain_weight(module: nn.Module) -> Tensor:
-    """The weight of an embedding or a head that is read as a matrix.
-
-    ValueError for an adapter around it (peft's `target_modules`): the layer it wraps is never called, so that it would
-    neither be trained nor have an effect.
-    """
-    if hasattr(module, "base_layer"):
-        raise ValueError(
-            "an adapter around an embedding or head whose weight is read as a matrix has no effect; name projections "
-            "as target_modules, e.g. ['q_proj', 'v_proj'], and what else to train, whole, as modules_to_save"
-        )
-    return module.weight  # type: ignore[return-value]  # a parameter
 
 
 class PrimeV2RMSNorm(nn.RMSNorm):
@@ -60,16 +48,16 @@ class PrimeV2MLP(nn.Module):
 
     def __init__(self, config: PrimeV2BackboneConfig):
         super().__init__()
-        self.gate_proj = PrimeV2Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = PrimeV2Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = PrimeV2Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor, checkpointed: bool = False) -> Tensor:
         """(..., D) to (..., D); checkpointed: the layer keeps nothing anyway."""
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
         product = SwiGLU.apply(gate, up)
         if checkpointed or torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers decide themselves
-            return self.down_proj(product)
+            return linear(self.down_proj, product)
         address = product.data_ptr()
 
         def pack(kept: Tensor) -> Tensor | tuple[int, ...]:
@@ -79,7 +67,7 @@ class PrimeV2MLP(nn.Module):
             return kept if isinstance(kept, Tensor) else (nn.functional.silu(gate) * up).view(kept)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.down_proj(product)
+            return linear(self.down_proj, product)
 
 
 class PrimeV2SubtokenEmbedding(nn.Module):
@@ -87,6 +75,9 @@ class PrimeV2SubtokenEmbedding(nn.Module):
 
     A digit has `num_values` values: base + 1 where it can be masked (then the digit `base`), else base. Rows of the
     table are ordered `j * num_values + digit` ("concat_shared" has num_values rows in all).
+
+    This module is a model's `get_input_embeddings()`: hooks on it (NEFTune, enable_input_require_grads) get embedded
+    tokens. A tied head calls `forward` itself, see `linear_prime_v2.all_vectors`.
     """
 
     def __init__(self, config, num_values: int):
@@ -94,15 +85,21 @@ class PrimeV2SubtokenEmbedding(nn.Module):
         self.form, self.num_values, self.num_subtokens = config.subtoken_embedding, num_values, config.num_subtokens
         positions = 1 if self.form == "concat_shared" else self.num_subtokens
         width = config.hidden_size if self.form == "sum" else config.hidden_size // self.num_subtokens
-        self.table = nn.Embedding(positions * num_values, width)
+        bag = self.form == "sum" and self.num_subtokens > 1
+        rows = positions * num_values
+        self.table = nn.EmbeddingBag(rows, width, mode="sum") if bag else nn.Embedding(rows, width)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's rows, of digits and not of tokens."""
+        return self.table.weight
 
     def forward(self, subtoken_ids: Tensor) -> Tensor:
         rows = subtoken_ids
         if self.form != "concat_shared":
             rows = rows + self.num_values * torch.arange(self.num_subtokens, device=rows.device)
-        if self.form == "sum":
-            flat = nn.functional.embedding_bag(rows.flatten(0, -2), plain_weight(self.table), mode="sum")
-            return flat.unflatten(0, rows.shape[:-1])
+        if self.form == "sum" and self.num_subtokens > 1:
+            return self.table(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
         return self.table(rows).flatten(-2)
 
 
@@ -116,23 +113,31 @@ class PrimeV2Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = config.causal
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = PrimeV2Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = PrimeV2Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = PrimeV2Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = PrimeV2Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
         self.q_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = PrimeV2RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        cache=None,
+        past_key_values=None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor]:
+        """The cache comes by the name that the installed Transformers looks for under activation checkpointing."""
+        cache = one_cache(cache, past_key_values)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, heads, L, head_dim)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = self.q_norm(linear(self.q_proj, hidden_states).view(shape)).transpose(1, 2)  # (B, heads, L, head_dim)
+        key = self.k_norm(linear(self.k_proj, hidden_states).view(shape)).transpose(1, 2)
+        value = linear(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -140,7 +145,7 @@ class PrimeV2Attention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return linear(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class PrimeV2Layer(GradientCheckpointingLayer):
@@ -190,11 +195,38 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
         return loaded
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> Any:
-        """Called by `from_pretrained` with a model that takes no memory yet."""
-        if checkpoint_files and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
-            check_headers(model, checkpoint_files, str(load_config.pretrained_model_name_or_path))
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None) -> Any:
+        """Called by `from_pretrained` with a model that takes no memory yet, and by `load_adapter` with expected_keys.
+
+        ValueError for files whose tensors are not the model's, or lack some of the adapter's.
+        """
+        place, whole = str(load_config.pretrained_model_name_or_path), expected_keys is None
+        if whole and checkpoint_files and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
+            check_headers(model, checkpoint_files, place)
+        info, offloaded = super()._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        missing = [] if whole else sorted(set(expected_keys) & set(info.missing_keys))
+        if missing:
+            raise ValueError(
+                f"the adapter of {place} lacks {len(missing)} of its {len(expected_keys)} tensors, the first being "
+                f"{missing[0]}; save the adapter again"
+            )
+        return info, offloaded
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.EmbeddingBag):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the first parameter's device, or where an offloaded model is computed."""
+        device = next(self.parameters()).device
+        hooks = (getattr(each, "_hf_hook", None) for each in self.modules()) if device.type == "meta" else ()
+        places = [each.execution_device for each in hooks if getattr(each, "execution_device", None) is not None]
+        return torch.device(places[0]) if places else device
 
 
 class PrimeV2Backbone(PrimeV2PreTrainedModel):
@@ -216,13 +248,15 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
 
     def run_layers(
-        self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, needed=None, **kwargs
+        self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, needed=None, cache=None, **kwargs
     ) -> Tensor:
         """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it.
 
         inputs: tensors that a family's layers take beside the hidden states, by position: activation checkpointing
-        loses the gradients of what is passed by name. needed (B, L) bool: the last layer ends with these tokens alone.
+        loses the gradients of what is passed by name. cache: keys and values of earlier tokens. needed (B, L) bool:
+        the last layer ends with these tokens alone.
         """
+        kept = {} if cache is None else {CACHE_NAME: cache}
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for number, layer in enumerate(self.layers, start=1):
             last = {} if needed is None or number < len(self.layers) else {"needed": needed}
@@ -232,9 +266,10 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 **last,
+                **kept,
                 **kwargs,
             )
         return self.norm(hidden_states)
 
 
-__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding", "plain_weight"]
+__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding"]

@@ -26,7 +26,7 @@ class PrimeV2ArmConfig(PrimeV2CodedConfig):
 
     model_type = "prime_v2_arm"
     causal: ClassVar[bool] = True
-    keys_to_ignore_at_inference = ["is_bound", "past_key_values"]
+    keys_to_ignore_at_inference = ["is_bound", "cache", "past_key_values"]
 
     num_subtokens: int | None = 1
     use_cache: bool = True

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
 from .code_table_prime_v2 import check_ids
 from .denoising_prime_v2 import num_new_tokens
 from .generation_config_prime_v2 import SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
@@ -46,7 +47,8 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
         do_sample: by default True, and top_k=0: draws from the model itself. False: the most probable token each time.
         seed: of all draws of this call, which then leave torch's generators as they were; None draws from those.
         suffix_ids, max_denoising_steps: of other families, refused.
-        With past_key_values or inputs_embeds all is passed on as it is, without a start token.
+        With a cache (`cache`, or by its older name `past_key_values`) or inputs_embeds all is passed on as it is,
+            without a start token.
         The other options are those of Transformers' generation.
         Raises ValueError for bad ids, shapes and lengths, and where the config names no start token.
         """
@@ -59,9 +61,11 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         called = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
         with seeded(seed, self.device), evaluating(self):
-            if kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None:
+            cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+            if cache is not None or kwargs.get("inputs_embeds") is not None:
                 generation_config, kwargs = _with_options(generation_config, kwargs, options)
                 kwargs |= {**called, "attention_mask": attention_mask}
+                kwargs |= {} if cache is None else {CACHE_NAME: cache}
                 return GenerationMixin.generate(self, input_ids, generation_config, **kwargs)
             prompt, real = read_prompt(self, input_ids, attention_mask)
             fed, fed_real = with_start(prompt, real, start_token_id(self.config))

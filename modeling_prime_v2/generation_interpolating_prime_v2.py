@@ -166,7 +166,7 @@ class InterpolatingProcess(DenoisingProcess):
         if self.cache is not None:
             ranks, layers = self.cache.extend(picked, ranks)
         hidden_states = self.model.model(
-            ids, position_ids=position_ids, ranks=ranks, sees=sees, past_key_values=layers
+            ids, position_ids=position_ids, ranks=ranks, sees=sees, cache=layers
         ).last_hidden_state
         hidden_states = hidden_states[:, tokens.shape[1] :][is_query]
         self._tick("network")

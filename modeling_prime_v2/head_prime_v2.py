@@ -2,7 +2,8 @@
 
 Head product, carry-over filter, log-softmax, digit marginals, loss and gradient are computed for a chunk of tokens at
 a time; the gradient with respect to hidden states and head is formed in the forward pass, since the weight of each
-token is known there (no recomputation, three matrix products in all, as for full logits).
+token is known there (no recomputation, three matrix products in all, as for full logits). A head that is no plain
+weight (`linear_prime_v2`) is called for each chunk, and called again for it in the backward pass.
 
 With q the filtered softmax of one token, x its id, w its weight, and m_j = sum of q(v) over C[v, j] = C[x, j]:
     "token"   nats = -log q(x)
@@ -20,8 +21,9 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from .linear_prime_v2 import product
+from .linear_prime_v2 import HeadCall, product
 
 # Elements of a chunk's logits: 24 MiB of float32 on a CPU (near its caches; allocators keep blocks below 32 MiB).
 CHUNK_ELEMENTS_CPU = 3 * 2**21
@@ -45,35 +47,75 @@ class HiddenTokens:
     goal: Tensor | None = None
 
 
-def hidden_nats(hidden_states, head_weight, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
+def hidden_nats(hidden_states, head, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached.
 
-    hidden_states (N, D); head_weight (V, D); table a PrimeV2CodeTable; kind "token", "digits" or "prefix".
+    hidden_states (N, D); head: a weight (V, D) or a HeadCall; table a PrimeV2CodeTable; kind "token", "digits" or
+    "prefix".
     Under autocast the products run in its dtype; sums, softmax and the head's gradient are float32.
     """
     if kind not in ("token", "digits", "prefix"):
         raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
-    return chunked_nats(hidden_states, head_weight, tokens, partial(_Chunk, table, kind, carry_over))
+    return chunked_nats(hidden_states, head, tokens, partial(_Chunk, table, kind, carry_over))
 
 
-def chunked_nats(hidden_states, head_weight, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
+def chunked_nats(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, of any loss of single tokens.
 
-    hidden_states (N, D); head_weight (V, D); tokens: anything with `weights` (N,). make_chunk(need_gradient, dtype)
-    gives a function of (logits (C, V), tokens, which of them: a slice) that returns nats (C,) and, where needed, the
-    gradient of the weighted nats (C, V), else None. It may write into the logits.
+    hidden_states (N, D); head: a weight (V, D) or a HeadCall; tokens: anything with `weights` (N,).
+    make_chunk(need_gradient, dtype) gives a function of (logits (C, V), tokens, which of them: a slice) that returns
+    nats (C,) and, where needed, the gradient of the weighted nats (C, V), else None. It may write into the logits.
     """
     device_type = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
     # Asked here: inside `forward` of an autograd function gradients are always off, and needs_input_grad ignores it.
     need_gradient = torch.is_grad_enabled()
+    if not isinstance(head, Tensor):
+        return _nats_by_calls(
+            hidden_states, head, tokens, make_chunk(need_gradient, torch.promote_types(dtype, torch.float32))
+        )
     with torch.autocast(device_type, enabled=False):
-        return _ChunkedNats.apply(hidden_states, head_weight, tokens, make_chunk, dtype, need_gradient)
+        return _ChunkedNats.apply(hidden_states, head, tokens, make_chunk, dtype, need_gradient)
 
 
-def token_nats(hidden_states, head_weight, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _nats_by_calls(hidden_states, head: HeadCall, tokens, chunk: Callable) -> tuple[Tensor, Tensor]:
+    """`chunked_nats` of a head that is called; autocast acts on the call as on any other."""
+
+    def of_part(inputs: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return _NatsOfLogits.apply(head.call(inputs), tokens, part, chunk)
+
+    rows = max(1, chunk_elements(hidden_states.device) // head.vocab_size)
+    total, nats = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32)), []
+    for start in range(0, len(hidden_states), rows):
+        part = slice(start, start + rows)
+        if torch.is_grad_enabled():
+            part_total, part_nats = checkpoint(of_part, hidden_states[part], part, use_reentrant=False)
+        else:
+            part_total, part_nats = of_part(hidden_states[part], part)
+        total = total + part_total
+        nats.append(part_nats)
+    return total, torch.cat(nats) if nats else total.new_zeros(0)
+
+
+class _NatsOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, tokens, part, chunk):
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # `chunk` may write into it
+        with torch.autocast(logits.device.type, enabled=False):
+            nats, gradient = chunk(exact, tokens, part)
+        ctx.gradient, ctx.dtype = gradient, logits.dtype
+        ctx.mark_non_differentiable(nats)
+        return (nats * tokens.weights[part].to(nats.dtype)).sum(), nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        return (ctx.gradient * grad_loss).to(ctx.dtype), None, None, None
+
+
+def token_nats(hidden_states, head, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """`hidden_nats` of whole tokens without a code table: -log softmax at ids (N,), weighted by weights (N,)."""
-    return hidden_nats(hidden_states, head_weight, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
+    return hidden_nats(hidden_states, head, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
 
 
 def chunk_elements(device: torch.device) -> int:

@@ -129,7 +129,7 @@ def _nats(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
     """-log p of the scored tokens of each text, (B,) float64 on the CPU; ids and scored (B, L), padding behind."""
     tokens = next_tokens(ids.to(model.device), scored.to(model.device), start_token_id(model.config))
     hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
-    _, nats = token_nats(hidden_states, model.head_weight(), tokens.ids, torch.ones_like(tokens.ids))
+    _, nats = token_nats(hidden_states, model.head(), tokens.ids, torch.ones_like(tokens.ids))
     # On the CPU: not every accelerator has float64.
     return torch.zeros(len(ids), dtype=torch.double).index_add_(0, tokens.rows.cpu(), nats.cpu().double())
 

@@ -1,11 +1,16 @@
-"""Products with a weight matrix; in float32 on a CPU they run in oneDNN.
+"""Linear layers, heads and tables of vectors, as they act with all that others have attached to them.
 
-PyTorch gives float32 products to MKL and keeps oneDNN for lower precisions. For the matrices of a Transformer oneDNN
-is the faster of the two on AMD's processors (`benchmarks/products.py`). PyTorch's own product is there again after
-`torch.backends.mkldnn.set_flags(False)`.
+A layer that is PyTorch's own, with nothing attached, may be computed from its weight: `plain_weight`. Any other is
+called: adapters (peft), quantised layers (torch.ao, torchao), offloading (accelerate), hooks and sharding act on the
+*call* of a module, and what reads `module.weight` past it gets another layer's numbers, or memory that is not filled.
+
+From their weights float32 products on a CPU run in oneDNN. PyTorch gives them to MKL and keeps oneDNN for lower
+precisions; for the matrices of a Transformer oneDNN is the faster of the two on AMD's processors
+(`benchmarks/products.py`). PyTorch's own product is there again after `torch.backends.mkldnn.set_flags(False)`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Multiplications below which the call costs more than it gains.
 FEWEST_MULTIPLICATIONS = 2**24
+# Hooks of a module. Those on all modules of a process (profilers, FLOP counters) watch and do not count.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -23,12 +30,60 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     return _Product.apply(inputs, weight) if torch.is_grad_enabled() else _by_onednn(inputs, weight)
 
 
-class PrimeV2Linear(nn.Linear):
-    """nn.Linear with `product`."""
+class HeadCall(NamedTuple):
+    """A head that has to be called: hidden states (..., D) to logits (..., V)."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        result = product(inputs, self.weight)
-        return result if self.bias is None else result + self.bias
+    call: Callable[[Tensor], Tensor]
+    vocab_size: int
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a linear layer or a table of vectors whose call is PyTorch's own; None where something acts on it.
+
+    None: another class in its place, hooks, a `forward` of its own (accelerate's offloading), a weight of another
+    class (quantised, sharded).
+    """
+    own = type(layer) in (nn.Linear, nn.Embedding) and "forward" not in vars(layer)
+    if not own or any(getattr(layer, name) for name in HOOKS) or type(layer.weight) not in (Tensor, nn.Parameter):
+        return None
+    return layer.weight
+
+
+def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """`layer(inputs)`, inputs (..., K) to (..., N), with `product` where it pays."""
+    weight = None if torch.compiler.is_compiling() else plain_weight(layer)
+    if weight is None or not _onednn_pays(inputs, weight):
+        return layer(inputs)
+    result = product(inputs, weight)
+    return result if layer.bias is None else result + layer.bias
+
+
+def head_of(layer: nn.Module, vocab_size: int, shared: Tensor | None = None) -> Tensor | HeadCall:
+    """The head that a linear layer is, its weight (V, D) where it is plain; `shared` (V, D) is added to its rows."""
+    weight = plain_weight(layer)
+    if weight is not None:
+        return weight if shared is None else weight + shared
+    if shared is None:
+        return HeadCall(layer, vocab_size)
+    return HeadCall(lambda hidden_states: layer(hidden_states) + product(hidden_states, shared), vocab_size)
+
+
+def apply_head(hidden_states: Tensor, head: Tensor | HeadCall) -> Tensor:
+    """Hidden states (..., D) to logits (..., V) by a weight (V, D) or a call."""
+    return product(hidden_states, head) if isinstance(head, Tensor) else head.call(hidden_states)
+
+
+def all_vectors(table: nn.Module, count: int) -> Tensor:
+    """The first `count` vectors of a table, (count, D), differentiable: what ties a head to its embedding.
+
+    `forward` is called and not the module: hooks on an embedding are for embedded texts (NEFTune adds noise), while
+    adapters and offloading are in `forward` itself.
+    """
+    weight = plain_weight(table)
+    if weight is not None:
+        return weight[:count]
+    device = table.weight.device  # a device to compute on, unless the weight is offloaded, which moves its inputs
+    return table.forward(torch.arange(count, device="cpu" if device.type == "meta" else device))
 
 
 def _onednn_pays(inputs: Tensor, weight: Tensor) -> bool:
@@ -75,4 +130,4 @@ def _count_flops(inputs_shape, weight_shape, *args, out_shape=None, **kwargs) ->
 if _ONEDNN is not None and _ONEDNN not in flop_registry:
     register_flop_formula(_ONEDNN)(_count_flops)
 
-__all__ = ["PrimeV2Linear", "product"]
+__all__ = ["HeadCall", "all_vectors", "apply_head", "head_of", "linear", "plain_weight", "product"]

@@ -13,7 +13,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding, plain_weight
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .cache_prime_v2 import CACHE_NAME, one_cache
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
@@ -22,7 +23,7 @@ from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
 from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
-from .linear_prime_v2 import product
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 
 
 @dataclass
@@ -55,7 +56,8 @@ class PrimeV2ArmModel(PrimeV2Backbone):
             init.copy_(module.codes, module.build())
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed_subtokens.table
+        """Whole tokens have the table itself, as Transformers' own methods want it (`resize_token_embeddings`)."""
+        return self.embed_subtokens.table if self.code_table is None else self.embed_subtokens
 
     def set_input_embeddings(self, value: Any):
         self.embed_subtokens.table = value
@@ -63,14 +65,14 @@ class PrimeV2ArmModel(PrimeV2Backbone):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) in [0, V) to vectors (..., D)."""
         if self.code_table is None:
-            return self.embed_subtokens.table(ids)  # a plain look-up, so that hooks and adapters of the table are run
+            return self.embed_subtokens.table(ids)
         return self.embed_subtokens(self.code_table.codes[ids])
 
     def all_embeddings(self) -> Tensor:
         """The vectors of all tokens, (V, D)."""
         if self.code_table is None:
-            return plain_weight(self.embed_subtokens.table)
-        return self.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
+            return all_vectors(self.embed_subtokens.table, self.config.vocab_size)
+        return self.embed_subtokens.forward(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)  # see all_vectors
 
     @merge_with_config_defaults
     @capture_outputs
@@ -79,35 +81,38 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, L) in [0, V), or inputs_embeds (B, L, D); attention_mask (B, past + L), 0 for padding.
 
-        past_key_values: keys and values of earlier tokens, to which those of these are added.
+        cache, or by its older name past_key_values: keys and values of earlier tokens, to which those of these are
+            added.
         position_ids (B or 1, L): given without mask and cache, those that do not rise by one begin another text, which
             does not see what precedes it, as in Transformers (packed texts).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids (B, L) and inputs_embeds (B, L, D)")
-        if past_key_values is None:
+        cache = one_cache(cache, past_key_values)
+        if cache is None:
             check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, self.config)
         if inputs_embeds is None:
             # A single token after others comes from this model's own logits: no need to wait for its value.
-            if past_key_values is None or input_ids.shape[1] > 1:
+            if cache is None or input_ids.shape[1] > 1:
                 check_ids(input_ids, self.config.vocab_size, "and an autoregressive model has no mask token")
             inputs_embeds = self.embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         # It looks for borders of packed texts in positions, so it gets those alone that were given.
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        hidden_states = self.run_layers(inputs_embeds, position_ids, mask, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        hidden_states = self.run_layers(inputs_embeds, position_ids, mask, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
 class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
@@ -145,13 +150,15 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         """The table that splits input tokens into digits; None where they are whole (S = 1)."""
         return self.model.code_table
 
-    def head_weight(self) -> Tensor:
-        """The head (V, D); tied, it is each token's embedding."""
-        return self.model.all_embeddings() if self.config.tie_word_embeddings else plain_weight(self.lm_head)
+    def head(self) -> Tensor | HeadCall:
+        """The head (V, D), or how to call it; tied, it is each token's embedding."""
+        if self.config.tie_word_embeddings:
+            return self.model.all_embeddings()
+        return head_of(self.lm_head, self.config.vocab_size)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""
-        return product(hidden_states, self.head_weight())
+        return apply_head(hidden_states, self.head())
 
     @property
     def likelihood_methods(self) -> tuple[str, ...]:
@@ -174,7 +181,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -182,12 +189,14 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         noise_keys: Tensor | None = None,
         noise_levels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values=None,
         **kwargs,
     ) -> PrimeV2CausalLMOutput:
         """Logits of the next tokens, or, with labels, the training loss.
 
         input_ids (B, L); attention_mask (B, L) or with a cache (B, past + L), 0 for padding on any side. Without
             labels all arguments are Transformers' own, and logits at i are for the token at i + 1.
+        cache: keys and values of earlier tokens; past_key_values is its older name in Transformers.
         labels (B, L): the clean ids, not shifted; -100 is given and not scored. Every other label is scored, the first
             token too: the network is fed the start token and then the text without its last token (`next_tokens`), so
             that L inputs predict L tokens. (Transformers' shift inside the loss predicts L - 1 of them and leaves the
@@ -197,12 +206,13 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
+        cache = one_cache(cache, past_key_values)
         if labels is None:
             outputs = self.model(
                 input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **kwargs,
@@ -210,12 +220,12 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
             logits = self.logits_of(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             return PrimeV2CausalLMOutput(
                 logits=logits,
-                past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
+                **{CACHE_NAME: outputs.get(CACHE_NAME)},
             )
-        if input_ids is None or inputs_embeds is not None or past_key_values is not None:
-            raise ValueError("labels need input_ids, whole texts (B, L), without inputs_embeds or past_key_values")
+        if input_ids is None or inputs_embeds is not None or cache is not None:
+            raise ValueError("labels need input_ids, whole texts (B, L), without inputs_embeds or cache")
         loss, outputs = self._loss(input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs)
         return PrimeV2CausalLMOutput(
             loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions, is_bound=self.loss_is_bound
@@ -235,7 +245,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         tokens = next_tokens(ids, scored, start)
         outputs = self.model(tokens.inputs, mask, position_ids, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[tokens.rows, tokens.columns]  # (N, D)
-        total, _ = token_nats(hidden_states, self.head_weight(), tokens.ids, torch.ones_like(tokens.ids))
+        total, _ = token_nats(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
         return total / (scored.sum() if num_items_in_batch is None else num_items_in_batch), outputs
 
     def log_likelihood(

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel, plain_weight
+from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
@@ -21,7 +21,7 @@ from .head_prime_v2 import token_nats
 from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
 from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
-from .linear_prime_v2 import product
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 
 MASKED_NOTE = "the mask token, the last of them, included"
 
@@ -68,12 +68,12 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         position_ids: Tensor | None = None,
         ranks: Tensor | None = None,
         sees: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutput:
         """input_ids (B, E) int64 in [0, V], V = a query; position_ids (B or 1, E), None for 0..E-1.
 
-        ranks (B, C + E) and sees (B, E) int64 as of `Elements`, C the elements in past_key_values; ids and lengths are
+        ranks (B, C + E) and sees (B, E) int64 as of `Elements`, C the elements in `cache`; ids and lengths are
         then those of a caller that has checked them. None: the known tokens became known from left to right, and each
         masked one is a query that sees them all; attention_mask (B, E), 0 for padding, belongs to this case alone.
         """
@@ -85,7 +85,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         mask = self._attention_mask(ranks, sees, hidden_states.dtype)
-        hidden_states = self.run_layers(hidden_states, position_ids, mask, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, cache=cache, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
     def _attention_mask(self, ranks: Tensor, sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,11 +124,11 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
     def get_output_embeddings(self) -> nn.Module | None:
         return getattr(self, "lm_head", None)
 
-    def head_weight(self) -> Tensor:
-        """The head (V, D); tied, it is the embedding without the mask's row."""
+    def head(self) -> Tensor | HeadCall:
+        """The head (V, D), or how to call it; tied, it is the embedding without the mask's row."""
         if self.config.tie_word_embeddings:
-            return plain_weight(self.model.embed_tokens)[:-1]
-        return plain_weight(self.lm_head)
+            return all_vectors(self.model.embed_tokens, self.config.vocab_size)
+        return head_of(self.lm_head, self.config.vocab_size)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to (B, L, 1): a whole token is its only digit."""
@@ -137,7 +137,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
-        logits = product(hidden_states, self.head_weight())
+        logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property
@@ -231,7 +231,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
             ids.append(part.targets[at, columns])
             each_weight.append(weight[at])
             rows.append(at)
-        total, nats = token_nats(torch.cat(hidden_states), self.head_weight(), torch.cat(ids), torch.cat(each_weight))
+        total, nats = token_nats(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
         pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
         return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
 

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, plain_weight
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
@@ -20,7 +20,7 @@ from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
 from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
-from .linear_prime_v2 import product
+from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 
 
@@ -52,7 +52,10 @@ class PrimeV2Model(PrimeV2Backbone):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed_subtokens.table
+        return self.embed_subtokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embed_subtokens = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -110,13 +113,12 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return getattr(self, "lm_head", None)
 
-    def head_weight(self) -> Tensor:
-        """The head (V, D); tied, it is the embedding of each token's code, so its rank is at most S b + 1."""
+    def head(self) -> Tensor | HeadCall:
+        """The head (V, D), or how to call it; tied, it is the embedding of each token's code, of rank <= S b + 1."""
+        codes = self.code_table.codes[:-1]  # (V, S)
         if self.config.tie_word_embeddings:
-            return self.model.embed_subtokens(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)
-        if self.head_nodes is not None:
-            return plain_weight(self.lm_head) + self.head_nodes(self.code_table.codes[:-1])
-        return plain_weight(self.lm_head)
+            return self.model.embed_subtokens.forward(codes.unsqueeze(0)).squeeze(0)  # see all_vectors
+        return head_of(self.lm_head, len(codes), None if self.head_nodes is None else self.head_nodes(codes))
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to digits (B, L, S)."""
@@ -181,7 +183,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
 
     def filtered_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
-        logits = product(hidden_states, self.head_weight())
+        logits = apply_head(hidden_states, self.head())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.carry_over:
             logits = logits.masked_fill(~self.code_table.consistent(states), -torch.inf)
@@ -230,7 +232,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             kind, goal = "prefix", order.next_visible(multiplicity)
         tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
         total, nats = hidden_nats(
-            hidden_states[rows, columns], self.head_weight(), self.code_table, tokens, kind, self.config.carry_over
+            hidden_states[rows, columns], self.head(), self.code_table, tokens, kind, self.config.carry_over
         )
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double() * multiplicity)

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel, plain_weight
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
 from .checks_prime_v2 import check_length, scored_tokens
 from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
@@ -20,7 +20,7 @@ from .diffusion_prime_v2 import stratified_levels
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
-from .linear_prime_v2 import PrimeV2Linear
+from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
 
 # Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
@@ -54,10 +54,11 @@ class PrimeV2TimeEmbedding(nn.Module):
         self.first = nn.Linear(self.size, self.size)
         self.second = nn.Linear(self.size, self.size)
 
-    def forward(self, times: Tensor) -> Tensor:
+    def forward(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """times (B,) float to (B, E) of `dtype`."""
         half = torch.arange(self.size // 2, dtype=torch.double, device=times.device) / (self.size // 2)
         angles = TIME_SCALE * times.double().unsqueeze(1) * torch.exp(-math.log(MAX_PERIOD_RATIO) * half)  # (B, E / 2)
-        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
         return nn.functional.silu(self.second(nn.functional.silu(self.first(features))))
 
 
@@ -138,7 +139,7 @@ class PrimeV2UniformModel(PrimeV2Backbone):
         if not self.config.time_conditioning:
             hidden_states = self.run_layers(hidden_states, position_ids, mask, **kwargs)
             return BaseModelOutput(last_hidden_state=hidden_states)
-        time_embedding = self.time_embedding(times)
+        time_embedding = self.time_embedding(times, hidden_states.dtype)
         hidden_states = self.run_layers(hidden_states, position_ids, mask, time_embedding, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states * self.time_scale(time_embedding))
 
@@ -155,7 +156,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
     def __init__(self, config: PrimeV2UniformConfig):
         super().__init__(config)
         self.model = PrimeV2UniformModel(config)
-        self.lm_head = PrimeV2Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -222,9 +223,13 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         )
         return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
 
+    def head(self) -> Tensor | HeadCall:
+        """The head (V, D), or how to call it."""
+        return head_of(self.lm_head, self.config.vocab_size)
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
-        logits = self.lm_head(hidden_states)
+        logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _loss(
@@ -255,7 +260,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         if loss_weight == "low_variance":
             kind, weight = "posterior", torch.ones_like(weight)
         tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
-        total, nats = uniform_nats(hidden_states[rows, columns], plain_weight(self.lm_head), tokens, kind)
+        total, nats = uniform_nats(hidden_states[rows, columns], self.head(), tokens, kind)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double())
 

@@ -7,7 +7,7 @@ dimensions. Here each string of leading digits, down to whole tokens, has a vect
 import torch
 from torch import Tensor, nn
 
-from .backbone_prime_v2 import PrimeV2SubtokenEmbedding, plain_weight
+from .backbone_prime_v2 import PrimeV2SubtokenEmbedding
 from .code_table_prime_v2 import num_nodes
 
 
@@ -21,14 +21,18 @@ class PrimeV2TreeEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.base, self.ends = config.base, (0, *config.levels)
-        self.table = nn.Embedding(num_nodes(self.base, self.ends), config.hidden_size)
+        self.table = nn.EmbeddingBag(num_nodes(self.base, self.ends), config.hidden_size, mode="sum")
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's rows, of nodes and not of tokens."""
+        return self.table.weight
 
     def forward(self, subtoken_ids: Tensor) -> Tensor:
         rows, level = node_rows(subtoken_ids, self.base, self.ends)  # (B, L, levels + 1), (B, L)
         known = torch.arange(len(self.ends), device=rows.device) <= level.unsqueeze(-1)
-        table = plain_weight(self.table)
-        weights = known.to(table.dtype).flatten(0, -2)  # 0 for levels that are not reached
-        vectors = nn.functional.embedding_bag(rows.flatten(0, -2), table, mode="sum", per_sample_weights=weights)
+        weights = known.to(self.table.weight.dtype).flatten(0, -2)  # 0 for levels that are not reached
+        vectors = self.table(rows.flatten(0, -2), per_sample_weights=weights)
         return vectors.unflatten(0, rows.shape[:-1])
 
 
@@ -38,12 +42,12 @@ class PrimeV2HeadNodes(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.base, self.ends = config.base, config.levels[:-1]
-        self.table = nn.Embedding(num_nodes(self.base, self.ends), config.hidden_size)
+        self.table = nn.EmbeddingBag(num_nodes(self.base, self.ends), config.hidden_size, mode="sum")
 
     def forward(self, codes: Tensor) -> Tensor:
         """The table C (V, S) to (V, D)."""
         rows, _ = node_rows(codes, self.base, self.ends)
-        return nn.functional.embedding_bag(rows, plain_weight(self.table), mode="sum")
+        return self.table(rows)
 
 
 def node_rows(subtoken_ids: Tensor, base: int, ends: tuple[int, ...]) -> tuple[Tensor, Tensor]:

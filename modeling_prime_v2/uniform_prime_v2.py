@@ -114,15 +114,15 @@ class NoisedTokens:
         return NoisedTokens(self.ids[piece], self.noised[piece], self.times[piece], self.weights[piece])
 
 
-def uniform_nats(hidden_states, head_weight, tokens: NoisedTokens, kind: str) -> tuple[Tensor, Tensor]:
+def uniform_nats(hidden_states, head, tokens: NoisedTokens, kind: str) -> tuple[Tensor, Tensor]:
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, by `chunked_nats`.
 
     kind "elbo": f, nats per unit of time; "posterior": -log p(x | z), whose minimiser is the same p.
-    hidden_states (N, D); head_weight (V, D).
+    hidden_states (N, D); head: a weight (V, D) or a HeadCall.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    return chunked_nats(hidden_states, head_weight, tokens, partial(_chunk, kind))
+    return chunked_nats(hidden_states, head, tokens, partial(_chunk, kind))
 
 
 def _chunk(kind: str, need_gradient: bool, _) -> Callable:

@@ -44,10 +44,10 @@ class OptimalDenoiser(nn.Module):
         self.law, self.sequences = law, all_sequences(vocab_size, length)
         self.is_token = nn.functional.one_hot(self.sequences, vocab_size).double()  # (V**L, L, V)
 
-    def forward(self, input_ids, position_ids, ranks, sees, past_key_values=None) -> BaseModelOutput:
+    def forward(self, input_ids, position_ids, ranks, sees, cache=None) -> BaseModelOutput:
         elements = torch.stack([input_ids, position_ids], dim=-1).unsqueeze(1)  # (B, 1, E, 2)
-        if past_key_values is not None:
-            elements = past_key_values.update(elements, elements, 0)[0]
+        if cache is not None:
+            elements = cache.update(elements, elements, 0)[0]
         ids, places = elements[:, 0, :, 0], elements[:, 0, :, 1]  # (B, C + E)
         there = nn.functional.one_hot(places, self.sequences.shape[1]) * (ids + 1).unsqueeze(-1)  # (B, C + E, L)
         visible = (ranks.unsqueeze(1) <= sees.unsqueeze(2)).long()
@@ -78,7 +78,7 @@ def query_log_probabilities(model, known: list[tuple[int, int]], place: int) -> 
     embedded = model.model.embed_tokens(ids)
     triangle = torch.full((1, 1, ids.shape[1], ids.shape[1]), -torch.inf, dtype=embedded.dtype).triu(1)
     hidden_states = model.model.run_layers(embedded, places, triangle)[0, -1]
-    return (hidden_states @ model.head_weight().T).log_softmax(-1)
+    return (hidden_states @ model.head().T).log_softmax(-1)
 
 
 def decoding_orders(num_tokens: int, alpha_0: float) -> Iterator[tuple[float, tuple[int, ...], int]]:

@@ -215,5 +215,5 @@ def test_bad_input_is_refused(model, changes, message):
 
 def test_labels_with_a_cache_are_refused(model):
     ids = some_ids()
-    with pytest.raises(ValueError, match="without inputs_embeds or past_key_values"):
+    with pytest.raises(ValueError, match="without inputs_embeds or cache"):
         model(ids, labels=ids, past_key_values=model(ids).past_key_values)

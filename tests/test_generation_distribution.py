@@ -30,7 +30,7 @@ def posteriors(model, state: tuple, cache: dict) -> list[list[float]]:
     if state not in cache:
         with torch.no_grad():
             hidden_states = model.model(torch.tensor([state])).last_hidden_state[0]
-            weights = (hidden_states @ model.head_weight().T).double().exp().tolist()
+            weights = (hidden_states @ model.head().T).double().exp().tolist()
         codes, base = model.code_table.codes[:-1].tolist(), model.config.base
         rows = []
         for digits, row in zip(state, weights, strict=True):

@@ -217,7 +217,7 @@ def naive_loss(model, ids, noise_keys, noise_levels):
         hidden = noise.hidden_count[row, column]
         nats = naive_nats(
             hidden_states[row, column][None],
-            model.head_weight(),
+            model.head(),
             model.code_table.codes[:-1],
             ids[row, column][None],
             noise.visible[row, column][None],

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prime_v2 import PrimeV2ForMaskedDiffusion, linear_prime_v2
-from prime_v2.linear_prime_v2 import PrimeV2Linear, product
+from prime_v2.linear_prime_v2 import linear, product
 
 pytestmark = pytest.mark.skipif(
     linear_prime_v2._ONEDNN is None or not torch.backends.mkl.is_available() or not torch.backends.mkldnn.enabled,
@@ -94,11 +94,22 @@ def test_gradients_of_gradients(calls):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_is_that_of_pytorch(bias, calls):
-    layer, plain = PrimeV2Linear(20, 9, bias=bias), nn.Linear(20, 9, bias=bias)
-    plain.load_state_dict(layer.state_dict())
+    layer = nn.Linear(20, 9, bias=bias)
     for inputs in (INPUTS["batch"], INPUTS["vector"]):
-        torch.testing.assert_close(layer(inputs), plain(inputs))
+        torch.testing.assert_close(linear(layer, inputs), layer(inputs))
     assert calls.count == 2
+
+
+def test_a_layer_that_something_acts_on_is_called(calls):
+    """Hooks, a forward of its own (as accelerate's offloading sets it) and other classes act on the call."""
+    inputs, layer = INPUTS["batch"], nn.Linear(20, 9)
+    handle = layer.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(linear(layer, inputs), layer(inputs))
+    handle.remove()
+    layer.forward = lambda each: each + 2
+    assert torch.equal(linear(layer, inputs), inputs + 2)
+    assert torch.equal(linear(nn.Identity(), inputs), inputs)
+    assert calls.count == 0
 
 
 def test_flops_are_counted_as_those_of_pytorch(calls):

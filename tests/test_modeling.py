@@ -441,4 +441,4 @@ def test_initial_weights_have_the_configured_scale_and_the_table_of_the_config()
         else:
             assert (parameter == 1).all(), name
     assert torch.equal(model.code_table.codes, model.code_table.build())
-    assert isinstance(model.model.embed_subtokens.table, nn.Embedding)
+    assert isinstance(model.model.embed_subtokens.table, nn.EmbeddingBag)

@@ -48,7 +48,7 @@ def test_vectors_may_stand_at_more_levels_than_the_stages_end():
 
 def test_tokens_share_rows_of_the_head_with_those_of_the_same_nodes():
     model = small_model(**STAGES, head_ancestors=True)
-    head, nodes = model.head_weight(), model.head_nodes.table.weight
+    head, nodes = model.head(), model.head_nodes.table.weight
     for v, code in enumerate(model.code_table.codes[:-1].tolist()):
         shared = nodes[code[0]] + nodes[2 + code[0] * 4 + code[1] * 2 + code[2]]
         torch.testing.assert_close(head[v], model.lm_head.weight[v] + shared)
