@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.eval.commands_base import PROGRAM, Command, Group, Json, Output
+from prime_v2.eval.commands_base import FOLDER, NEW_FOLDER, PROGRAM, Command, Group, Json, Output
 from prime_v2.eval.commands_compare import SHORT_HELP as COMPARE_HELP
 from prime_v2.eval.commands_compare import compare
 from prime_v2.eval.commands_convert import SHORT_HELP as CONVERT_HELP
@@ -268,7 +268,7 @@ def evaluate(
 @app.command(cls=Command, short_help="Write lm-eval task files that read JSONL folders.")
 def tasks(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with a folder of JSONL files for each task.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the task files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the task files.", callback=FOLDER)],
     only: Annotated[
         str | None,
         typer.Option("--tasks", metavar="TASK,...", help="Tasks to write [default: all that DATA has files of]."),
@@ -320,7 +320,9 @@ def analyze(
     figure_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Also draw analysis_spectra.png and analysis_attention.png, new files, in DIR."
+            metavar="DIR",
+            help="Also draw analysis_spectra.png and analysis_attention.png, new files, in DIR.",
+            callback=FOLDER,
         ),
     ] = None,
 ) -> None:
@@ -347,7 +349,11 @@ def card(
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Copy what the Hub needs into the new folder OUT, and write the card there."),
+        typer.Option(
+            metavar="OUT",
+            help="Copy what the Hub needs into the new folder OUT, and write the card there.",
+            callback=NEW_FOLDER,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

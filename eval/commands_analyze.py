@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from prime_v2.eval.commands_score import RUN_FILE, TextSource, labels_of
-from prime_v2.eval.commands_shared import check_new_file, progress_bar, quiet_libraries
-from prime_v2.eval.records import make_record, write_json
+from prime_v2.eval.commands_shared import progress_bar, quiet_libraries
+from prime_v2.eval.places import print_and_record
+from prime_v2.eval.records import make_record
 from prime_v2.tokenization.corpus import FILE_SUFFIXES, corpus_fingerprint
 
 DEFAULT_TEXT = "docs"
@@ -54,19 +55,17 @@ def run_analyze(
     figure_dir: Path | None,
 ) -> None:
     """Measure, draw and record; print a table or JSON. models: MODEL_A, MODEL_B and TEXT, see `name_arguments`."""
-    check_new_file(output)
     _check_figures(figure_dir)
     quiet_libraries()
     names, source = name_arguments(*models)
     results = _analyze(names, TextSource(source, split, text_field, None), options)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
+    print_and_record(text, output, make_record("analysis", results, seed=options.seed))
     if figure_dir is not None:
         from prime_v2.eval.analysis_plots import plot_attention, plot_spectra
 
         plot_spectra(results, figure_dir / FIGURES["spectra"])
         plot_attention(results, figure_dir / FIGURES["attention"])
-    if output is not None:
-        write_json(output, make_record("analysis", results, seed=options.seed))
-    print(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results))
 
 
 def name_arguments(model_a: str, second: str | None, third: str | None) -> tuple[list[str], str]:
@@ -91,13 +90,9 @@ def _is_text(name: str) -> bool:
 
 
 def _check_figures(folder: Path | None) -> None:
-    """ValueError unless both figures can be written in this folder; called before the work, not after it."""
-    if folder is None:
-        return
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--figure-dir {folder} is not a folder; give a folder, which may be new")
+    """ValueError where one of the figures is there already; called before the work, not after it."""
     for name in FIGURES.values():
-        if (folder / name).exists():
+        if folder is not None and (folder / name).exists():
             raise ValueError(f"--figure-dir {folder}: {name} exists there; give another folder, or delete it first")
 
 

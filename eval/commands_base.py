@@ -5,14 +5,30 @@ a fault of ours and keeps its traceback.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from prime_v2.eval.places import check_folder, check_new_file, check_new_folder
+
 PROGRAM = "prime-v2"
+
+
+def _place(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
+    """The callback of an option or argument that names a place to write: the place is tried before the work."""
+
+    def callback(context: typer.Context, param: typer.CallbackParam, value: Path | None) -> Path | None:
+        if value is not None and not context.resilient_parsing:
+            check(value, param.opts[0] if param.opts[0].startswith("-") else str(param.metavar))
+        return value
+
+    return callback
+
+
+NEW_FILE, NEW_FOLDER, FOLDER = map(_place, (check_new_file, check_new_folder, check_folder))
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 Output = Annotated[
@@ -20,6 +36,7 @@ Output = Annotated[
     typer.Option(
         metavar="FILE",
         help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
+        callback=NEW_FILE,
     ),
 ]
 
@@ -34,6 +51,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
+        except (ValueError, OSError) as error:  # of the callback of an option
+            raise BadInput(f"{ctx.command_path}: error: {bad_input(error)}") from error
         except Exception as error:
             if hasattr(error, "format_message") and getattr(error, "ctx", None) is None:
                 error.ctx = ctx  # type: ignore[attr-defined]  # an option without its value: the parser knows no command
@@ -108,4 +127,15 @@ def _sentence(text: str) -> str:
     return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
 
 
-__all__ = ["PROGRAM", "BadInput", "Command", "Group", "Json", "Output", "bad_input"]
+__all__ = [
+    "FOLDER",
+    "NEW_FILE",
+    "NEW_FOLDER",
+    "PROGRAM",
+    "BadInput",
+    "Command",
+    "Group",
+    "Json",
+    "Output",
+    "bad_input",
+]

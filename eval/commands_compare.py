@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prime_v2.eval.commands_base import Json, Output
+from prime_v2.eval.commands_base import FOLDER, Json, Output
 
 if TYPE_CHECKING:
     from prime_v2.eval.compare import PlannedRun
@@ -23,7 +23,7 @@ def compare(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the runs.", show_default="runs/compare/CONFIG"),
+        typer.Option(metavar="DIR", help="Folder of the runs.", show_default="runs/compare/CONFIG", callback=FOLDER),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print runs, sizes, FLOPs and the time they will take; train nothing.")
@@ -55,13 +55,12 @@ def compare(
 
     The same command continues where it was stopped. Tables, figures and a record are written to DIR.
     """
-    from prime_v2.eval.commands_shared import check_new_file, quiet_libraries
+    from prime_v2.eval.commands_shared import quiet_libraries
     from prime_v2.eval.compare import Running, check_out, plan, run_comparison, with_times_of_records
     from prime_v2.eval.compare_children import Stopped
     from prime_v2.eval.compare_config import read_comparison
     from prime_v2.eval.records import code_version
 
-    check_new_file(output)
     quiet_libraries()
     comparison, code = read_comparison(config), code_version()
     folder = out or Path("runs") / "compare" / comparison.name
@@ -95,18 +94,18 @@ def _finish(
     """Write tables, figures and record, and print the tables or JSON."""
     from prime_v2.eval.compare_plots import plot_comparison
     from prime_v2.eval.compare_report import markdown_text, render, summarise
+    from prime_v2.eval.places import print_and_record
     from prime_v2.eval.records import make_record, write_json
 
     results = summarise(comparison, trained, allow_mixed)
     record = make_record("compare", results, seed=results["seeds"][0], code=code)
-    for path in filter(None, (folder / SUMMARY, output)):
-        write_json(path, record)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
+    print_and_record(text, output, record)
+    write_json(folder / SUMMARY, record)
     (folder / "README.md").write_text(f"# {comparison.name}\n\n{markdown_text(results)}", encoding="utf-8")
     figures = plot_comparison(results, folder)
-    if as_json:
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
-        print(f"{render(results)}\n\n{folder}/: {SUMMARY}, README.md, {', '.join(each.name for each in figures)}")
+    if not as_json:
+        print(f"\n{folder}/: {SUMMARY}, README.md, {', '.join(each.name for each in figures)}")
 
 
 def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prime_v2.eval.commands_base import Json
+from prime_v2.eval.commands_base import FOLDER, Json
 
 SHORT_HELP = "Turn a published checkpoint file into a folder that Transformers loads."
 
@@ -41,7 +41,7 @@ def convert(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="The published file, .pth or .safetensors.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, or an empty one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, or an empty one.", callback=FOLDER)],
     tokenizer: Annotated[
         str, typer.Option(metavar="NAME_OR_DIR", help="The fast tokenizer that the model was trained with.")
     ],

@@ -14,10 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prime_v2.eval.commands_shared import check_new_file, quiet_libraries
+from prime_v2.eval.commands_shared import quiet_libraries
 from prime_v2.eval.offline_tasks import WrittenTask, expand_tasks, parse_splits, tasks_in, write_tasks
+from prime_v2.eval.places import print_and_record
 from prime_v2.eval.plugin import MODEL_NAME, register
-from prime_v2.eval.records import command_line, make_record, write_json
+from prime_v2.eval.records import command_line, make_record
 
 # lm-eval's other sub-commands, passed on as they are.
 PASSED_ON = ("ls", "validate")
@@ -98,7 +99,6 @@ def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], 
     arguments: `[MODEL] LM_EVAL_OPTIONS`. data: JSONL folders to read instead of the Hub's data sets. split: items as
     in `parse_splits`. Raises ValueError for what is wrong with any of them, before the work where it can be known.
     """
-    check_new_file(output)
     is_passed_on = bool(arguments) and arguments[0] in PASSED_ON
     if is_passed_on or "-h" in arguments:
         call_lm_eval(arguments if is_passed_on else ["run", "-h"])
@@ -112,14 +112,10 @@ def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], 
     if results is None:  # a process other than the first of several
         return
     summary = summarise(results, None if data is None else data.resolve().name)
-    if output is not None:
-        model_args = summary["config"].get("model_args")
-        seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
-        write_json(output, make_record("eval", summary, seed=int(seed), command=command))
-    if as_json:
-        print(json.dumps(summary, ensure_ascii=False, allow_nan=False))
-    elif written:
-        print(render_tasks(written))
+    model_args = summary["config"].get("model_args")
+    seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
+    text = json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else render_tasks(written)
+    print_and_record(text, output, make_record("eval", summary, seed=int(seed), command=command))
 
 
 def _write_own_tasks(
@@ -259,7 +255,7 @@ def run_tasks(data: Path, out: Path, tasks: str | None, split: Sequence[str], as
 
 def render_tasks(written: Sequence[WrittenTask]) -> str:
     """A line for each task: its scored split, the number of questions, where few-shot examples would come from."""
-    width = max(len(each.task) for each in written)
+    width = max((len(each.task) for each in written), default=0)
     lines = []
     for each in written:
         count = "" if each.num_questions is None else f"{each.num_questions:,} questions, "

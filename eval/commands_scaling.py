@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.eval.commands_base import Command, Group, Json, Output
+from prime_v2.eval.commands_base import NEW_FILE, Command, Group, Json, Output
 
 scaling_app = typer.Typer(
     name="scaling",
@@ -102,7 +102,9 @@ def fit(
 
 @scaling_app.command(cls=Command, short_help="Draw loss envelope, isoFLOP curves and isoloss contours.")
 def plot(
-    figure: Annotated[Path, typer.Option(metavar="FILE", help="New file for the figure: .png, .pdf or .svg.")],
+    figure: Annotated[
+        Path, typer.Option(metavar="FILE", help="New file for the figure: .png, .pdf or .svg.", callback=NEW_FILE)
+    ],
     source: Sources = None,
     family: Family = None,
     loss: LossOption = Loss.bound,

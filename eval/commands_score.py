@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.eval.commands_shared import check_new_file, progress_bar, quiet_libraries
-from prime_v2.eval.records import make_record, write_json
+from prime_v2.eval.commands_shared import progress_bar, quiet_libraries
+from prime_v2.eval.places import print_and_record
+from prime_v2.eval.records import make_record
 from prime_v2.eval.suites import SetOfDocuments, nearest, read_suite, sets_trained_on
 from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
 
@@ -103,7 +104,6 @@ def run_ppl(
     """Score one text with one model, or make a table of texts and models; print and perhaps record the result."""
     from huggingface_hub.utils import logging
 
-    check_new_file(output)
     quiet_libraries()
     logging.set_verbosity_error()  # each retry of a hub that cannot be reached is a warning
     if len(set(models)) < len(models):
@@ -115,9 +115,8 @@ def run_ppl(
     else:
         results = _score_table(models, text, scoring)
         shown, name = "" if as_json else render_table(results), "ppl_table"
-    if output is not None:
-        write_json(output, make_record(name, results, seed=scoring.seed))
-    print(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
+    print_and_record(text, output, make_record(name, results, seed=scoring.seed))
 
 
 def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
@@ -310,7 +309,6 @@ def run_entropy(
     text: TextSource, tokenizer_name: str, shuffle_seed: int, shuffle_domain: str, as_json: bool, output: Path | None
 ) -> None:
     """Print, and perhaps record, the table of sub-token entropies."""
-    check_new_file(output)
     quiet_libraries()
     documents = text.documents("train")
     from prime_v2.eval.loading import load_tokenizer
@@ -331,13 +329,9 @@ def run_entropy(
         "shuffle_domain": shuffle_domain,
         "rows": rows,
     }
-    if output is not None:
-        write_json(output, make_record("entropy", results, seed=shuffle_seed))
-    if as_json:
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
-        print(f"{results['num_tokens']:,} tokens of {text.source}, vocabulary of {len(counts):,}")
-        print(render_table(rows))
+    shown = f"{results['num_tokens']:,} tokens of {text.source}, vocabulary of {len(counts):,}\n{render_table(rows)}"
+    shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
+    print_and_record(shown, output, make_record("entropy", results, seed=shuffle_seed))
 
 
 __all__ = [

@@ -1,9 +1,8 @@
-"""What the sub-commands of `prime-v2` share: quiet libraries, a progress bar, refusal to overwrite."""
+"""What the sub-commands of `prime-v2` share: quiet libraries, a progress bar."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 def quiet_libraries() -> None:
@@ -29,14 +28,4 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def check_new_file(path: Path | None) -> None:
-    """ValueError unless a record can be written at `path`; called before the work, not after it."""
-    if path is None:
-        return
-    if path.exists():
-        raise ValueError(f"--output {path} exists; give another name, or delete it first")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: the folder {path.parent} does not exist; make it first")
-
-
-__all__ = ["check_new_file", "progress_bar", "quiet_libraries"]
+__all__ = ["progress_bar", "quiet_libraries"]

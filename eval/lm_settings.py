@@ -15,6 +15,7 @@ from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.eval.families import FAMILY_OF_TYPE, bound_method, label_of
 from prime_v2.eval.likelihood import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
+from prime_v2.eval.places import check_new_file
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
 
@@ -230,10 +231,7 @@ class ScoreFile:
         self.path = Path(path)
         if world_size > 1:
             self.path = self.path.with_suffix(f".rank{rank}{self.path.suffix}")
-        if self.path.exists():
-            raise ValueError(f"scores={self.path} exists; give another name, or delete it first")
-        if not self.path.parent.is_dir():
-            raise ValueError(f"scores={self.path}: the folder {self.path.parent} does not exist; make it first")
+        check_new_file(self.path, "scores")
         self.lines: list[str] = []
 
     def add(self, line: dict[str, Any]) -> None:
@@ -241,6 +239,13 @@ class ScoreFile:
         self.lines.append(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def write(self) -> None:
+        """Write the file; where that fails, an error in the log: the results that follow must not be lost with it."""
+        try:
+            self._write()
+        except OSError as error:
+            log.error("scores %s could not be written (%s); the results follow without it.", self.path, error.strerror)
+
+    def _write(self) -> None:
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.writelines(self.lines)

@@ -9,8 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from prime_v2.eval.commands_shared import check_new_file, progress_bar
-from prime_v2.eval.records import code_version, make_record, read_record, write_json
+from prime_v2.eval.commands_shared import progress_bar
+from prime_v2.eval.places import print_and_record
+from prime_v2.eval.records import code_version, make_record, read_record
 from prime_v2.eval.scaling import PARAMETERS
 from prime_v2.eval.scaling_families import (
     NOT_A_BOUND,
@@ -85,7 +86,6 @@ class Selection:
 
 def run_fit(selection: Selection, as_json: bool, output: Path | None) -> None:
     """`prime-v2 scaling fit`."""
-    check_new_file(output)
     code = code_version()
     fits, left_out = selection.fits()
     results = {
@@ -96,13 +96,11 @@ def run_fit(selection: Selection, as_json: bool, output: Path | None) -> None:
         "left_out": left_out,
         "families": {name: to_json(fit) for name, fit in fits.items()},
     }
-    if output is not None:
-        write_json(output, make_record(FIT, results, seed=selection.seed, code=code))
-    if as_json:
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
+    if not as_json:
         _say(left_out)
-        print("\n\n".join(render_fit(fit) for fit in fits.values()))
+    text = "\n\n".join(render_fit(fit) for fit in fits.values())
+    record = make_record(FIT, results, seed=selection.seed, code=code)
+    print_and_record(_json(results) if as_json else text, output, record)
 
 
 def run_plot(selection: Selection, figure: Path, as_json: bool) -> None:
@@ -111,10 +109,6 @@ def run_plot(selection: Selection, figure: Path, as_json: bool) -> None:
 
     if figure.suffix not in FIGURES:
         raise ValueError(f"--figure {figure} must end with {', '.join(FIGURES)}")
-    if figure.exists():
-        raise ValueError(f"--figure {figure} exists; give another name, or delete it first")
-    if not figure.parent.is_dir():
-        raise ValueError(f"--figure {figure}: the folder {figure.parent} does not exist; make it first")
     points = selection.points()
     chosen, _ = choose_families(points, selection.families)
     fits, left_out = selection.fits()
@@ -128,26 +122,22 @@ def run_plot(selection: Selection, figure: Path, as_json: bool) -> None:
 
 def run_plan(selection: Selection, budgets: list[float], as_json: bool, output: Path | None) -> None:
     """`prime-v2 scaling plan`."""
-    check_new_file(output)
     _check_budgets(budgets)
     code = code_version()
     fits, left_out = selection.fits()
     plans = [plan(fit, flops) for fit in fits.values() for flops in budgets]
     results = {"left_out": left_out, "plans": plans}
-    if output is not None:
-        write_json(output, make_record("scaling_plan", results, seed=selection.seed, code=code))
-    if as_json:
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
+    if not as_json:
         _say(left_out)
-        print("\n\n".join(render_plan(each) for each in plans))
+    text = "\n\n".join(render_plan(each) for each in plans)
+    record = make_record("scaling_plan", results, seed=selection.seed, code=code)
+    print_and_record(_json(results) if as_json else text, output, record)
 
 
 def run_efficiency(
     selection: Selection, names: tuple[str, str], budgets: list[float], as_json: bool, output: Path | None
 ) -> None:
     """`prime-v2 scaling efficiency`."""
-    check_new_file(output)
     _check_budgets(budgets)
     if names[0].casefold() == names[1].casefold():
         raise ValueError(f"{names[0]} and {names[1]} are one family; give two")
@@ -160,15 +150,18 @@ def run_efficiency(
     first, second = fits
     rows = compare(fits, (first, second), budgets or common_budgets(fits[first], fits[second]))
     results = {"family": first, "other": second, "rows": rows}
-    if output is not None:
-        write_json(output, make_record("scaling_efficiency", results, seed=selection.seed, code=code))
-    print(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render_efficiency(results))
+    record = make_record("scaling_efficiency", results, seed=selection.seed, code=code)
+    print_and_record(_json(results) if as_json else render_efficiency(results), output, record)
 
 
 def _check_budgets(budgets: list[float]) -> None:
     for each in budgets:
         if not (math.isfinite(each) and each > 0):
             raise ValueError(f"--flops {each} must be a number above 0, such as 3e20")
+
+
+def _json(results: dict[str, Any]) -> str:
+    return json.dumps(results, ensure_ascii=False, allow_nan=False)
 
 
 def _say(sentences: list[str]) -> None:

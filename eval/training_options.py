@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from prime_v2.eval.families import FAMILIES, family_named
 from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
+from prime_v2.eval.places import check_folder
 from prime_v2.eval.recipes import CONFIGS, find_recipe, recipe_names
 
 # Options of TrainingArguments that would be ignored or would make results wrong, and the value that they must keep.
@@ -232,6 +233,11 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
         if getattr(training, name) != wanted:
             problems.append(f"--{name} {getattr(training, name)} is not supported here; leave it at {wanted}")
     problems += check_start(run)
+    if run.record is not None:
+        try:
+            check_folder(Path(run.record).parent, "--record")
+        except ValueError as error:
+            problems.append(str(error))
     if run.streaming and (run.data == "docs" or (run.tokenizer == "bpe" and run.init_from is None)):
         problems.append("--streaming needs a hub data set and a ready tokenizer; use e.g. --tokenizer gpt2")
     micro = training.per_device_train_batch_size * training.world_size

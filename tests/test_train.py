@@ -176,6 +176,10 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
         (["--model", "stage_digits=["], "the value is not YAML"),
         (["--fp16", "true"], "--fp16 True is not supported here; leave it at False"),
         (["--max_steps", "0"], "--max_steps 0 must be at least 1"),
+        (
+            ["--record", "/dev/null/runs/record.json"],
+            "--record /dev/null/runs: /dev/null is not a folder; give another",
+        ),
         (["--streaming"], "--streaming needs a hub data set"),
     ],
 )
