@@ -309,7 +309,7 @@ def test_what_is_there_is_not_written_over(files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("kept")
     assert "is not an empty folder" in refused(checkpoint, tmp_path / "out", *options)
-    assert "is not an empty folder" in refused(checkpoint, tmp_path / "perm.pt", *options)
+    assert "is not a folder; give a folder, which may be new" in refused(checkpoint, tmp_path / "perm.pt", *options)
     assert "does not exist; make it first" in refused(checkpoint, tmp_path / "a" / "b", *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
