@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.eval.commands_base import FOLDER, NEW_FOLDER, PROGRAM, Command, Group, Json, Output
+from prime_v2.eval.commands_base import (
+    FOLDER,
+    MANY,
+    MOST_DRAWS,
+    MOST_SAMPLES,
+    NEW_FOLDER,
+    PROGRAM,
+    Command,
+    Group,
+    Json,
+    Output,
+)
 from prime_v2.eval.commands_compare import SHORT_HELP as COMPARE_HELP
 from prime_v2.eval.commands_compare import compare
 from prime_v2.eval.commands_convert import SHORT_HELP as CONVERT_HELP
@@ -61,7 +72,7 @@ Split = Annotated[
     ),
 ]
 TextField = Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")]
-MaxDocuments = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read at most N documents.")]
+MaxDocuments = Annotated[int | None, typer.Option(min=1, max=MANY, metavar="N", help="Read at most N documents.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda if there is one]")]
 Dtype = Annotated[
     str | None, typer.Option(metavar="NAME", help="Type of the weights [default: bfloat16 on cuda, else float32]")
@@ -75,7 +86,7 @@ def generate(
     suffix: Annotated[str, typer.Option(metavar="TEXT", help="Text that follows the sample (infilling).")] = "",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = None,
     max_denoising_steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Steps; more of them draw fewer tokens at once.")
+        int | None, typer.Option(min=1, max=MANY, metavar="N", help="Steps; more of them draw fewer tokens at once.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")] = None,
@@ -84,7 +95,7 @@ def generate(
         bool | None,
         typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to draw.")] = 1,
+    num_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, metavar="N", help="Samples to draw.")] = 1,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
     ] = False,
@@ -160,7 +171,9 @@ def ppl(
     window: Window = None,
     stride: Stride = None,
     method: PplMethod = None,
-    num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Noise draws per sequence.")] = 8,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAWS, metavar="N", help="Noise draws per sequence.")
+    ] = 8,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
     split: Split = None,
     text_field: TextField = "text",
@@ -308,9 +321,13 @@ def analyze(
         typer.Argument(metavar="TEXT", help=f"{SOURCE_HELP} A file may also come second.", show_default="docs"),
     ] = None,
     masked_share: MaskedShare = None,
-    max_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to measure, at most.")] = 16,
+    max_windows: Annotated[
+        int, typer.Option(min=1, max=MANY, metavar="N", help="Windows of text to measure, at most.")
+    ] = 16,
     window: Window = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the masks and of the Gaussian reference.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the masks and of the Gaussian reference.")
+    ] = 0,
     split: Split = None,
     text_field: TextField = "text",
     device: Device = None,

@@ -15,6 +15,10 @@ from typer.core import TyperCommand, TyperGroup
 from prime_v2.eval.places import check_folder, check_new_file, check_new_folder
 
 PROGRAM = "prime-v2"
+# The largest values of options that count: more would end in the machine's limits, or never.
+MANY = 10**12  # of what is read or done at most, where less is there
+MOST_SAMPLES = 1024  # texts that are generated at once
+MOST_DRAWS = 10**6  # for one number
 
 
 def _place(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
@@ -115,6 +119,8 @@ def bad_input(error: Exception) -> str | None:
         return _sentence(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, ValueError | OSError):
         return _sentence(str(error))
+    if _is_out_of_memory(error):
+        return "not enough memory; ask for less at once: fewer samples, shorter texts or a smaller model"
     from huggingface_hub.errors import StrictDataclassError
 
     if isinstance(error, StrictDataclassError):
@@ -123,12 +129,22 @@ def bad_input(error: Exception) -> str | None:
     return None
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python and numpy, of an accelerator, and of the CPU's memory as torch says it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def _sentence(text: str) -> str:
     return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
 
 
 __all__ = [
     "FOLDER",
+    "MANY",
+    "MOST_DRAWS",
+    "MOST_SAMPLES",
     "NEW_FILE",
     "NEW_FOLDER",
     "PROGRAM",

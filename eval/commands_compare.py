@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prime_v2.eval.commands_base import FOLDER, Json, Output
+from prime_v2.eval.commands_base import FOLDER, MANY, Json, Output
 
 if TYPE_CHECKING:
     from prime_v2.eval.compare import PlannedRun
@@ -28,7 +28,9 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print runs, sizes, FLOPs and the time they will take; train nothing.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at once, which share the threads.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=MANY, metavar="N", help="Runs at once, which share the threads.")
+    ] = 1,
     launcher: Annotated[
         str | None,
         typer.Option(

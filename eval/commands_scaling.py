@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.eval.commands_base import NEW_FILE, Command, Group, Json, Output
+from prime_v2.eval.commands_base import MOST_DRAWS, NEW_FILE, Command, Group, Json, Output
 
 scaling_app = typer.Typer(
     name="scaling",
@@ -61,7 +61,9 @@ CountOption = Annotated[
 ApproachOption = Annotated[
     Approach, typer.Option("--approach", help="3 fits E + A/N^a + B/D^b, 2 a parabola in log N at each budget.")
 ]
-Bootstrap = Annotated[int, typer.Option(min=0, metavar="N", help="Samples for the 95% intervals; 0 for none.")]
+Bootstrap = Annotated[
+    int, typer.Option(min=0, max=MOST_DRAWS, metavar="N", help="Samples for the 95% intervals; 0 for none.")
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the samples.")]
 AllowMixed = Annotated[
     bool, typer.Option("--allow-mixed", help="Fit runs of different code or data order together all the same.")

@@ -109,9 +109,17 @@ def test_unknown_commands_and_options_are_refused_in_one_sentence(model_dir):
     assert "'--num-samples'" in refused("generate", model_dir, "--num-samples", 0)
 
 
+def test_too_little_memory_is_a_sentence():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.int8)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert bad_input(error).startswith("not enough memory; ask for less at once")
+
+
 def test_faults_of_ours_keep_their_traceback():
     assert bad_input(RuntimeError("a fault")) is None
     assert bad_input(BrokenPipeError(32, "Broken pipe")) is None
+    assert bad_input(OverflowError("a fault")) is None
     assert bad_input(ValueError("two\n lines.")) == "two lines"
     assert bad_input(FileNotFoundError(2, "No such file", "x.txt")) == "x.txt: No such file"
     with pytest.raises(Exception, match="does not fit in num_subtokens=2") as caught:

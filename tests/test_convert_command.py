@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_options import NUMBERS
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
@@ -312,6 +313,15 @@ def test_what_is_there_is_not_written_over(files, tmp_path):
     assert "is not a folder; give a folder, which may be new" in refused(checkpoint, tmp_path / "perm.pt", *options)
     assert "does not exist; make it first" in refused(checkpoint, tmp_path / "a" / "b", *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("value", ["100000000000", "1" + "0" * 30])
+@pytest.mark.parametrize("option", [each for each in NUMBERS if each.command == ("convert",)], ids=str)
+def test_sizes_that_do_not_fit_the_file_are_refused(option, value, files, tmp_path):
+    """tests/test_numeric_options.py has values that are refused before the file is read."""
+    checkpoint, options = files
+    refused(checkpoint, tmp_path / "out", *options, option.flag, value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", ["mdlm", "megatron"])
