@@ -1,4 +1,7 @@
-"""Records: each reported number with the command, commit, versions, machine and seed that produced it, as JSON."""
+"""Records: each reported number with the command, commit, versions, machine and seed that produced it, as JSON.
+
+A record is made to be passed on, so it names files and folders and never says where on the machine they lie.
+"""
 
 import json
 import os
@@ -11,6 +14,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from prime_v2.hub_card.paths import without_places
 
 PACKAGES = ("prime-v2", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -25,19 +30,21 @@ def make_record(
 ) -> dict[str, Any]:
     """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line.
 
+    Of paths in them, the last part is kept (`without_places`).
+
     seed: None where nothing is drawn.
 
     code: `code_version()` taken when the process began; None takes it now, which is right for short commands alone.
     """
     return {
         "name": name,
-        "command": command or command_line(),
+        "command": without_places(command or command_line()),
         **(code or code_version()),
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": machine(),
         "seed": seed,
-        "results": results,
+        "results": without_places(results),
     }
 
 

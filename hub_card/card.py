@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2.hub_card.files import file_hashes, hub_files
+from prime_v2.hub_card.paths import without_places
 
 TEMPLATE = "model_card.md.jinja"
 LICENSE_ID = "apache-2.0"
@@ -42,7 +43,7 @@ def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Pat
     record: as `make_record` makes it, with `results` of train.py. Raises ValueError for a folder without config.json,
     a record of another model, and what `render_card` refuses; nothing is written then.
     """
-    folder = Path(model_dir)
+    folder, record = Path(model_dir), without_places(record)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
