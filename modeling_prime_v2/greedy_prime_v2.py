@@ -116,11 +116,6 @@ class Texts:
     """
 
     def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, target_mask: Tensor):
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
-        for name, mask in (("attention_mask", attention_mask), ("target_mask", target_mask)):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         real = real.bool()
         check_ids(input_ids[real], model.config.vocab_size, "and a text to compare with has no mask token")

@@ -97,8 +97,6 @@ def log_likelihood(
     """
     if method != METHOD:
         raise ValueError(f"method={method!r} is not {METHOD!r}, the exact log-likelihood, all that this model has")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1; use 1, this model draws nothing")
     if refinement:
         raise ValueError(f"refinement={refinement} of method={METHOD!r}: this model draws nothing; use refinement=0")
     value, num_scored = torch.zeros(len(input_ids), dtype=torch.double), torch.zeros(len(input_ids), dtype=torch.long)

@@ -108,8 +108,6 @@ class _Plan:
     def __init__(self, config, method: str, num_samples: int, exhaustive: bool, refinement: int):
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
         if refinement and (method == "chain" or num_samples % 2 ** (refinement - 1)):
             raise ValueError(
                 f"refinement={refinement} of method={method!r} with num_samples={num_samples}: a sampled method takes "

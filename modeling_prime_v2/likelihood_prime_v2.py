@@ -158,8 +158,6 @@ class _Plan:
                 f"method={method!r} hides digits in any order, but subtoken_embedding={config.subtoken_embedding!r} "
                 f"has vectors for leading digits alone; use one of {', '.join(methods_of(config))}"
             )
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
         if refinement and (method not in SAMPLED_METHODS or num_samples % 2 ** (refinement - 1)):
             raise ValueError(
                 f"refinement={refinement} of method={method!r} with num_samples={num_samples}: a sampled method takes "
@@ -262,11 +260,6 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
 
 def unpadded(input_ids, attention_mask, prompt_mask, config) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, ids (L,), scored (L,) bool) without padding, longest first so that a pass holds rows of like length."""
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
-    for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
-        if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
     check_id_type(input_ids)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     scored = real if prompt_mask is None else real & ~prompt_mask.bool()

@@ -91,8 +91,6 @@ def log_likelihood(
 def _check_options(method: str, num_samples: int, refinement: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1; use 128")
     if refinement and num_samples % 2 ** (refinement - 1):
         raise ValueError(
             f"refinement={refinement} with num_samples={num_samples}: it takes a multiple of {2 ** (refinement - 1)} "

@@ -15,12 +15,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .checks_prime_v2 import check_length, scored_tokens
+from .checks_prime_v2 import (
+    as_tensor,
+    check_length,
+    check_mask,
+    check_prepared_mask,
+    scored_tokens,
+    scoring_inputs,
+    token_inputs,
+)
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
+from .keywords_prime_v2 import check_forward_keywords
 from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -94,11 +103,11 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         position_ids (B or 1, L): given without mask and cache, those that do not rise by one begin another text, which
             does not see what precedes it, as in Transformers (packed texts).
         """
+        check_forward_keywords(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids (B, L) and inputs_embeds (B, L, D)")
         cache = one_cache(cache, past_key_values)
-        if cache is None:
-            check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, self.config)
+        self._check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             # A single token after others comes from this model's own logits: no need to wait for its value.
             if cache is None or input_ids.shape[1] > 1:
@@ -113,6 +122,18 @@ class PrimeV2ArmModel(PrimeV2Backbone):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         hidden_states = self.run_layers(inputs_embeds, position_ids, mask, cache=cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+
+    def _check_inputs(self, inputs: Tensor, mask: Any, past: Any) -> None:
+        """ValueError for inputs (B, L, ...) of another length, and what is no mask, nor one that Transformers made."""
+        whole = mask is None or isinstance(mask, Tensor) and mask.dim() == 2
+        if past is None:
+            check_length(inputs, mask if whole else None, self.config)
+        if not whole:
+            check_prepared_mask(mask, self.config._attn_implementation)
+        elif past is not None and mask is not None:
+            # A single token after others: on an accelerator there is no wait for the values of an integer mask.
+            is_step = inputs.shape[1] == 1 and mask.device.type != "cpu" and not mask.is_floating_point()
+            check_mask("attention_mask", None if is_step else mask)
 
 
 class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
@@ -206,6 +227,9 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
+        check_forward_keywords(self, kwargs)
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
+        labels = as_tensor(self, "labels", labels)
         cache = one_cache(cache, past_key_values)
         if labels is None:
             outputs = self.model(
@@ -252,11 +276,17 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         self, input_ids, attention_mask=None, prompt_mask=None, method=METHOD, **kwargs
     ) -> PrimeV2LogLikelihood:
         """Exact log-likelihood of each sequence in nats: see `likelihood_arm_prime_v2.log_likelihood`."""
-        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+        ids, mask, prompt, options = scoring_inputs(
+            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
+        )
+        return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
         """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.decodes_to`."""
-        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+        ids, mask, target, options = scoring_inputs(
+            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+        )
+        return decodes_to(self, ids, mask, target, **options)
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

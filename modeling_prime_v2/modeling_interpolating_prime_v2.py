@@ -10,7 +10,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import check_length, scored_tokens
+from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
 from .diffusion_prime_v2 import stratified_levels
@@ -19,6 +19,7 @@ from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMix
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
 from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
+from .keywords_prime_v2 import check_forward_keywords
 from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -77,6 +78,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         then those of a caller that has checked them. None: the known tokens became known from left to right, and each
         masked one is a query that sees them all; attention_mask (B, E), 0 for padding, belongs to this case alone.
         """
+        check_forward_keywords(self, kwargs)
         if ranks is None:
             check_length(input_ids, attention_mask, self.config)
             check_ids(input_ids, self.config.vocab_size + 1, MASKED_NOTE)
@@ -179,7 +181,11 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
+        check_forward_keywords(self, kwargs)
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
+        labels = as_tensor(self, "labels", labels)
         if labels is None:
+            refuse_noise(noise_keys, noise_levels)
             outputs = self.model(input_ids, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             other = torch.arange(logits.shape[-1], device=logits.device) != input_ids.unsqueeze(-1)
@@ -195,7 +201,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ) -> Tensor:
         config = self.config
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
         check_length(input_ids, attention_mask, config)
         real = torch.ones_like(scored) if attention_mask is None else attention_mask.bool()
         check_ids(ids[real], config.vocab_size + 1, MASKED_NOTE)
@@ -237,11 +243,17 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
 
     def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="interpolating", **kwargs):
         """Log-likelihood of each sequence, or its lower bound, in nats: `likelihood_interpolating_prime_v2`."""
-        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+        ids, mask, prompt, options = scoring_inputs(
+            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
+        )
+        return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
         """Whether the deterministic decode fills in exactly the targets: `generation_interpolating_prime_v2`."""
-        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+        ids, mask, target, options = scoring_inputs(
+            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+        )
+        return decodes_to(self, ids, mask, target, **options)
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:

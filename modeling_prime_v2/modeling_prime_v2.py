@@ -12,13 +12,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import check_length, scored_tokens
+from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
+from .keywords_prime_v2 import check_forward_keywords
 from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
 from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
@@ -71,6 +72,7 @@ class PrimeV2Model(PrimeV2Backbone):
 
         needed (B, L) bool: only these tokens' hidden states are wanted, (M, D) by rows, then columns.
         """
+        check_forward_keywords(self, kwargs)
         check_states(subtoken_ids, attention_mask, self.config)
         hidden_states = self.embed_subtokens(subtoken_ids)
         if position_ids is None:
@@ -167,9 +169,13 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
+        check_forward_keywords(self, kwargs)
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
+        labels, subtoken_ids = as_tensor(self, "labels", labels), as_tensor(self, "subtoken_ids", subtoken_ids, 3)
         if (input_ids is None) == (subtoken_ids is None):
             raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
         if labels is None:
+            refuse_noise(noise_keys, noise_levels)
             states = self.code_table.encode(input_ids) if subtoken_ids is None else subtoken_ids
             outputs = self.model(states, attention_mask, position_ids, **kwargs)
             logits = self.filtered_logits(outputs.last_hidden_state, states)
@@ -193,7 +199,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config, order = self.config, RevealOrder.from_config(self.config)
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
         if noise_keys is None:
             noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
         if noise_levels is None:
@@ -239,11 +245,17 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
 
     def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="subtoken", **kwargs):
         """Log-likelihood of each sequence, or its lower bound, in nats: see `likelihood_prime_v2.log_likelihood`."""
-        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+        ids, mask, prompt, options = scoring_inputs(
+            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
+        )
+        return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
         """Whether the deterministic decode fills in exactly the targets: see `greedy_prime_v2.decodes_to`."""
-        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+        ids, mask, target, options = scoring_inputs(
+            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+        )
+        return decodes_to(self, ids, mask, target, **options)
 
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:

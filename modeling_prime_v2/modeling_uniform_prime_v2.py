@@ -13,12 +13,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
-from .checks_prime_v2 import check_length, scored_tokens
+from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
 from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_prime_v2 import stratified_levels
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
 from .greedy_prime_v2 import PrimeV2DecodesTo
+from .keywords_prime_v2 import check_forward_keywords
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
 from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
@@ -129,6 +130,7 @@ class PrimeV2UniformModel(PrimeV2Backbone):
 
         times are not read, and may be None, where config.time_conditioning is False.
         """
+        check_forward_keywords(self, kwargs)
         check_noised(input_ids, times, attention_mask, self.config)
         hidden_states = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -212,7 +214,11 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         Raises ValueError for ids and times out of range, over-long or empty input, rows of padding alone, nothing to
         score, times missing where the network needs them, and times with labels.
         """
+        check_forward_keywords(self, kwargs)
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
+        labels = as_tensor(self, "labels", labels)
         if labels is None:
+            refuse_noise(noise_keys, noise_levels)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
@@ -236,7 +242,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config = self.config
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config)
+        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
         if noise_keys is None:
             noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
         if noise_levels is None:
@@ -266,11 +272,17 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
 
     def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="uniform", **kwargs):
         """A lower bound of each sequence's log-likelihood in nats: see `likelihood_uniform_prime_v2`."""
-        return log_likelihood(self, input_ids, attention_mask, prompt_mask, method, **kwargs)
+        ids, mask, prompt, options = scoring_inputs(
+            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
+        )
+        return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
         """Whether the deterministic decode fills in exactly the targets: see `generation_uniform_prime_v2`."""
-        return decodes_to(self, input_ids, attention_mask, target_mask, **kwargs)
+        ids, mask, target, options = scoring_inputs(
+            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+        )
+        return decodes_to(self, ids, mask, target, **options)
 
 
 def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor | None, config) -> None:

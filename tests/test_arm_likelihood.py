@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prime_v2.eval.causal import CausalScorer
-from prime_v2.likelihood_arm_prime_v2 import decodes_to
 
 # float32 network: batches of other shapes round differently, 1e-6 a logit.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
@@ -143,7 +142,7 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off():
     ("arguments", "message"),
     [
         ({"method": "subtoken"}, "method='subtoken' is not 'causal', the exact log-likelihood"),
-        ({"num_samples": 0}, "num_samples=0 must be at least 1; use 1"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
         ({"refinement": 1}, "refinement=1 of method='causal': this model draws nothing; use refinement=0"),
         ({"input_ids": torch.tensor([[1, 11]])}, r"token ids span \[1, 11\], but a likelihood .* in \[0, 10\]"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
@@ -250,7 +249,7 @@ def test_bad_targets_are_refused(model, arguments, message):
     plain = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "attention_mask": None}
     plain["target_mask"] = torch.tensor([[0, 0, 1], [0, 1, 1]])
     with pytest.raises(ValueError, match=message):
-        decodes_to(model, **plain | arguments)
+        model.decodes_to(**plain | arguments)
 
 
 def test_targets_before_padding_are_the_last_tokens(model):

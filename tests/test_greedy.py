@@ -9,7 +9,7 @@ from small_networks import ORDERS, one_thread, prompts, small_model  # noqa: F40
 from transformers import AutoModel, GenerationConfig, NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig
-from prime_v2.greedy_prime_v2 import decodes_to, most_confident, proposals
+from prime_v2.greedy_prime_v2 import most_confident, proposals
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 MASK = 50  # the mask token of the networks here, which have 50 tokens
@@ -216,11 +216,11 @@ def test_deciding_in_chunks_changes_nothing(monkeypatch):
     model, prompt = small_model(), prompts(3, 4)
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4)
     target = torch.arange(16).expand(3, -1) >= 4
-    found = decodes_to(model, whole, None, target)
+    found = model.decodes_to(whole, None, target)
     for module in ("denoising", "greedy"):
         monkeypatch.setattr(f"prime_v2.{module}_prime_v2.DRAW_ELEMENTS", 100)
     assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4))
-    assert [each.tolist() for each in decodes_to(model, whole, None, target)] == [each.tolist() for each in found]
+    assert [each.tolist() for each in model.decodes_to(whole, None, target)] == [each.tolist() for each in found]
 
 
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
@@ -352,7 +352,7 @@ def test_decodes_to_is_the_decode_and_a_comparison(model):
     naive = [naive_decodes_to(model, row, hidden) for row, hidden in zip(rows, targets, strict=True)]
     assert results == [each for each, _ in naive] and 5 <= sum(results) < len(results)
     for before in (0, 2, 13):
-        found = decodes_to(model, *pad(rows, targets, 13, before))
+        found = model.decodes_to(*pad(rows, targets, 13, before))
         assert found.matches.dtype == torch.bool and found.matches.tolist() == results
         assert found.num_forward.tolist() == [passes for _, passes in naive]
 
@@ -360,11 +360,11 @@ def test_decodes_to_is_the_decode_and_a_comparison(model):
 def test_rows_stop_at_their_first_wrong_token_and_share_passes_within_the_budget():
     model, seen = small_model(), []
     rows, targets = texts(model)
-    expected = decodes_to(model, *pad(rows, targets, 12, 0))
+    expected = model.decodes_to(*pad(rows, targets, 12, 0))
     hook = model.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[:2]))
     for budget in (1, 30, 8192):
         seen.clear()
-        found = decodes_to(model, *pad(rows, targets, 12, 0), tokens_per_pass=budget)
+        found = model.decodes_to(*pad(rows, targets, 12, 0), tokens_per_pass=budget)
         assert [each.tolist() for each in found] == [each.tolist() for each in expected]
         assert sum(batch for batch, _ in seen) == found.num_forward.sum()
         assert all(batch == 1 or batch * width <= budget for batch, width in seen)
@@ -376,7 +376,7 @@ def test_a_row_without_targets_matches_and_inputs_and_mode_stay():
     model = small_model(attention_dropout=0.5).train()
     ids, target = prompts(2, 5), torch.tensor([[False] * 5, [False, True, False, True, True]])
     before = ids.clone(), target.clone()
-    found = decodes_to(model, ids, None, target)
+    found = model.decodes_to(ids, None, target)
     assert found.matches[0] and found.num_forward[0] == 0 and found.num_forward[1] > 0
     assert model.training and torch.equal(ids, before[0]) and torch.equal(target, before[1])
 
@@ -393,11 +393,11 @@ BAD_TEXTS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_TEXTS, ids=[message[:30] for _, message in BAD_TEXTS])
 def test_bad_texts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        decodes_to(small_model(), *arguments)
+        small_model().decodes_to(*arguments)
 
 
 def test_a_network_that_is_not_finite_is_reported():
     model = small_model()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the network's logits are not finite"):
-        decodes_to(model, IDS, None, TARGET)
+        model.decodes_to(IDS, None, TARGET)

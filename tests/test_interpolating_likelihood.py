@@ -237,7 +237,7 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
     ("arguments", "message"),
     [
         ({"method": "token"}, "method='token' is not one of interpolating, chain"),
-        ({"num_samples": 0}, "num_samples=0 must be at least 1; use 128"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
         (
             {"num_samples": 3, "refinement": 2},
             "refinement=2 of method='interpolating' with num_samples=3: .* multiple of 2 draws",

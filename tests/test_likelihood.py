@@ -309,7 +309,7 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
     ("arguments", "message"),
     [
         ({"method": "nelbo"}, "method='nelbo' is not one of subtoken, token, nested, token_objective, chain"),
-        ({"num_samples": 0}, "num_samples=0 must be at least 1; use 128"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
         ({"input_ids": torch.tensor([[1, 5]])}, r"token ids span \[1, 5\], but a likelihood .* ids in \[0, 4\]"),
         ({"input_ids": torch.tensor([[-1, 2]])}, r"token ids span \[-1, 2\]"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),

@@ -198,7 +198,7 @@ def test_the_model_names_its_method(model, ids):
     ("arguments", "message"),
     [
         ({"method": "subtoken"}, "method='subtoken' is not one of uniform"),
-        ({"num_samples": 0}, "num_samples=0 must be at least 1; use 128"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
         ({"num_samples": 3, "refinement": 2}, "refinement=2 with num_samples=3: it takes a multiple of 2 draws"),
         ({"input_ids": torch.tensor([[1, 4]])}, r"token ids span \[1, 4\], but a likelihood .* ids in \[0, 3\]"),
         ({"input_ids": torch.tensor([[-1, 2]])}, r"token ids span \[-1, 2\]"),

@@ -1,0 +1,106 @@
+"""Keywords of public functions: one that is not known is refused by name, with the nearest; none is swallowed."""
+
+import difflib
+import inspect
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils.generic import TransformersKwargs
+
+# How alike two names must be, from 0 to 1, for one to be offered in place of the other: "temprature" is, and "steps"
+# is not taken for "seed".
+NEAR = 0.75
+
+# What a `forward` takes beside its own arguments.
+# Read by Transformers' decorators of `forward` (`capture_outputs`, `can_return_tuple`):
+OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+# Read by flash attention, where packed texts end; no other attention reads it:
+FLASH_ATTENTION = tuple(FlashAttentionKwargs.__annotations__)
+# Passed without a meaning (None, False or 0) to every model by
+#   Transformers' `generate` and pipelines, and what `TransformersKwargs` lists;
+#   peft's PeftModelForCausalLM.forward (inputs_embeds, task_ids) and its prompt learning (token_type_ids).
+IDLE = (
+    *TransformersKwargs.__annotations__,
+    "cache",
+    "cache_position",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "task_ids",
+    "token_type_ids",
+    "use_cache",
+)
+
+
+def nearest(name: Any, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like `name`; None where none is near."""
+    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=NEAR)
+    return near[0] if near else None
+
+
+def did_you_mean(name: Any, names: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name: "; did you mean X?", or nothing where no name is near."""
+    near = nearest(name, names)
+    return "" if near is None else f"; did you mean {prefix}{near}?"
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence names it: short, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"<tensor of shape {tuple(value.shape)}>"
+    return reprlib.repr(value)
+
+
+def refuse_unknown(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """ValueError for the first of the keywords `given` that is none of the `known` ones of the function `where`."""
+    known = list(known)
+    for name, value in given.items():
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            raise ValueError(f"{where} has no argument {name}={shown(value)}{hint}")
+
+
+def arguments_of(function: Callable) -> list[str]:
+    """Names of a function's own arguments."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [each.name for each in inspect.signature(function).parameters.values() if each.kind in kinds]
+    return [name for name in names if name not in ("self", "model")]
+
+
+def check_forward_keywords(model: Any, given: Mapping[str, Any]) -> None:
+    """ValueError for keywords of a `forward` that nothing reads, beside those that mean nothing.
+
+    What the model's configuration says already means nothing either (use_cache, which Trainer sets there).
+    """
+    for name, value in given.items():
+        if name in OUTPUTS:
+            continue
+        if name in IDLE and (_is_idle(value) or value is getattr(model.config, name, None)):
+            continue
+        if name in FLASH_ATTENTION:
+            if "flash" in str(model.config._attn_implementation):
+                continue
+            raise ValueError(
+                f"{name}={shown(value)} is read by flash attention only, but attn_implementation="
+                f"{model.config._attn_implementation!r}; leave it out, or pad the texts and give an attention_mask"
+            )
+        if name in IDLE:
+            raise ValueError(f"{type(model).__name__}.forward makes no use of {name}={shown(value)}; leave it out")
+        refuse_unknown(f"{type(model).__name__}.forward", {name: value}, [*arguments_of(model.forward), *OUTPUTS])
+
+
+def _is_idle(value: Any) -> bool:
+    return value is None or value is False or type(value) is int and value == 0
+
+
+__all__ = [
+    "arguments_of",
+    "check_forward_keywords",
+    "did_you_mean",
+    "nearest",
+    "refuse_unknown",
+    "shown",
+]
