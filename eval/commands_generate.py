@@ -43,8 +43,8 @@ def run_generate(
         options.setdefault("seed", random.SystemRandom().randrange(2**31))
     elif num_samples > 1:
         raise ValueError(f"--greedy has one result, not --num-samples {num_samples}; leave one of the two out")
-    input_ids, suffix_ids = _prompt_ids(model, tokenizer, prompt, num_samples), _ids(tokenizer, suffix, num_samples)
-    call = {"return_dict_in_generate": True, **options}
+    input_ids, suffix_ids = _prompt_ids(model, tokenizer, prompt), _ids(tokenizer, suffix)
+    call = {"return_dict_in_generate": True, "num_return_sequences": num_samples, **options}
     if suffix_ids is not None:
         call["suffix_ids"] = suffix_ids
     if watch and sys.stdout.isatty():
@@ -83,21 +83,18 @@ def _default_passes(model: Any) -> int | None:
     return getattr(model.generation_config, "max_denoising_steps", None)
 
 
-def _ids(tokenizer: Any, text: str, rows: int) -> Tensor | None:
-    if not text:
-        return None
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return ids.expand(rows, -1)
+def _ids(tokenizer: Any, text: str) -> Tensor | None:
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] if text else None
 
 
-def _prompt_ids(model: Any, tokenizer: Any, prompt: str, rows: int) -> Tensor:
-    """Prompts (rows, P); without a prompt what `generate` starts with, BOS where the model has one."""
-    ids = _ids(tokenizer, prompt, rows)
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> Tensor:
+    """The prompt (1, P); without one what `generate` starts with, BOS where the model has one."""
+    ids = _ids(tokenizer, prompt)
     if ids is not None:
         return ids
     bos = model.generation_config.bos_token_id
     bos = model.config.bos_token_id if bos is None else bos
-    return torch.full((rows, 0 if bos is None else 1), bos or 0)
+    return torch.full((1, 0 if bos is None else 1), bos or 0)
 
 
 class _Tick:

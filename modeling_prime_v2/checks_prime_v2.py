@@ -87,8 +87,7 @@ def as_tensor(model: Any, name: str, value: Any, dims: int = 2) -> Any:
         array = array[None]
     elif array.ndim != dims:
         raise ValueError(f"{name} has shape {array.shape}; give {dims} axes, rows first, or one row")
-    device = None if model.device.type == "meta" else model.device
-    return torch.as_tensor(array if kind in "bf" else array.astype(np.int64), device=device)
+    return torch.as_tensor(array if kind in "bf" else array.astype(np.int64), device=model.device)
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
@@ -248,12 +247,14 @@ def refuse_noise(noise_keys: Any, noise_levels: Any) -> None:
             raise ValueError(f"{name} was given without labels, whose noise it fixes; leave it out")
 
 
-def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None, use: int | None = None) -> int:
     """An integer, numpy's included, of at least `least`; ValueError otherwise, for bool too."""
     right = isinstance(value, Integral) and not isinstance(value, bool)
     if not right or value < least or most is not None and value > most:
         bounds = f"of at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name}={shown(value)} must be an integer {bounds}; use {max(least, 0)}")
+        raise ValueError(
+            f"{name}={shown(value)} must be an integer {bounds}; use {max(least, 0) if use is None else use}"
+        )
     return int(value)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .checks_prime_v2 import check_mask
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import DEFAULTS, PrimeV2GenerationConfig
 
@@ -57,7 +58,10 @@ def make_canvas(
     suffix_ids: Tensor | None,
     options: PrimeV2GenerationConfig,
 ) -> Canvas:
-    """Lay out prompt + new + suffix on the model's device; ValueError for what does not fit (see `generate`)."""
+    """Lay out prompt + new + suffix on the model's device, `num_return_sequences` times each row, one after another.
+
+    ValueError for what does not fit (see `generate`).
+    """
     config, device = model.config, model.device
     mask_id, bos = config.mask_token_id, options.bos_token_id
     if input_ids is None:
@@ -75,6 +79,10 @@ def make_canvas(
     suffix = prompt.new_empty(len(prompt), 0) if suffix_ids is None else suffix_ids.to(device)
     parts = [prompt, suffix]
     real = _real_tokens(parts, attention_mask)
+    copies = int(options.num_return_sequences or 1)
+    if copies > 1:
+        parts, real = ([each.repeat_interleave(copies, dim=0) for each in several] for several in (parts, real))
+        prompt, suffix = parts
     for part, kept in zip(parts, real, strict=True):
         check_ids(part[kept], mask_id + 1, f"the mask token {mask_id} included")
     masked = any(bool((part[kept] == mask_id).any()) for part, kept in zip(parts, real, strict=True))
@@ -92,6 +100,7 @@ def make_canvas(
 def _real_tokens(parts: list[Tensor], attention_mask: Tensor | None) -> list[Tensor]:
     """Which tokens of prompt (B, P) and suffix (B, L2) are no padding, bool, from a mask (B, P) or (B, P + L2)."""
     real = [torch.ones_like(part, dtype=torch.bool) for part in parts]
+    check_mask("attention_mask", attention_mask)
     if attention_mask is None:
         return real
     (rows, width), suffix_width = parts[0].shape, parts[1].shape[1]

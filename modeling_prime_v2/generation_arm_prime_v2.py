@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,10 +13,15 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils import ModelOutput
 
 from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
+from .checks_prime_v2 import check_mask, checked_seed, token_inputs, whole_number
 from .code_table_prime_v2 import check_ids
 from .denoising_prime_v2 import num_new_tokens
-from .generation_config_prime_v2 import SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
+from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
+from .keywords_prime_v2 import arguments_of, refuse_unknown
 from .likelihood_arm_prime_v2 import evaluating, start_token_id
+
+# What `generate` passes on to `forward`, and what Transformers' own `generate` reads beside its options.
+MODEL_INPUTS = ("position_ids", "inputs_embeds", *CACHE_NAMES, "tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
 class PrimeV2ArmGenerationMixin(GenerationMixin):
@@ -37,14 +43,15 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
     ) -> Tensor | ModelOutput:
         """Token ids (B, T) of prompt + new, or with return_dict_in_generate Transformers' own output.
 
-        input_ids (B, P): prompts, without mask tokens. The network is fed the start token before a prompt that does
-            not begin with it, as in training, so that samples follow `log_likelihood` given the prompt; neither the
-            result nor what is called back here holds it. P = 0: unconditional. None: the same for one row, with the
-            start token as its prompt.
+        input_ids (B, P): prompts without mask tokens, in any form of `token_inputs`. The network is fed the start
+            token before a prompt that does not begin with it, as in training, so that samples follow `log_likelihood`
+            given the prompt; neither the result nor what is called back here holds it. P = 0: unconditional. None: the
+            same for one row, with the start token as its prompt.
         attention_mask (B, P): 0 for padding, on any side; padding is returned as it came.
         max_new_tokens: by default 256, or as many as max_position_embeddings leaves room for; max_length counts the
             prompt too. Past the first EOS there is padding.
         do_sample: by default True, and top_k=0: draws from the model itself. False: the most probable token each time.
+        num_return_sequences: samples of each row, which follow one another, (B n, T) in all.
         seed: of all draws of this call, which then leave torch's generators as they were; None draws from those.
         suffix_ids, max_denoising_steps: of other families, refused.
         With a cache (`cache`, or by its older name `past_key_values`) or inputs_embeds all is passed on as it is,
@@ -53,12 +60,14 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
         Raises ValueError for bad ids, shapes and lengths, and where the config names no start token.
         """
         refuse_filling_in(suffix_ids, max_denoising_steps)
+        kwargs, generation_config = read_options(self, kwargs, generation_config, streamer)
         sources = [kwargs, vars(generation_config or GenerationConfig()), vars(self.generation_config)]
         for name in SPECIAL_TOKENS:
             special_ids(name, _first(sources, name), self.config.vocab_size)
         options = sampling_defaults(sources)
         check_seed(seed, _first([options, *sources], "do_sample"))
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         called = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
         with seeded(seed, self.device), evaluating(self):
             cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
@@ -91,6 +100,39 @@ def refuse_filling_in(suffix_ids: Tensor | None, max_denoising_steps: int | None
             f"max_denoising_steps={max_denoising_steps} is for diffusion models; an autoregressive model takes one "
             f"pass a token; leave it out"
         )
+
+
+def read_options(model: Any, given: dict, generation_config: GenerationConfig | None, streamer: Any) -> tuple:
+    """(keywords, generation_config) with numbers of numpy as Python's, and whole temperatures as the floats they are.
+
+    ValueError for names that neither Transformers' `generate` nor this one reads, numbers that are none or out of
+    range, and a streamer for several samples.
+    """
+    config = vars(generation_config or GenerationConfig())
+    options = [*vars(GenerationConfig()), *GenerationConfig._get_default_generation_params(), *METADATA]
+    known = [*arguments_of(model.generate), *options, *arguments_of(GenerationMixin.generate), *MODEL_INPUTS]
+    refuse_unknown("generate", given, known)
+    refuse_unknown("generation_config", {name: value for name, value in config.items() if value is not None}, options)
+    sources = [given, config, vars(model.generation_config)]
+    several = _first(sources, "num_return_sequences")
+    if several is not None and whole_number("num_return_sequences", several, 1) > 1 and streamer is not None:
+        raise ValueError(f"a streamer takes one sequence, not num_return_sequences={several}; leave one of them out")
+    if _first(sources, "do_sample") is not False:
+        PrimeV2GenerationConfig(**{name: _first(sources, name) for name in ("temperature", "top_p", *FLAGS)})
+    if generation_config is not None:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.update(**python_numbers(config))
+    return given | python_numbers(given), generation_config
+
+
+def python_numbers(given: dict) -> dict[str, Any]:
+    """Those of the options that are numpy's numbers, or whole where Transformers asks for a float, as Python's own."""
+    found = {name: value.item() for name, value in given.items() if isinstance(value, np.generic)}
+    for name in ("temperature", "top_p"):
+        value = found.get(name, given.get(name))
+        if value is not None:
+            found[name] = float(value)
+    return found
 
 
 def _first(sources: list[dict], name: str) -> Any:
@@ -136,8 +178,7 @@ def check_seed(seed: Any, do_sample: bool | None) -> None:
     """ValueError for a seed that is no integer, or that nothing would read."""
     if seed is None:
         return
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed={seed!r} must be an integer, or None; use 0")
+    checked_seed(seed)
     if not do_sample:
         raise ValueError(
             f"do_sample=False, the deterministic decode, has no use for seed={seed}; leave seed out, or give "
@@ -154,9 +195,9 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type):
         # Not torch.manual_seed, which seeds the generators of every device.
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         for each in accelerators:
-            state = torch.Generator(each).manual_seed(seed).get_state()
+            state = torch.Generator(each).manual_seed(int(seed)).get_state()
             torch.get_device_module(each).set_rng_state(state, each)
         yield
 
@@ -171,10 +212,7 @@ def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | N
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; give token ids (B, tokens) with at least one row"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}"
-        )
+    check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     ids = input_ids.to(model.device)
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
     empty = ~real.any(1)

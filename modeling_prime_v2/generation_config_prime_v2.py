@@ -1,18 +1,27 @@
 """Options of `generate`: their defaults, their validation, and how those of a call, a model and a file combine."""
 
-import difflib
 import math
+from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from .checks_prime_v2 import checked_seed, whole_number
+from .keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
+
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
 DEFAULTS = {"max_new_tokens": 256, "max_denoising_steps": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
-SAMPLING_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "seed": None}  # and the values that change nothing
+# And the values that change nothing.
+SAMPLING_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "seed": None, "num_return_sequences": 1}
 SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
-OPTIONS = (*DEFAULTS, "max_length", "seed", "return_dict_in_generate", *SPECIAL_TOKENS)
+FLAGS = ("do_sample", "use_cache", "return_dict_in_generate")
+OPTIONS = (*DEFAULTS, "max_length", "seed", "num_return_sequences", *FLAGS[1:], *SPECIAL_TOKENS)
 METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
+# Of autoregressive generation, what changes nothing where that is not Transformers' default.
+IDLE = {"top_k": 0, "min_p": 0.0, "guidance_scale": 1.0}
 
 
 class PrimeV2GenerationConfig(GenerationConfig):
@@ -27,10 +36,13 @@ class PrimeV2GenerationConfig(GenerationConfig):
         the call or config that says do_sample=False is ignored.
     temperature: the logits' divisor, > 0; 1.0 by default. top_p: nucleus mass in (0, 1]; 1.0, all of it, by default.
     seed: all draws are a function of it and the row's content; None draws one from torch's global generator.
+    num_return_sequences: samples of each row, which follow one another; 1 by default.
+    use_cache: keep keys and values of known tokens, also by default; read by interpolating models only.
     return_dict_in_generate: return a `PrimeV2GenerationOutput`; False by default.
     bos_token_id, pad_token_id, eos_token_id (one id or several): by default those of the model's config; a missing
         padding token is the first EOS token.
-    The attributes of autoregressive generation (top_k, num_beams, ...) do not exist here and are refused.
+    The options of autoregressive generation (top_k, num_beams, ...) do not exist here: a value that changes nothing
+    there (`idle_options`: num_beams=1, top_k=0, ...) is dropped, any other is refused. Numbers of numpy are numbers.
     """
 
     max_new_tokens: int | None
@@ -40,6 +52,8 @@ class PrimeV2GenerationConfig(GenerationConfig):
     temperature: float | None
     top_p: float | None
     seed: int | None
+    num_return_sequences: int | None
+    use_cache: bool | None
     return_dict_in_generate: bool | None
     bos_token_id: int | None
     pad_token_id: int | None
@@ -48,38 +62,41 @@ class PrimeV2GenerationConfig(GenerationConfig):
     def __init__(self, **kwargs: Any):
         # Not super().__init__(): it sets the attributes of autoregressive generation.
         for name in OPTIONS:
-            setattr(self, name, kwargs.pop(name, None))
+            value = kwargs.pop(name, None)
+            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
         self._commit_hash = kwargs.pop("_commit_hash", None)
         self._from_model_config = kwargs.pop("_from_model_config", None)
         self.transformers_version = kwargs.pop("transformers_version", None)
         kwargs.pop("_original_object_hash", None)
-        self.__dict__.update(kwargs)  # refused by validate
+        idle = idle_options()
+        self.__dict__.update(  # refused by validate
+            {name: value for name, value in kwargs.items() if name not in idle or not _is(value, idle[name])}
+        )
         self.validate()
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """ValueError for an unknown name, a bad type or a value out of range (the arguments are not read)."""
         for name, value in vars(self).items():
             if name not in OPTIONS and name not in METADATA:
-                nearest = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)[0]
+                hint = "; leave it out" if name in idle_options() else did_you_mean(name, OPTIONS)
                 raise ValueError(
-                    f"{name}={value!r} is not an option of this model's generate(); the nearest is {nearest} "
+                    f"{name}={shown(value)} is not an option of this model's generate(){hint} "
                     f"(all: {', '.join(OPTIONS)})"
                 )
-        for name in ("max_new_tokens", "max_length", "max_denoising_steps"):
+        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "num_return_sequences"):
             value = getattr(self, name)
-            if value is not None and (not _is_integer(value) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1; use {DEFAULTS.get(name, 256)}")
+            if value is not None:
+                whole_number(name, value, 1, use=DEFAULTS.get(name))
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         self._validate_sampling()
-        if self.return_dict_in_generate not in (None, True, False):
-            raise ValueError(f"return_dict_in_generate={self.return_dict_in_generate!r} must be True or False")
-        if self.seed is not None and not _is_integer(self.seed):
-            raise ValueError(f"seed={self.seed!r} must be an integer, or None to draw one; use 0")
+        if self.seed is not None:
+            checked_seed(self.seed)
         for name in SPECIAL_TOKENS:
             special_ids(name, getattr(self, name))
 
     def _validate_sampling(self) -> None:
-        if self.do_sample is not None and not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
         given = [name for name, idle in SAMPLING_OPTIONS.items() if getattr(self, name) not in (None, idle)]
         if self.do_sample is False and given:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
@@ -89,7 +106,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
             )
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
                 raise ValueError(f"{name}={value!r} must be a number; use 1.0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(
@@ -113,8 +130,26 @@ class PrimeV2GenerationConfig(GenerationConfig):
         raise NotImplementedError("PrimeV2Config holds no generation options; use PrimeV2GenerationConfig()")
 
 
+@cache
+def idle_options() -> dict[str, Any]:
+    """The options of autoregressive generation that this package's `generate` has not, each with what changes nothing.
+
+    Transformers' own default, None for those that have none, but for `IDLE`.
+    """
+    names = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params() | IDLE
+    return {name: value for name, value in names.items() if name not in (*OPTIONS, *METADATA)}
+
+
+def _is(value: Any, idle: Any) -> bool:
+    """Whether a value is None, or equal to the idle one; a flag that has no default is idle where it is False."""
+    if value is None or idle is None:
+        return value is None or value is False
+    return isinstance(value, bool | np.bool_) == isinstance(idle, bool) and bool(np.all(value == idle))
+
+
 def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> PrimeV2GenerationConfig:
     """Options of a call: keywords, else `generation_config`, else the model's, else its config's, else `DEFAULTS`."""
+    refuse_unknown("generate", kwargs, [*OPTIONS, *arguments_of(model.generate), *idle_options(), *METADATA])
     merged: dict[str, Any] = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}
     for config in (model.generation_config, generation_config):
         if config is not None:
@@ -140,12 +175,12 @@ def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[in
     """The ids that one of `SPECIAL_TOKENS` names, [] for None; ValueError for what is no id, or none of the model."""
     several = name == "eos_token_id" and isinstance(value, (list, tuple))
     ids = list(value) if several else [] if value is None else [value]
-    if not all(_is_integer(each) and each >= 0 for each in ids):
+    if not all(isinstance(each, Integral) and not isinstance(each, bool) and each >= 0 for each in ids):
         raise ValueError(f"{name}={value!r} must be a token id, an integer of at least 0, or None")
     for token in ids:
         if vocab_size is not None and token >= vocab_size:
             raise ValueError(f"{name}={token} is no token of this model; use an id in [0, {vocab_size - 1}], or None")
-    return ids
+    return [int(each) for each in ids]
 
 
 def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
@@ -161,10 +196,6 @@ def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
         for name in SAMPLING_OPTIONS:
             merged.pop(name, None)
     merged.update(given)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 __all__ = ["SPECIAL_TOKENS", "PrimeV2GenerationConfig", "merge_options", "special_ids"]

@@ -17,20 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache
 
 from .checks_prime_v2 import check_length
 from .denoising_prime_v2 import (
     DRAW_ELEMENTS,
     Canvas,
     DenoisingProcess,
-    DraftStream,
-    PrimeV2GenerationOutput,
-    make_canvas,
     to_probabilities,
 )
 from .diffusion_prime_v2 import RevealOrder
-from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, draw_schedule, row_keys
 from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
 from .interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_elements
@@ -39,46 +36,18 @@ from .random_prime_v2 import Stream, uniforms
 
 
 class PrimeV2InterpolatingGenerationMixin(PrimeV2GenerationMixin):
-    """The `generate` of `PrimeV2ForInterpolatingDiffusion`."""
+    """`generate` of `PrimeV2ForInterpolatingDiffusion`: as that of masked diffusion, but for this.
 
-    @torch.no_grad()
-    def generate(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        suffix_ids: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        streamer: Any | None = None,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> Tensor | PrimeV2GenerationOutput:
-        """Token ids (B, T) of prompt + new + suffix, or a `PrimeV2GenerationOutput`.
+    max_denoising_steps: of the diffusion phase alone; each token that is left to the second phase takes a pass.
+    do_sample=False: left to right, the most probable id, one token a pass, whatever max_denoising_steps is.
+    logits_processor: asked for the tokens that are due in the pass, also with do_sample=False.
+    use_cache: keep keys and values of known tokens (prompt and suffix are the first). False computes all of them
+        in every pass: the same samples, up to the network's rounding, for more time and less memory.
+    """
 
-        Arguments, masks inside the prompt, EOS, streamer and errors as of `PrimeV2GenerationMixin.generate`, but:
-        max_denoising_steps: of the diffusion phase alone; each token that is left to the second phase takes a pass.
-        do_sample=False: left to right, the most probable id, one token a pass, whatever max_denoising_steps is.
-        logits_processor: asked for the tokens that are due in the pass, also with do_sample=False.
-        use_cache: keep keys and values of known tokens (prompt and suffix are the first). False computes all of them
-            in every pass: the same samples, up to the network's rounding, for more time and less memory.
-        """
-        options = merge_options(self, generation_config, kwargs)
-        canvas = make_canvas(self, input_ids, attention_mask, suffix_ids, options)
-        if streamer is not None and len(canvas.ids) != 1:
-            raise ValueError(
-                f"a streamer takes one sequence, but the batch has {len(canvas.ids)}; generate them singly"
-            )
-        if getattr(streamer, "_takes_logits", False):
-            raise ValueError("this streamer wants the logits of drafts, which are not kept; use one that takes ids")
-        process = InterpolatingProcess(self, options, canvas, logits_processor or [], use_cache)
-        was_training = self.training
-        self.eval()
-        try:
-            process.run(stopping_criteria or [], DraftStream(streamer, canvas))
-        finally:
-            self.train(was_training)
-        return process.output()
+    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+        """What `generate` runs."""
+        return InterpolatingProcess(self, options, canvas, processors)
 
 
 def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +68,7 @@ def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) ->
 class InterpolatingProcess(DenoisingProcess):
     """Pass m reveals the tokens that are due in it (`draw_passes`), from what earlier passes revealed."""
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any, use_cache: bool):
+    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
         if options.do_sample:
             self.keys = row_keys(canvas, int(options.seed or 0))
@@ -108,7 +77,7 @@ class InterpolatingProcess(DenoisingProcess):
             self.keys, alpha_0, num_steps = torch.zeros_like(canvas.ids[:, 0]), 0.0, 1
         self.passes, self.ranks = draw_passes(self.keys, canvas, alpha_0, num_steps)
         self.passes_left = (self.passes.amax(1) + 1).tolist()
-        self.cache = KnownTokens() if use_cache else None
+        self.cache = None if options.use_cache is False else KnownTokens()
 
     def run_pass(self, rows: list[int]) -> None:
         canvas, options = self.canvas, self.options

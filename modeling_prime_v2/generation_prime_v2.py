@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .checks_prime_v2 import as_tensor, token_inputs
 from .denoising_prime_v2 import (
     Canvas,
     DenoisingProcess,
@@ -44,8 +45,9 @@ class PrimeV2GenerationMixin:
     ) -> Tensor | PrimeV2GenerationOutput:
         """Token ids (B, T) of prompt + new + suffix, or a `PrimeV2GenerationOutput`.
 
-        input_ids (B, P): prompts. Tokens equal to mask_token_id are filled in where they stand; max_length=P then adds
-            no token after them. P = 0: unconditional. None: the same for one row, after the BOS token if there is one.
+        input_ids (B, P): prompts, in any form of `token_inputs`. Tokens equal to mask_token_id are filled in where
+            they stand; max_length=P then adds no token after them. P = 0: unconditional. None: the same for one row,
+            after the BOS token if there is one.
         attention_mask (B, P), or (B, P + L2) for prompt and suffix: 0 for padding, on any side; padding changes no
             draw and is returned as it came.
         suffix_ids (B, L2): tokens that follow the new ones (infilling); mask tokens are filled in here too.
@@ -66,6 +68,8 @@ class PrimeV2GenerationMixin:
         Raises ValueError for bad options, ids, shapes and lengths.
         """
         options = merge_options(self, generation_config, kwargs)
+        input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
+        suffix_ids = as_tensor(self, "suffix_ids", suffix_ids)
         canvas = make_canvas(self, input_ids, attention_mask, suffix_ids, options)
         if streamer is not None and len(canvas.ids) != 1:
             raise ValueError(

@@ -247,7 +247,7 @@ def test_processors_criteria_and_streamers_see_no_token_that_was_not_given(model
         ({"input_ids": torch.tensor([[1, 11]])}, r"ids span \[1, 11\], .* an autoregressive model fills in no mask"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give token ids \(B, tokens\)"),
         ({"input_ids": torch.empty(0, 2, dtype=torch.long)}, r"input_ids has shape \(0, 2\)"),
-        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), but input_ids has \(1, 2\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), but input_ids \(1, 2\)"),
         ({"attention_mask": torch.zeros(1, 2)}, "row 0 of attention_mask is padding alone; drop that row"),
         ({"input_ids": None, "attention_mask": torch.ones(1, 2)}, "attention_mask was given without input_ids"),
         ({"seed": 1.5}, "seed=1.5 must be an integer"),

@@ -78,7 +78,7 @@ def acceptable(chosen, id_type, width, fills_in) -> bool:
         for name, idle in (("temperature", 1.0), ("top_p", 1.0), ("seed", None))
     ):
         return False
-    if not fills_in and ("max_denoising_steps" in chosen or isinstance(chosen.get("temperature"), int)):
+    if not fills_in and "max_denoising_steps" in chosen:
         return False
     new = chosen.get("max_new_tokens")
     if new is None and "max_length" in chosen:

@@ -58,9 +58,10 @@ def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
     found = []
     for use_cache in (True, False):
         given = {"max_new_tokens": 12, "max_denoising_steps": 5, "seed": 4, "eos_token_id": 7, "pad_token_id": 0}
+        given["use_cache"] = use_cache
         options = merge_options(model, None, given)
         canvas = make_canvas(model, ids, mask, prompts(5, 2, seed=2), options)
-        process = _Recorded(model, options, canvas, [], use_cache)
+        process = _Recorded(model, options, canvas, [])
         with torch.no_grad():
             process.run([], _NoStream())
         found.append((process.seen, process.result()[0], process.num_forward, process.stored))

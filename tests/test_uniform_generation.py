@@ -390,7 +390,7 @@ BAD_INPUTS = [
     ({"input_ids": IDS, "max_new_tokens": 40}, "43 tokens, but max_position_embeddings=32; use max_new_tokens=29"),
     ({"input_ids": IDS, "eos_token_id": 50}, r"eos_token_id=50 is no token of this model; use an id in \[0, 10\]"),
     ({"input_ids": IDS, "temperature": 0}, r"temperature=0 must be positive and finite; use 1\.0"),
-    ({"input_ids": IDS, "top_k": 5}, "top_k=5 is not an option of this model's generate.*the nearest is top_p"),
+    ({"input_ids": IDS, "top_k": 5}, "top_k=5 is not an option of this model's generate.*; leave it out"),
     ({"input_ids": IDS, "max_denoising_steps": 0}, "max_denoising_steps=0 must be an integer of at least 1; use 256"),
     ({"input_ids": IDS.repeat(2, 1), "streamer": Recorder()}, "a streamer takes one sequence, but the batch has 2"),
     (
