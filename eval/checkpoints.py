@@ -7,7 +7,6 @@ aside, and the one before it is taken.
 States (optimizer, scheduler, random numbers) are NAME.json, their tensors NAME.safetensors, bit for bit.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -15,16 +14,17 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
 
-from prime_v2.eval.records import write_json
+from prime_v2.tokenization.seals import Damaged, check_seal, read_json, sync_folder, write_seal
 
 CHECKSUMS = "checksums.json"
 ASIDE = ".incomplete"  # folder of a run in which checkpoints are written, and from which old ones are deleted
@@ -42,42 +42,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def seal(checkpoint: Path) -> None:
     """Sync all files to the disk, then write their checksums, then sync the folders."""
-    sums = {}
-    for path in sorted(each for each in checkpoint.rglob("*") if each.is_file() and each.name != CHECKSUMS):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    write_json(checkpoint / CHECKSUMS, sums)
-    for folder in [*(each for each in checkpoint.rglob("*") if each.is_dir()), checkpoint]:
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_seal(checkpoint, CHECKSUMS)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, a clause that begins with the name of the file; None when it is whole."""
+    """What is wrong with the files of a checkpoint, a clause that begins with a name; None for nothing."""
     try:
-        sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        sums = None
-    if not isinstance(sums, dict) or TRAINER_STATE_NAME not in sums:
-        return f"{CHECKSUMS} is damaged"
-    for name, expected in sums.items():
-        try:
-            with open(checkpoint / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
-        if found != expected:
-            return f"{name} is not as it was written"
+        check_seal(checkpoint, CHECKSUMS, only_listed=True)
+    except Damaged as error:
+        return str(error)
     return None
 
 
@@ -86,21 +59,22 @@ def publish(aside: Path, final: Path, keep: int | None) -> None:
     for folder in checkpoints_in(aside):
         seal(folder)
         os.replace(folder, final / folder.name)
-    _sync_folder(final)
+    sync_folder(final)
     for folder in checkpoints_in(final)[: -keep if keep else 0]:
         os.replace(folder, aside / folder.name)  # at once: a kill leaves no half of a checkpoint behind
     shutil.rmtree(aside)
 
 
-def set_damaged_aside(folder: Path) -> Path | None:
+def set_damaged_aside(folder: Path, problem_of: Callable[[Path], str | None] = damage) -> Path | None:
     """The newest whole checkpoint of a run; newer, damaged ones are renamed, with a message that names the file.
 
-    Without any checkpoint None. ValueError when there are some, but none is whole: then all is left as it is.
+    problem_of: what is wrong with a checkpoint, a clause, or None. Without any checkpoint None. ValueError when there
+    are some, but none is whole: then all is left as it is.
     """
     shutil.rmtree(folder / ASIDE, ignore_errors=True)  # what a kill has left
     found: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints_in(folder)):
-        problem = damage(checkpoint)
+        problem = problem_of(checkpoint)
         if problem is None:
             break
         found.append((checkpoint, problem))
@@ -114,10 +88,17 @@ def set_damaged_aside(folder: Path) -> Path | None:
         )
     for each, problem in found:
         renamed = each.with_name(DAMAGED + each.name)
-        shutil.rmtree(renamed, ignore_errors=True)
+        _remove(renamed)
         os.replace(each, renamed)
         print(f"{each} is damaged ({problem}); it is now {renamed.name}", file=sys.stderr, flush=True)
     return checkpoint
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_state(state: Any, folder: Path, name: str) -> None:
@@ -134,10 +115,21 @@ def save_state(state: Any, folder: Path, name: str) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """What `save_state` wrote, tensors on the CPU."""
+    """What `save_state` wrote, tensors on the CPU; `Damaged` for anything else."""
+    content = read_json(folder / f"{name}.json")
     path = folder / f"{name}.safetensors"
-    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return _unpack(content, load_file(path) if path.exists() else {})
+    try:
+        tensors = load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{path.name} cannot be read ({error})") from None
+    used: list[str] = []
+    try:
+        state = _unpack(content, tensors, used)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise Damaged(f"{name}.json is no state that can be read") from None
+    if len(used) != len(set(used)) or set(used) != tensors.keys():
+        raise Damaged(f"{name}.json and {path.name} do not hold the same tensors")
+    return state
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -158,26 +150,28 @@ def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, Tensor], used: list[str]) -> Any:
     if isinstance(value, list):
-        return [_unpack(each, tensors) for each in value]
+        return [_unpack(each, tensors, used) for each in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
+        used.append(value["$tensor"])
         return tensors[value["$tensor"]].clone()  # memory of its own: the file may be deleted
     if "$tuple" in value:
-        return tuple(_unpack(each, tensors) for each in value["$tuple"])
+        return tuple(_unpack(each, tensors, used) for each in value["$tuple"])
     items = value["$dict"] if "$dict" in value else value.items()
-    return {key: _unpack(each, tensors) for key, each in items}
+    return {key: _unpack(each, tensors, used) for key, each in items}
 
 
-def random_state() -> dict[str, Any]:
-    """The generators of Python, NumPy and PyTorch, of this process and its device."""
+def random_state(processes: int = 1) -> dict[str, Any]:
+    """The generators of Python, NumPy and PyTorch, of this process and its device; one of so many processes."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
         "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
+        "processes": processes,
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

@@ -5,17 +5,13 @@ of its own (`compare_children`); `compare_report` makes the rows, `compare_plots
 """
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +25,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from prime_v2.eval.compare_children import Children, Task, stopping_on_signals
 from prime_v2.eval.compare_config import Comparison, Run, number
 from prime_v2.eval.compare_report import duration
+from prime_v2.eval.course import Holds, check_folder, course_of
 from prime_v2.eval.flops import count_parameters, measure_flops
 from prime_v2.eval.records import code_version, read_record, write_json
 from prime_v2.eval.trainer import Collator
-from prime_v2.eval.training import check_folder, course_of, make_model, text_options
+from prime_v2.eval.training import make_model, text_options
 from prime_v2.eval.training_options import Parser, RunOptions, parse_options
+from prime_v2.tokenization.locks import LOCK, folder_lock
 from prime_v2.tokenization.prepare import WHOLE_TOKENS, prepare_text
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
@@ -221,21 +219,18 @@ def _micro_batch(run: RunOptions, training: TrainingArguments, vocab_size: int) 
 def state_of(planned: PlannedRun) -> str:
     """How far it is: finished, step N, or to do. Changes nothing; ValueError where its folder holds something else."""
     folder = Path(planned.options["output_dir"])
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    known = (folder / "run.json").exists()
-    if known and checkpoint is None and not (folder / "results" / "train.json").exists():
-        return "to do"  # it was stopped before it had anything to lose
     run, training, model_options = parsed(planned.options, f"run {planned.run.name}")
-    if check_folder(folder, course_of(run, training, model_options)):
+    if check_folder(folder, course_of(run, training, model_options)) is Holds.finished:
         return "finished"
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return "to do" if checkpoint is None else f"step {checkpoint.rsplit('-', 1)[1]}"
 
 
 def check_out(out: Path, comparison: Comparison) -> None:
-    """ValueError unless the output folder is new, empty, or of this comparison."""
+    """ValueError unless the output folder is new, empty but for the lock, or of this comparison; only looks."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder; give a new one")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(each.name == LOCK for each in out.iterdir()):
         return
     try:
         found = json.loads((out / MARKER).read_text(encoding="utf-8"))["comparison"]
@@ -243,24 +238,6 @@ def check_out(out: Path, comparison: Comparison) -> None:
         raise ValueError(f"--out {out} is not empty and holds no comparison; give a new folder") from None
     if found != comparison.name:
         raise ValueError(f"--out {out} holds the comparison {found}, not {comparison.name}; give another folder")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Holds the output folder: the children inherit the lock, so nobody trains beside those of a killed parent."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"--out {out} is in use: another compare, or a run that it left behind, trains there"
-        ) from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
@@ -283,16 +260,17 @@ def run_comparison(comparison: Comparison, out: Path, running: Running) -> list[
     Raises ValueError for bad input and for runs that failed, `compare_children.Stopped` after a signal, when the
     running ones have saved.
     """
-    check_out(out, comparison)
     new = not out.exists()
-    with stopping_on_signals(), locked(out) as lock:
+    # The children inherit the lock, so nobody trains beside those of a killed parent.
+    with stopping_on_signals(), folder_lock(out, f"--out {out}") as lock:
+        check_out(out, comparison)
         try:
             planned, waiting = _prepared(comparison, out, running)
         except Exception:
             if new:
                 shutil.rmtree(out)
             raise
-        failures = _train(waiting, len(planned) - len(waiting), out, running, lock)
+        failures = _train(waiting, len(planned) - len(waiting), out, running, lock.descriptor)
         for each in planned:
             tidy(Path(each.options["output_dir"]), running.keep_models)
     if failures:

@@ -67,7 +67,7 @@ class _Child:
 class Children:
     """Runs tasks, `jobs` at a time. on_start and on_end are told of each, on_end with its seconds.
 
-    lock: a file descriptor that the children keep open, so that the lock on it outlives a killed parent.
+    lock: a file descriptor that the children keep open, so that the lock on it outlives a killed parent; or -1.
     """
 
     jobs: int
@@ -110,7 +110,7 @@ class Children:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _threads(self.jobs),
-                pass_fds=(self.lock,),
+                pass_fds=(self.lock,) if self.lock >= 0 else (),
                 start_new_session=True,  # signals reach it through this process alone, once
             )
         except OSError as error:

@@ -15,6 +15,7 @@ from prime_v2.eval.families import FAMILY_OF_TYPE
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.records import write_json
 from prime_v2.tokenization.prepare import TextOptions, prepare_text
+from prime_v2.tokenization.sources import files_change, model_files, model_fingerprint
 from prime_v2.tokenization.supervised import Examples, Supervision, read_splits, render
 
 # The projections of attention and MLP. Embeddings and head are read as matrices and take no adapter.
@@ -36,8 +37,6 @@ def check_start(run: Any) -> list[str]:
             problems.append(f"--codes {run.codes} would change the tokens of --init_from; leave it out")
         if run.tokenizer != "bpe":
             problems.append(f"--tokenizer {run.tokenizer} beside --init_from, which has its own; leave it out")
-    if run.lora is not None and run.lora < 1:
-        problems.append(f"--lora {run.lora} must be a rank of at least 1, e.g. 8")
     for engine in ("FSDP", "DeepSpeed"):
         if run.lora is not None and os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
             problems.append(f"--lora does not run with {engine} here; use configs/accelerate/ddp.yaml")
@@ -62,6 +61,7 @@ def start_from(
     """(model, its tokenizer, the splits of the data) of a run with `--init_from`; ValueError for what does not fit."""
     if not Path(run.init_from).is_dir():
         raise ValueError(f"--init_from {run.init_from} is no folder; give one that train.py or save_pretrained wrote")
+    _same_start(run.init_from, folder / "data" / "init_from.json")
     model, tokenizer = load_model_and_tokenizer(run.init_from, "cpu", "float32")
     config, family = model.config, FAMILY_OF_TYPE[model.config.model_type]
     if family.name != run.family:
@@ -90,6 +90,23 @@ def start_from(
         data = _questions(run, training, tokenizer, folder / "data" / "examples.json")
     transformers.set_seed(training.seed)
     return (model if run.lora is None else with_lora(model, run.lora)), tokenizer, data
+
+
+def _same_start(init_from: str, path: Path) -> None:
+    """Note in `path` what the trained folder holds; ValueError when it holds something else than at the beginning.
+
+    A continued run reads it again: its configuration, its tokenizer and, for LoRA, its weights.
+    """
+    if not path.exists():
+        if PartialState().is_main_process:
+            write_json(path, model_fingerprint(Path(init_from)))
+        return
+    change = files_change(json.loads(path.read_text(encoding="utf-8")), model_files(Path(init_from)), Path(init_from))
+    if change is not None:
+        raise ValueError(
+            f"--init_from {init_from} has changed since this run began ({change}); put it back, or use a new "
+            f"--output_dir"
+        )
 
 
 def with_lora(model: Any, rank: int) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -26,6 +26,7 @@ from prime_v2.diffusion_prime_v2 import stratified_levels
 from prime_v2.eval.checkpoints import ASIDE, load_state, publish, random_state, save_state, set_random_state, step_of
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.tokenization.packing import StreamedBlocks, collate
+from prime_v2.tokenization.seals import disk_trouble
 
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass on a signal that the terminal has sent already
 TRACE = ("sample_number", "position")  # of a batch, what says where it comes from; no input of the model
@@ -65,6 +66,7 @@ class DiffusionTrainer(Trainer):
         self.flops_per_token = 0.0
         self.clock = (time.time(), 0)
         self.staging = False
+        self.is_in_place: Callable[[], bool] = lambda: True  # whether the output folder is still the run's own
         self.not_finite: str | None = None  # what is not, in this step
         self.random_state: dict[str, Any] | None = None  # to set before the next step
         self.position: Tensor | None = None  # in the stream, of a sample that has been read
@@ -136,7 +138,7 @@ class DiffusionTrainer(Trainer):
         return grad_norm
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether an engine holds the state in shards, which it writes and reads in formats of its own."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
@@ -148,27 +150,27 @@ class DiffusionTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save and self.position is not None:
             save_state(tuple(self.position.tolist()), Path(output_dir), "stream")
-        if self._is_sharded:
+        if self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             save_state(self.optimizer.state_dict(), Path(output_dir), "optimizer")
             save_state(self.lr_scheduler.state_dict(), Path(output_dir), "scheduler")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and Path(checkpoint, "optimizer.json").exists() == self._is_sharded:
-            author = "one process or DDP" if self._is_sharded else "FSDP, DeepSpeed or --save_only_model"
+        if checkpoint is not None and Path(checkpoint, "optimizer.json").exists() == self.is_sharded:
+            author = "one process or DDP" if self.is_sharded else "FSDP, DeepSpeed or --save_only_model"
             raise ValueError(
                 f"{checkpoint} was written by {author}: the state of its optimizer cannot be read here; continue it "
                 f"as it was begun"
             )
-        if checkpoint is None or self._is_sharded:
+        if checkpoint is None or self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_state(random_state(), Path(output_dir), f"random_{self.args.process_index}")
+        save_state(random_state(self.args.world_size), Path(output_dir), f"random_{self.args.process_index}")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"random_{self.args.process_index}"
@@ -180,8 +182,19 @@ class DiffusionTrainer(Trainer):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, ASIDE) if self.staging else folder
 
+    def check_place(self) -> None:
+        """ValueError on all processes when the output folder has been deleted, or made anew, while the run was on."""
+        gone = [not self.is_in_place()]
+        broadcast_object_list(gone)
+        if gone[0]:
+            raise ValueError(
+                f"--output_dir {self.args.output_dir} was deleted or replaced during the run, at or before step "
+                f"{self.state.global_step}; nothing more is written there: start again, in a folder that stays"
+            )
+
     def _save_checkpoint(self, model, trial=None) -> None:
         """Write aside, seal, then rename: a checkpoint folder that exists is whole, whatever stopped the last one."""
+        self.check_place()
         final = Path(super()._get_output_dir(trial))
         aside = final / ASIDE
         self.staging = True
@@ -196,7 +209,8 @@ class DiffusionTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if not isinstance(error, OSError | SafetensorError | RuntimeError):  # what a full disk raises, by writer
+            # What a full disk raises, by writer; RuntimeError is torch.save's, for engines that shard.
+            if not isinstance(error, OSError | SafetensorError | RuntimeError) and disk_trouble(error) is None:
                 raise
             last = get_last_checkpoint(str(final))
             raise ValueError(

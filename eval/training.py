@@ -2,11 +2,12 @@
 
 import ctypes
 import dataclasses
-import json
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,78 +15,23 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from prime_v2.eval.checkpoints import set_damaged_aside
+from prime_v2.eval.checkpoint_checks import last_whole_checkpoint
+from prime_v2.eval.course import RECORD, RUN, Holds, check_folder, course_of
 from prime_v2.eval.distributed import prepare_sharding
 from prime_v2.eval.families import family_named
 from prime_v2.eval.finetuning import start_from
-from prime_v2.eval.records import code_version, write_json
+from prime_v2.eval.records import code_version, read_record, write_json
 from prime_v2.eval.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 from prime_v2.eval.training_options import RunOptions, parse_options
 from prime_v2.eval.training_report import estimate, finish, first_blocks, print_summary, score_dev
+from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import StreamedBlocks, TrainingOrder
 from prime_v2.tokenization.prepare import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
-
-# Where things lie and what they are called; changing these continues the same run.
-MACHINE_OPTIONS = {"record", "config", "data_dir", "label"}
-# Of TrainingArguments, what decides the course of a run; a folder whose run differs in one of them is not continued.
-COURSE = (
-    "learning_rate",
-    "max_steps",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "seed",
-    "bf16",
-)
-
-
-def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide the course of the run, JSON-ready."""
-    of_run = {key: value for key, value in dataclasses.asdict(run).items() if key not in MACHINE_OPTIONS}
-    of_training = {key: training.to_dict()[key] for key in COURSE}
-    return json.loads(json.dumps({**of_run, **of_training, "model": model_options}))
-
-
-def is_new(folder: Path) -> bool:
-    """Whether there is nothing in the folder, but for what a kill leaves while run.json is written."""
-    return not folder.exists() or all(each.name.startswith(".run.json.") for each in folder.iterdir())
-
-
-def check_folder(folder: Path, course: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, finished; ValueError when it holds anything that is not this run.
-
-    A run without a checkpoint has nothing to lose: it gives way to another.
-    """
-    if is_new(folder):
-        return False
-    if not (folder / "run.json").exists():
-        raise ValueError(f"--output_dir {folder} is not empty and holds no run; use a new folder")
-    # An option that came with a later version has been at its default.
-    defaults = json.loads(json.dumps({each.name: each.default for each in dataclasses.fields(RunOptions)}))
-    found = defaults | json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    differing = [key for key in course if found.get(key) != course[key]]
-    finished = (folder / "results" / "train.json").exists()
-    if differing and not finished and get_last_checkpoint(str(folder)) is None:
-        shutil.rmtree(folder / "data", ignore_errors=True)
-        return False
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"--output_dir {folder} holds a run with {key}={found.get(key)!r}, not {course[key]!r}"
-            f"{f' (and {len(differing) - 1} more options differ)' if len(differing) > 1 else ''}; "
-            f"use another folder, or the same options to continue it"
-        )
-    return finished
+from prime_v2.tokenization.seals import disk_trouble, writing
 
 
 def make_model(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], tokenizer) -> Any:
@@ -179,41 +125,62 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
 
 
 def train(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], code: dict[str, Any]) -> int:
-    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input."""
-    folder, state = Path(training.output_dir), PartialState()
-    course = course_of(run, training, model_options)
-    finished = check_folder(folder, course)
+    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input and for a folder in use."""
+    folder = Path(training.output_dir)
+    with held(folder) as is_in_place:
+        return _train(run, training, model_options, code, folder, is_in_place)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Callable[[], bool]]:
+    """The lock of the run's folder, taken by the first process for all; `Locked` on all of them if it is in use.
+
+    Yields whether the folder still is the one that was locked; on the other processes always true.
+    """
+    state, refusal = PartialState(), [None]
+    with ExitStack() as stack:
+        is_in_place: Callable[[], bool] = lambda: True  # noqa: E731
+        if state.is_main_process:
+            try:
+                is_in_place = stack.enter_context(folder_lock(folder, f"--output_dir {folder}")).is_in_place
+            except (ValueError, OSError) as error:
+                refusal = [error]
+        broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise refusal[0]
+        yield is_in_place
+
+
+def _train(
+    run: RunOptions,
+    training: TrainingArguments,
+    model_options: dict[str, Any],
+    code: dict[str, Any],
+    folder: Path,
+    is_in_place: Callable[[], bool],
+) -> int:
+    state, course = PartialState(), course_of(run, training, model_options)
+    holds = check_folder(folder, course)
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    if finished:
+    if holds is Holds.finished:
         if state.is_main_process:
             print(f"{folder} holds this run, finished; for another, give a new --output_dir")
-            print_summary(json.loads((folder / "results" / "train.json").read_text(encoding="utf-8")), folder)
+            print_summary(read_record(folder / RECORD), folder)
         return 0
-    new = is_new(folder)
-    if state.is_main_process:
-        set_damaged_aside(folder)
-    state.wait_for_everyone()
-    last = get_last_checkpoint(str(folder)) if folder.exists() else None
     try:
-        if state.is_main_process:
-            write_json(folder / "run.json", course)
+        if state.is_main_process and holds is not Holds.unfinished:
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            write_json(folder / RUN, course)
         state.wait_for_everyone()
-        code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
-        if run.family != "prime":  # whose tokens are whole unless asked otherwise
-            code_options.setdefault("num_subtokens", 1)
-        shared = None if run.data_dir is None else Path(run.data_dir)
-        text = text_options(run, training.seed)
-        if run.init_from is None:
-            tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
-            model = make_model(run, training, model_options, tokenizer)
-        else:
-            model, tokenizer, data = start_from(run, training, model_options, text, folder)
+        tokenizer, model, data = _inputs(run, training, model_options, folder)
     except Exception:
-        if new and state.is_main_process:
+        if holds is Holds.nothing and state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     stop = StopOnSignal()
     trainer = make_trainer(run, training, model, tokenizer, data, stop)
+    trainer.is_in_place = is_in_place
+    last = last_whole_checkpoint(trainer, folder)
     numbers = estimate(trainer, run)
     prepare_sharding(trainer)
     if last and state.is_main_process:
@@ -223,8 +190,24 @@ def train(run: RunOptions, training: TrainingArguments, model_options: dict[str,
         if state.is_main_process:
             print(f"stopped at step {trainer.state.global_step}; the same command continues from there")
         return 128 + stop.received
-    finish(trainer, run, tokenizer, data, numbers, folder, code)
+    trainer.check_place()
+    with writing(f"the results in {folder}"):
+        finish(trainer, run, tokenizer, data, numbers, folder, code)
     return 0
+
+
+def _inputs(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], folder: Path) -> tuple:
+    """(tokenizer, model, splits of the data): prepared, or as they were prepared when the run began."""
+    code_options = {key: model_options[key] for key in CODE_OPTIONS if key in model_options}
+    if run.family != "prime":  # whose tokens are whole unless asked otherwise
+        code_options.setdefault("num_subtokens", 1)
+    shared = None if run.data_dir is None else Path(run.data_dir)
+    text = text_options(run, training.seed)
+    if run.init_from is None:
+        tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
+        return tokenizer, make_model(run, training, model_options, tokenizer), data
+    model, tokenizer, data = start_from(run, training, model_options, text, folder)
+    return tokenizer, model, data
 
 
 def main(arguments: list[str] | None = None, description: str | None = None) -> int:
@@ -246,7 +229,7 @@ def main(arguments: list[str] | None = None, description: str | None = None) -> 
 def refuse(error: Exception) -> int:
     """One sentence for bad input, exit status 2; anything else is a fault of ours and keeps its traceback."""
     known = isinstance(error, ValueError | OSError) or type(error).__name__.startswith("StrictDataclass")
-    if not known:
+    if not known and disk_trouble(error) is None:
         raise error
     if PartialState().is_main_process:
         text = str(error).split("ValueError: ")[-1].split("TypeError: ")[-1]

@@ -11,11 +11,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from prime_v2.eval.families import FAMILIES, family_named
 from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
+from prime_v2.eval.option_checks import check_values, refused_values
 from prime_v2.eval.places import check_folder
 from prime_v2.eval.recipes import CONFIGS, find_recipe, recipe_names
-
-# Options of TrainingArguments that would be ignored or would make results wrong, and the value that they must keep.
-REFUSED = {"load_best_model_at_end": False, "label_smoothing_factor": 0.0, "fp16": False}
 
 
 @dataclass
@@ -91,7 +89,8 @@ def parse_options(
     Without --config it is the recipe tiny.
     """
     kinds: Any = (RunOptions, TrainingArguments)
-    parser = parser_class(kinds, prog="train.py", description=description)
+    # Of an abbreviated --config the file would not be read here.
+    parser = parser_class(kinds, prog="train.py", description=description, allow_abbrev=False)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of the family's config.")
     known = {action.dest for action in parser._actions} - {"help"}
     try:
@@ -105,7 +104,7 @@ def parse_options(
     name = entry or config_path.stem
     defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
     parser.set_defaults(**defaults | options)
-    run, training, extra, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    run, training, extra, unknown = _parsed(parser, kinds, arguments)
     if unknown:
         flag = unknown[0]
         near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
@@ -122,6 +121,19 @@ def parse_options(
     except ValueError as error:
         parser.error(str(error))
     return run, training, model_options
+
+
+def _parsed(parser: HfArgumentParser, kinds: Any, arguments: list[str]) -> tuple[Any, Any, Any, list[str]]:
+    """The two dataclasses, the rest and what is unknown; exits with one sentence for a value that cannot be."""
+    values = vars(parser.parse_known_args(arguments)[0])  # before TrainingArguments computes with them
+    problems = check_values(values, kinds)
+    if problems:
+        parser.error("; ".join(problems))
+    parser.set_defaults(**{name: value for name, value in values.items() if type(value) is int})
+    try:
+        return parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    except (ValueError, TypeError, KeyError, ImportError, OSError, NotImplementedError) as error:
+        parser.error(f"the options do not go together: {' '.join(str(error).split())}")
 
 
 TRAINING_DEFAULTS = {
@@ -216,22 +228,11 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
                 f"--model {key} is no field of {family.config_class.__name__} that can be set"
                 f"{_has_it(key, family.name)}; try {near[0] if near else ', '.join(sorted(fields))}"
             )
-    for name in ("block_size", "eval_num_samples", "eval_sequences", "test_sequences"):
-        if getattr(run, name) < 1:
-            problems.append(f"--{name} {getattr(run, name)} must be at least 1")
-    if not 0 <= run.short_share <= 1:
-        problems.append(f"--short_share {run.short_share} is outside [0, 1]; use 0.01")
-    if not (run.dev_share > 0 and run.test_share > 0 and run.dev_share + run.test_share < 1):
-        problems.append(
-            f"--dev_share {run.dev_share} and --test_share {run.test_share} must be positive and sum below 1; use 0.02"
-        )
-    if training.max_steps < 1:
-        problems.append(f"--max_steps {training.max_steps} must be at least 1; a run's length is counted in steps")
+    if run.dev_share + run.test_share >= 1:
+        problems.append(f"--dev_share {run.dev_share} and --test_share {run.test_share} must sum below 1; use 0.02")
     if training.n_gpu > 1:
         problems.append(f"one process sees {training.n_gpu} GPUs; start one for each with accelerate launch")
-    for name, wanted in REFUSED.items():
-        if getattr(training, name) != wanted:
-            problems.append(f"--{name} {getattr(training, name)} is not supported here; leave it at {wanted}")
+    problems += refused_values(training)
     problems += check_start(run)
     if run.record is not None:
         try:

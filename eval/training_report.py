@@ -16,8 +16,8 @@ from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
 from prime_v2.eval.trainer import TRACE, DiffusionTrainer
 from prime_v2.hub_card.card import write_card
-from prime_v2.tokenization.corpus import docs_versions
 from prime_v2.tokenization.packing import PackedBlocks
+from prime_v2.tokenization.prepare import prepared_source
 from prime_v2.tokenization.supervised import Examples
 
 
@@ -137,6 +137,11 @@ def final_evaluation(model, run: Any, test: PackedBlocks | Examples, seed: int) 
     }
 
 
+def _versions_read(run: Any, blocks: PackedBlocks | Examples) -> dict[str, Any]:
+    """Of the source docs, the versions of the packages when the text was prepared of them."""
+    return prepared_source(blocks.path.parent) if run.data == "docs" and isinstance(blocks, PackedBlocks) else {}
+
+
 def print_summary(record: dict[str, Any], folder: Path) -> None:
     results = record["results"]
     bound, loss = results["evaluation"]["bound"], results["evaluation"].get("token_objective")
@@ -203,7 +208,7 @@ def finish(
         "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
         "data": {
             "source": Path(run.data).name if Path(run.data).exists() else run.data,
-            **({"versions": docs_versions()} if run.data == "docs" else {}),
+            **_versions_read(run, data["dev"]),
             "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
             **sizes,
         },

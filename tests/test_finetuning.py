@@ -367,7 +367,7 @@ def test_a_stopped_lora_run_continues_to_the_same_adapter(adapted, base, sums, t
         (["--lora", "2"], "--lora 2 needs a trained model; add --init_from DIR"),
         (["--prompt_field", "q", "--answer_field", "a"], "--prompt_field q needs a trained model"),
         (["--init_from", "x", "--prompt_field", "q"], "--prompt_field and --answer_field belong together; give both"),
-        (["--init_from", "x", "--lora", "0"], "--lora 0 must be a rank of at least 1, e.g. 8"),
+        (["--init_from", "x", "--lora", "0"], "--lora 0 must be at least 1; use 8"),
         (["--init_from", "x", "--tokenizer", "gpt2"], "--tokenizer gpt2 beside --init_from, which has its own"),
         (["--init_from", "x", "--codes", "frequency"], "--codes frequency would change the tokens of --init_from"),
         (["--score_padding"], "--score_padding is of questions with answers"),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,16 @@ from transformers import PreTrainedTokenizerFast
 
 from prime_v2.eval import training
 from prime_v2.eval.checkpoints import seal
+from prime_v2.eval.course import Holds, check_folder
 from prime_v2.eval.trainer import Collator
 from prime_v2.tokenization import packing, prepare
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.corpus import read_documents
+from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import TrainingOrder
+from prime_v2.tokenization.prepare import SEALED
+from prime_v2.tokenization.seals import write_seal
+from prime_v2.tokenization.sources import fingerprint_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # Dropout draws from the random states that a checkpoint must bring back.
@@ -147,19 +153,169 @@ def test_no_file_of_a_checkpoint_or_of_the_run_is_a_pickle(stopped, unbroken):
 
 def test_what_a_kill_leaves_of_run_json_does_not_lock_the_folder(tmp_path):
     (tmp_path / ".run.json.a1b2c3").write_text('{"see')
-    assert training.is_new(tmp_path) and not training.check_folder(tmp_path, {})
+    (tmp_path / ".lock").write_text('{"pid')
+    assert check_folder(tmp_path, {}) is Holds.nothing
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        training.check_folder(tmp_path, {})
+        check_folder(tmp_path, {})
 
 
 def test_an_option_that_a_later_version_added_has_been_at_its_default(tmp_path):
     """run.json of before there was --example_template."""
     (tmp_path / "run.json").write_text('{"seed": 0}')
     (tmp_path / "checkpoint-1").mkdir()
-    assert not training.check_folder(tmp_path, {"seed": 0, "example_template": "{prompt}\n{answer}", "lora": None})
+    same = {"seed": 0, "example_template": "{prompt}\n{answer}", "lora": None}
+    assert check_folder(tmp_path, same) is Holds.unfinished
     with pytest.raises(ValueError, match="a run with lora=None, not 8"):
-        training.check_folder(tmp_path, {"seed": 0, "lora": 8})
+        check_folder(tmp_path, {"seed": 0, "lora": 8})
+
+
+@pytest.mark.parametrize("content", ["[]", "", "[" * 100_000])
+def test_options_of_the_run_that_cannot_be_read_are_a_sentence(content, text, broken, capsys):
+    (broken / "run.json").write_text(content)
+    assert train(text, broken) == 2
+    assert "holds a run whose options cannot be read (run.json is damaged)" in capsys.readouterr().err
+
+
+def test_a_look_at_a_folder_changes_nothing_even_where_another_run_gives_way(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": 0}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").write_text("ids")
+    assert check_folder(tmp_path, {"seed": 1}) is Holds.other
+    assert (tmp_path / "data" / "train").read_text() == "ids"
+
+
+def test_a_second_run_in_the_folder_is_refused_whatever_its_options(text, broken, capsys):
+    """Before anything is looked at: neither the checkpoints nor run.json are touched."""
+    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
+    with folder_lock(broken, "--output_dir"):
+        for more in ([], ["--learning_rate", "1"]):
+            assert train(text, broken, *more) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"train.py: error: --output_dir {broken} is in use by process {os.getpid()} on ")
+    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_both_processes_of_a_second_run_are_refused_in_one_sentence(text, broken):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "train.py"), "--data", str(text), "--output_dir", str(broken), *OPTIONS]
+    with folder_lock(broken, "--output_dir"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode and done.stderr.count("train.py: error: --output_dir") == 1
+    assert f"is in use by process {os.getpid()} on" in done.stderr
+    assert done.stderr.count("Traceback (most") == 1  # torchrun's own, of processes that ended with a status
+
+
+# Options that cannot change the course: as many of them as can be changed at once.
+OTHERWISE = (
+    "--logging_steps 2 --save_steps 3 --eval_steps 1 --save_total_limit 5 --dataloader_num_workers 1 "
+    "--dataloader_prefetch_factor 3 --eval_on_start true --logging_first_step true --run_name x --label y "
+    "--log_level error --gradient_checkpointing true --torch_empty_cache_steps 1 --disable_tqdm true"
+)
+
+
+def test_options_without_influence_are_changed_on_the_way_and_the_weights_are_the_same(text, unbroken, broken):
+    arguments = ["--data", str(text), "--output_dir", str(broken), *TINY.split(), *OTHERWISE.split()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the name of gradient_checkpointing
+        assert training.main([*arguments, *MODEL, "attention_dropout=0.1"]) == 0
+    assert same_weights(broken, unbroken)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--adam_beta1", "0.8"],
+        ["--max_grad_norm", "0.1"],
+        ["--neftune_noise_alpha", "5"],
+        ["--accelerator_config", '{"even_batches": false}'],
+    ],
+    ids=lambda more: more[0],
+)
+def test_an_option_that_changes_the_course_is_refused_on_the_way(more, text, broken, capsys):
+    arguments = ["--data", str(text), "--output_dir", str(broken), *TINY.split(), *more]
+    assert training.main([*arguments, *MODEL, "attention_dropout=0.1"]) == 2
+    assert f"holds a run with {more[0][2:]}=" in capsys.readouterr().err
+
+
+# Text
+
+
+@pytest.fixture
+def own_text(text, broken) -> Path:
+    """The text of a stopped run, which a test may change."""
+    copy = Path(shutil.copy2(text, broken.parent / "own.jsonl"))
+    run = json.loads((broken / "run.json").read_text())
+    (broken / "run.json").write_text(json.dumps(run | {"data": str(copy)}))
+    prepared = broken / "data" / "text.json"
+    content = json.loads(prepared.read_text())
+    content |= {"data": str(copy), "source": fingerprint_of(str(copy))}
+    prepared.write_text(json.dumps(content))
+    write_seal(broken / "data", "complete", ("train", "dev", "test", "train.json", "dev.json", "test.json", *SEALED))
+    return copy
+
+
+def test_text_that_has_changed_since_it_was_prepared_is_refused(own_text, broken, capsys):
+    content = own_text.read_text()
+    own_text.write_text(content.replace("cat", "dog", 1))
+    assert train(own_text, broken) == 2
+    assert re.search(
+        r"has changed since the text in .* was prepared of it \(own.jsonl has another", capsys.readouterr().err
+    )
+    own_text.write_text(content)  # at another time, with the same content
+    assert train(own_text, broken) == 0
+
+
+def test_prepared_text_outlives_its_source(own_text, broken, unbroken):
+    """There is no other text that could be meant."""
+    own_text.unlink()
+    assert train(own_text, broken) == 0
+    assert same_weights(broken, unbroken)
+
+
+@pytest.mark.parametrize("name", ["train", "train.json", "text.json", "tokenizer/code_table.json"])
+def test_prepared_text_that_is_not_as_it_was_written_is_refused(name, text, broken, capsys):
+    damage_file(broken / "data" / name, "flipped")
+    assert train(text, broken) == 2
+    found = name.split("/")[-1]
+    assert f"is damaged ({found} is not as it was written); put a copy back" in capsys.readouterr().err
+
+
+# What happens to the folder meanwhile
+
+
+def test_a_folder_that_is_deleted_during_the_run_ends_it_with_a_sentence(text, tmp_path, monkeypatch, capsys):
+    inner, folder = training.DiffusionTrainer.training_step, tmp_path / "run"
+
+    def deleting(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.DiffusionTrainer, "training_step", deleting)
+    assert train(text, folder) == 2
+    assert re.search(r"--output_dir .*run was deleted or replaced .* before step 2", capsys.readouterr().err)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("moment", ["preparation", "checkpoint", "end"])
+def test_a_full_disk_while_the_tokenizer_is_written_is_a_sentence(moment, text, tmp_path, monkeypatch, capsys):
+    """tokenizers has no error of its own for it, but raises Exception itself."""
+    inner = PreTrainedTokenizerFast.save_pretrained
+
+    def full(self, folder, *args, **kwargs):
+        place = str(folder)
+        now = "preparation" if "data" in place else "checkpoint" if "checkpoint" in place else "end"
+        if now == moment:
+            raise Exception("No space left on device (os error 28)")
+        return inner(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    assert train(text, tmp_path / "run") == 2
+    assert re.search(r"could not be written \(No space left on device \(os error 28\)\)", capsys.readouterr().err)
+    monkeypatch.undo()
+    assert train(text, tmp_path / "run") == 0
 
 
 # What the samples of a step are

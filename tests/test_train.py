@@ -170,11 +170,11 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
         (["--model", "hidden_size"], "--model hidden_size is not KEY=VALUE"),
         (
             ["--short_share", "2", "--block_size", "0"],
-            "--block_size 0 must be at least 1; --short_share 2.0 is outside",
+            r"--block_size 0 must be at least 1; use 512; --short_share 2.0 is outside \[0, 1\]; use 0.01",
         ),
         (["--config", "CONFIGS/published.yaml"], "holds several runs; add one of them, e.g. --config .*:mdm_14m"),
         (["--model", "stage_digits=["], "the value is not YAML"),
-        (["--fp16", "true"], "--fp16 True is not supported here; leave it at False"),
+        (["--fp16", "true"], "--fp16 True is not supported here .*; leave it at False"),
         (["--max_steps", "0"], "--max_steps 0 must be at least 1"),
         (
             ["--record", "/dev/null/runs/record.json"],

@@ -97,9 +97,7 @@ def read_documents(
     else:
         path = Path(source).expanduser()
         if path.is_dir():
-            documents = itertools.chain.from_iterable(
-                _file_documents(file, text_field) for file in _folder_files(path)
-            )
+            documents = itertools.chain.from_iterable(_file_documents(file, text_field) for file in folder_files(path))
         elif path.exists():
             _check_suffix(path)
             documents = _file_documents(path, text_field)
@@ -115,7 +113,8 @@ def _check_suffix(path: Path) -> None:
         raise ValueError(f"{path} has the suffix {path.suffix!r}, but only {', '.join(FILE_SUFFIXES)} can be read")
 
 
-def _folder_files(folder: Path) -> list[Path]:
+def folder_files(folder: Path) -> list[Path]:
+    """The files of a folder that are read, in this order; ValueError when there are none."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FILE_SUFFIXES and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:

@@ -1,6 +1,7 @@
 """From a source of text to a tokenizer and packed splits in a run's folder."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,17 @@ from prime_v2.code_table_prime_v2 import digits_needed
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.build import build_tokenizer, recode_tokenizer
 from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
-from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
+from prime_v2.tokenization.corpus import deduplicate, docs_versions, read_documents, split_of
+from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import PackedBlocks, pack_blocks
+from prime_v2.tokenization.seals import Damaged, check_seal, write_seal, writing
+from prime_v2.tokenization.sources import change_of, fingerprint_of
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
 WHOLE_TOKENS = "tokenizer_of_whole_tokens"  # folder of the tokenizer before its tokens are split into digits
+COMPLETE = "complete"  # the seal, written last: without it a folder of prepared text does not count
+SEALED = (WHOLE_TOKENS, "text.json")  # beside the splits
 CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
 MAX_CODE_BLOCKS = 2**17  # of the training text, so many blocks are read to make codes from it
 # Of a streamed data set, so many documents per wanted block are read for the dev and test splits.
@@ -86,22 +92,69 @@ def prepare_text(
     its tokenizer. shared: folder of the splits, by default the run's own; runs with other digits can share it.
     codes: "shuffle", or what they are made from: "similarity" or "frequency" in the training text, or an .npy file of
     vectors (V, K) of the tokens.
-    Returns the tokenizer and the splits train (not when streaming), dev and test. Raises ValueError for a bad source,
-    see `read_documents`, `pack_blocks`, and for a shared folder that was made of other text.
+    Returns the tokenizer and the splits train (not when streaming), dev and test. Text that is there already is read
+    against its checksums, and its source against the fingerprint that was taken before it was read. Raises ValueError
+    for a bad source, see `read_documents`, `pack_blocks`, for a shared folder that was made of other text, and for
+    damage.
     """
     splits = ("dev", "test") if text.streaming else ("train", "dev", "test")
     shared = shared or folder
-    with PartialState().main_process_first():
-        if not (shared / "complete").exists():
-            _make(text, shared, splits)
-        _check_same_text(text, shared)
-        if not (folder / "tokenizer" / "complete").exists():
-            whole = PrimeV2Tokenizer.from_pretrained(shared / WHOLE_TOKENS)
-            recode_tokenizer(whole, **_codes(codes, code_options, whole, shared)).save_pretrained(folder / "tokenizer")
-            (folder / "tokenizer" / "complete").touch()
+    with PartialState().main_process_first(), writing(f"the prepared text in {shared}"):
+        if PartialState().is_main_process:
+            _make_or_check(text, shared, splits)
+            _recode_or_check(codes, code_options, folder / "tokenizer", shared)
     return PrimeV2Tokenizer.from_pretrained(folder / "tokenizer"), {
         each: PackedBlocks(shared / each) for each in splits
     }
+
+
+def _make_or_check(text: TextOptions, shared: Path, splits: tuple[str, ...]) -> None:
+    if not (shared / COMPLETE).exists():
+        with folder_lock(shared, f"the folder of prepared text {shared}", wait=True):
+            if not (shared / COMPLETE).exists():  # another run that shares the text may have made it meanwhile
+                _make(text, shared, splits)
+                return
+    check_prepared(shared)
+    _check_same_text(text, shared)
+    source = prepared_source(shared)
+    if source.get("versions") not in (None, docs_versions()):
+        # Packages are updated for other reasons, and what was read of them is kept.
+        print(
+            f"the installed packages have changed since the text in {shared} was prepared of their documentation; it "
+            f"stays as it is",
+            file=sys.stderr,
+        )
+    change = change_of(source, text.data)
+    if change is not None:
+        raise ValueError(
+            f"--data {text.data} has changed since the text in {shared} was prepared of it ({change}); put it back, "
+            f"or use another folder"
+        )
+
+
+def _recode_or_check(codes: str, code_options: dict[str, Any], folder: Path, shared: Path) -> None:
+    if (folder / COMPLETE).exists():
+        check_prepared(folder)
+        return
+    whole = PrimeV2Tokenizer.from_pretrained(shared / WHOLE_TOKENS)
+    recode_tokenizer(whole, **_codes(codes, code_options, whole, shared)).save_pretrained(folder)
+    write_seal(folder, COMPLETE)
+
+
+def check_prepared(folder: Path) -> None:
+    """ValueError unless all that was prepared in a folder is as it was written; it is read from end to end."""
+    try:
+        check_seal(folder, COMPLETE, only_listed=False)
+    except Damaged as error:
+        raise ValueError(
+            f"the prepared text in {folder} is damaged ({error}); put a copy back, or delete the folder to have it "
+            f"prepared again"
+        ) from None
+
+
+def prepared_source(shared: Path) -> dict[str, Any]:
+    """The fingerprint of the source that prepared text was made of, see `sources`."""
+    return json.loads((shared / "text.json").read_text(encoding="utf-8"))["source"]
 
 
 def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer, shared: Path) -> dict[str, Any]:
@@ -143,7 +196,7 @@ def _check_same_text(text: TextOptions, shared: Path) -> None:
 
 
 def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = fingerprint_of(text.data)  # before it is read, so that a change meanwhile is seen later
     source = text
     if text.data == "docs":  # parsed once, then read for each split
         source = _cached_docs(text, folder / "docs.jsonl")
@@ -176,8 +229,9 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
             shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
             raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
     tokenizer.save_pretrained(folder / WHOLE_TOKENS)
-    (folder / "text.json").write_text(json.dumps(vars(text), indent=1) + "\n", encoding="utf-8")
-    (folder / "complete").touch()
+    content = {**vars(text), "source": fingerprint}
+    (folder / "text.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
 
 
 def _cached_docs(text: TextOptions, path: Path) -> TextOptions:

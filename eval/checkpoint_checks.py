@@ -1,0 +1,261 @@
+"""Whether a checkpoint holds what this run would have written: looked at before anything of it is loaded.
+
+A seal says that files are as they were written, not by whom. So names, shapes and types of all that a run continues
+with are held against the run itself: weights against its model, optimizer and schedule against fresh ones.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from prime_v2.eval.checkpoints import damage, load_state, random_state, set_damaged_aside, step_of
+from prime_v2.tokenization.packing import StreamedBlocks
+from prime_v2.tokenization.seals import Damaged, check_no_pickles, read_json
+from prime_v2.weights_prime_v2 import read_header
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "BOOL": "bool"}
+
+
+def last_whole_checkpoint(trainer: Any, folder: Path) -> str | None:
+    """The newest checkpoint that this run can continue from, read by the first process for all; None without any.
+
+    Newer ones that are damaged are set aside with a message. ValueError when none is whole.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            last = set_damaged_aside(folder, lambda checkpoint: problem_of(trainer, checkpoint))
+            found[0] = None if last is None else str(last)
+        except (ValueError, OSError) as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def problem_of(trainer: Any, checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of this run, a clause that begins with the name of a file; None for nothing."""
+    problem = damage(checkpoint)
+    if problem is not None:
+        return problem
+    try:
+        for path in sorted(checkpoint.rglob("*.json")):
+            read_json(path)
+        _check_trainer_state(trainer, checkpoint)
+        _check_random_states(checkpoint)
+        if isinstance(trainer.train_dataset, StreamedBlocks):
+            _check_stream(trainer, checkpoint)
+        if trainer.is_sharded:  # an engine writes and reads formats of its own
+            return None
+        check_no_pickles(checkpoint)
+        _check_weights(trainer.model, checkpoint)
+        if (checkpoint / "optimizer.json").exists():  # else Trainer's refusal says what it was written by
+            _check_optimizer(trainer, checkpoint)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def _check_trainer_state(trainer: Any, checkpoint: Path) -> None:
+    content = read_json(checkpoint / TRAINER_STATE_NAME)
+    try:
+        state = TrainerState(**content)
+    except (TypeError, AttributeError, ValueError):
+        raise Damaged(f"{TRAINER_STATE_NAME} is no state of a trainer") from None
+    if type(state.global_step) is not int or state.global_step != step_of(checkpoint):
+        raise Damaged(f"{TRAINER_STATE_NAME} is of step {state.global_step}")
+    fresh = TrainerState()
+    for name in ("log_history", "stateful_callbacks"):
+        if type(getattr(state, name)) is not type(getattr(fresh, name)):
+            raise Damaged(f"{TRAINER_STATE_NAME} has {name} of another kind")
+    for entry in state.log_history:
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise Damaged(f"{TRAINER_STATE_NAME} has a log_history of another kind")
+        if not all(isinstance(value, int | float | str | None) for value in entry.values()):
+            raise Damaged(f"{TRAINER_STATE_NAME} has a log_history of another kind")
+    numbers = ("epoch", "max_steps", "num_train_epochs", "total_flos", "num_input_tokens_seen", "train_batch_size")
+    for name in numbers:
+        value = getattr(state, name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise Damaged(f"{TRAINER_STATE_NAME} has {name} of another kind")
+
+
+def _check_random_states(checkpoint: Path) -> None:
+    """Of every process that wrote one: states that the generators take."""
+    first = load_state(checkpoint, "random_0")
+    count = first.get("processes") if isinstance(first, dict) else None
+    if type(count) is not int or count < 1:
+        raise Damaged("random_0.json holds no random states")
+    form = random_state(count)
+    for number in range(count):
+        name = f"random_{number}"
+        state = first if number == 0 else load_state(checkpoint, name)
+        _same_keys(
+            state, (form.keys() - {"cuda"}) | (state.keys() & {"cuda"} if isinstance(state, dict) else set()), name
+        )
+        try:
+            random.Random().setstate(state["python"])
+            np.random.RandomState().set_state(state["numpy"])
+            torch.Generator().set_state(state["torch"])
+        except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError):
+            raise Damaged(f"{name}.json holds no random states") from None
+        for key in {"processes", "cuda"} & state.keys() & form.keys():
+            _same_form(state[key], form[key], f"{name}.json: {key}", values=True)
+
+
+def _check_stream(trainer: Any, checkpoint: Path) -> None:
+    position = load_state(checkpoint, "stream")
+    right = isinstance(position, tuple) and len(position) == 4 and all(type(each) is int for each in position)
+    if not right or min(position) < 0 or position[0] > step_of(checkpoint) * trainer.global_batch:
+        raise Damaged("stream.json holds no place in the stream before this step")
+
+
+def _check_weights(model: Any, checkpoint: Path) -> None:
+    """The tensors of the model, or of its adapter if it has one: by name, shape and type, and no other."""
+    expected, may_lack = expected_weights(model)
+    is_adapter = hasattr(model, "merge_and_unload")
+    if not is_adapter and (checkpoint / INDEX).exists():
+        index = read_json(checkpoint / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(each, str) for each in names.values()):
+            raise Damaged(f"{INDEX} is damaged")
+        files = sorted(set(names.values()))
+    else:
+        files = [ADAPTER if is_adapter else WEIGHTS]
+    found = {}
+    for file in files:
+        if not (checkpoint / file).is_file():
+            raise Damaged(f"{file} is missing")
+        try:
+            found |= read_header(str(checkpoint / file))
+        except ValueError:
+            raise Damaged(f"{file} is no safetensors file") from None
+    for name, (shape, dtype) in expected.items():
+        if name not in found:
+            if name in may_lack:
+                continue
+            raise Damaged(f"{files[0]} lacks {name}")
+        if found[name][0] != shape:
+            raise Damaged(f"{files[0]} has {name} with {list(found[name][0])} instead of {list(shape)}")
+        if TYPES.get(found[name][1], found[name][1]) != dtype:
+            raise Damaged(f"{files[0]} has {name} as {found[name][1]} instead of {dtype}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise Damaged(f"{files[0]} holds {unknown[0]}, which this model does not have")
+
+
+def expected_weights(model: Any) -> tuple[dict[str, tuple[tuple[int, ...], str]], set[str]]:
+    """Shape and type by name of what `save_pretrained` writes, and the names of those that it leaves out if tied."""
+    if hasattr(model, "merge_and_unload"):
+        from peft import get_peft_model_state_dict
+
+        tensors, may_lack = get_peft_model_state_dict(model), set()
+    else:
+        tensors, may_lack = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: (tuple(each.shape), _name(each)) for name, each in tensors.items()}, may_lack
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_optimizer(trainer: Any, checkpoint: Path) -> None:
+    """Groups, moments and schedule as those of a fresh optimizer of this run, but for what steps change."""
+    step = step_of(checkpoint)
+    optimizer, scheduler = _fresh_optimizer(trainer)
+    found, schedule = load_state(checkpoint, "optimizer"), load_state(checkpoint, "scheduler")
+    _same_keys(found, {"state", "param_groups"}, "optimizer.json")
+    groups = optimizer.state_dict()["param_groups"]
+    _same_form(found["param_groups"], groups, "optimizer.json: param_groups", values=True)
+    forms: dict[Any, Any] = {}
+    expected = {}
+    parameters = [(each, group) for group in optimizer.param_groups for each in group["params"]]
+    for number, (parameter, group) in enumerate(parameters):
+        key = (parameter.shape, parameter.dtype, id(group))
+        if key not in forms:
+            forms[key] = _fresh_state(trainer, parameter, group)
+        if forms[key] is not None:
+            expected[number] = forms[key]
+    _same_keys(found["state"], set(expected), "optimizer.json: state")
+    for number, form in expected.items():
+        place = f"optimizer.json: state of parameter {number}"
+        _same_form(found["state"][number], form, place, values=False)
+        if float(found["state"][number].get("step", step)) != step:
+            raise Damaged(f"{place} is of step {float(found['state'][number]['step'])}")
+    _same_form(schedule, scheduler.state_dict(), "scheduler.json", values=False)
+    if hasattr(scheduler, "lr_lambdas"):
+        rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        if (schedule["last_epoch"], schedule["_last_lr"], schedule["base_lrs"]) != (step, rates, scheduler.base_lrs):
+            raise Damaged(f"scheduler.json is not that of step {step}")
+    if [group["lr"] for group in found["param_groups"]] != schedule.get("_last_lr"):
+        raise Damaged("optimizer.json has another learning rate than scheduler.json")
+
+
+def _fresh_optimizer(trainer: Any) -> tuple[Any, Any]:
+    """Optimizer and schedule as Trainer makes them, which the trainer forgets again."""
+    kept = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "_created_lr_scheduler")}
+    try:
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
+        return trainer.optimizer, trainer.lr_scheduler
+    finally:
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+
+
+def _fresh_state(trainer: Any, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any] | None:
+    """The state that this run's kind of optimizer has of a parameter like this one after a step; None for none."""
+    kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    alone = torch.nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+    alone.grad = torch.zeros_like(alone)
+    optimizer = kind([{**group, "params": [alone]}], **options)
+    optimizer.step()
+    return optimizer.state_dict()["state"].get(0)
+
+
+# Of a group of an optimizer, what the schedule changes from step to step.
+CHANGING = ("lr",)
+
+
+def _same_keys(found: Any, expected: set, place: str) -> None:
+    if not isinstance(found, dict) or found.keys() != expected:
+        raise Damaged(f"{place} is not that of this run")
+
+
+def _same_form(found: Any, fresh: Any, place: str, *, values: bool) -> None:
+    """`Damaged` unless two trees have the same keys, kinds of leaves, shapes and types; and, with `values`, values."""
+    if isinstance(fresh, dict):
+        _same_keys(found, set(fresh), place)
+        for key, value in fresh.items():
+            _same_form(found[key], value, f"{place}: {key}", values=values and key not in CHANGING)
+    elif isinstance(fresh, list | tuple):
+        if type(found) is not type(fresh) or len(found) != len(fresh):
+            raise Damaged(f"{place} is not that of this run")
+        for number, value in enumerate(fresh):
+            _same_form(found[number], value, f"{place}: {number}", values=values)
+    elif isinstance(fresh, Tensor):
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (fresh.shape, fresh.dtype):
+            raise Damaged(f"{place} is not that of this run")
+        if found.is_floating_point() and not found.isfinite().all():
+            raise Damaged(f"{place} is not finite")
+    elif not _same_kind(found, fresh) or (values and found != fresh):
+        raise Damaged(f"{place} is {found!r} instead of {fresh!r}"[:200])
+
+
+def _same_kind(found: Any, fresh: Any) -> bool:
+    numbers = (int, float)
+    if type(fresh) in numbers:
+        return type(found) in numbers and abs(found) < float("inf")
+    return type(found) is type(fresh)
+
+
+__all__ = ["expected_weights", "last_whole_checkpoint", "problem_of"]
