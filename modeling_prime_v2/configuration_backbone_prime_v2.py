@@ -8,6 +8,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, digits_needed
+from .config_fields_prime_v2 import (
+    VERSION,
+    VERSION_FIELD,
+    refuse_foreign_code,
+    refuse_misspelt,
+    refuse_unknown_fields,
+)
 
 CODE_CHOICES = {
     "shuffle_domain": ("codes", "vocab"),
@@ -39,7 +46,9 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
         rope_parameters: as in Transformers; None means the default type with theta 10,000.
         The other fields mean what they mean for Llama in Transformers.
 
-    Raises `StrictDataclassClassValidationError` (a ValueError's text inside) for impossible combinations.
+    The version of this package that made a configuration is recorded as `prime_v2_version`.
+    Raises `StrictDataclassClassValidationError` (a ValueError's text inside) for impossible combinations, ValueError
+    for fields that there are not.
     """
 
     causal: ClassVar[bool] = False  # whether attention looks back alone
@@ -67,6 +76,8 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_unknown_fields(type(self), kwargs)
+        kwargs[VERSION_FIELD] = VERSION
         # A field of the families that have it; here mypy cannot see one.
         if self._has_mask_token() and self.mask_token_id is None:  # type: ignore[has-type]
             self.mask_token_id = self.vocab_size
@@ -77,6 +88,29 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As always, but ValueError for a field's name misspelt."""
+        if name not in self.__dict__:
+            refuse_misspelt(type(self), [name])
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """As in Transformers, of what config.json may hold, and with checked arguments and none misspelt."""
+        refuse_foreign_code(config_dict)
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config.validate()
+        if wants_unused:
+            return config, unused
+        refuse_misspelt(cls, unused)
+        return config
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As in Transformers, of what config.json may hold."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def _has_mask_token(self) -> bool:
         """Whether this family declares mask_token_id, which is then V."""

@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import transformers
 import transformers.configuration_utils
 from huggingface_hub.errors import StrictDataclassError
 
+import prime_v2
+from prime_v2.config_fields_prime_v2 import VERSION
 from prime_v2.configuration_prime_v2 import PrimeV2Config
+from prime_v2.eval.families import FAMILIES
 
 SMALL = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -162,3 +166,99 @@ def test_configs_do_not_share_their_auto_map():
     one, other = PrimeV2Config(**SMALL), PrimeV2Config(**SMALL)
     one.auto_map["AutoModel"] = "changed"
     assert other.auto_map["AutoModel"] == "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
+
+
+# Fields that there are not
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hiden_size": 8}, r"hiden_size=8 is no field of PrimeV2\w*Config; did you mean hidden_size\?"),
+        ({"rms_norm_epsilon": 1e-6}, r"did you mean rms_norm_eps\?"),
+        ({"zygote": None}, "zygote=None is no field of .*; leave it out"),
+        ({"causal": True}, "causal=True is no field"),  # of the class, not of a configuration
+        ({"to_dict": 1}, "to_dict=1 is no field"),
+        ({"temperature": 0.5}, r"temperature=0.5 is no field .*an option of generate\(\)"),
+        ({"per_layer_config": {0: {"head_dim": 4}}}, "per_layer_config=.* is no field"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.* is no field"),
+    ],
+    ids=str,
+)
+def test_unknown_fields_are_refused_with_one_that_is_near(family, given, message):
+    with pytest.raises(ValueError, match=message):
+        family.config_class(**SMALL, **given)
+
+
+def test_what_transformers_keeps_in_configurations_is_taken(family):
+    metadata = {
+        "architectures": ["X"],
+        "transformers_version": "5.23.0",
+        "torch_dtype": "float32",
+        "name_or_path": "here",
+        "_name_or_path": "here",
+        "id2label": {"0": "a"},
+        "label2id": {"a": 0},
+        "tokenizer_class": "T",
+        "use_cache": False,
+        "output_hidden_states": True,
+        "attn_implementation": "eager",
+        "rope_theta": 100.0,
+    }
+    config = family.config_class(**SMALL, **metadata)
+    assert config.rope_parameters["rope_theta"] == 100.0 and config.id2label == {0: "a"}
+    for name, value in transformers.PreTrainedConfig().to_dict().items():
+        assert family.config_class(**SMALL, **{name: value}).to_dict() is not None
+    for name, value in {"use_cache": False, "is_causal": True, "pad_token_id": 3, "quantization_config": {}}.items():
+        setattr(config, name, value)
+
+
+def test_a_fields_name_misspelt_cannot_be_set_later(family):
+    config = family.config_class(**SMALL)
+    with pytest.raises(ValueError, match="hiden_size is no field of .*; did you mean hidden_size?"):
+        config.hiden_size = 8
+    config.pad_token = "a name that Transformers may use"
+
+
+def test_arguments_of_loading_are_checked_and_not_misspelt(family, tmp_path):
+    family.config_class(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hiden_size is no field of .*; did you mean hidden_size?"):
+        family.config_class.from_pretrained(tmp_path, hiden_size=8)
+    config, unused = family.config_class.from_pretrained(tmp_path, foo=1, return_unused_kwargs=True)
+    assert unused["foo"] == 1 and config.vocab_size == 11
+    with pytest.raises(StrictDataclassError, match="num_attention_heads=3 is not a multiple"):
+        family.config_class.from_pretrained(tmp_path, num_attention_heads=3)
+    loaded = family.config_class.from_pretrained(tmp_path, initializer_range=0.5, revision="main", pad_token="x")
+    assert loaded.initializer_range == 0.5
+
+
+def test_a_configuration_of_a_newer_version_is_refused_for_what_is_new_in_it(family, tmp_path):
+    family.config_class(**SMALL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    assert content["prime_v2_version"] == prime_v2.__version__ == VERSION
+    file.write_text(json.dumps(content | {"prime_v2_version": "99.1.0"}))
+    assert family.config_class.from_pretrained(tmp_path).prime_v2_version == VERSION  # nothing new is in it
+    file.write_text(json.dumps(content | {"prime_v2_version": "99.1.0", "gates": 3}))
+    with pytest.raises(
+        ValueError, match=f"written by version 99.1.0 .* field gates, which version {VERSION} does not"
+    ):
+        family.config_class.from_pretrained(tmp_path)
+    for version in ("0.0.1", "junk", 7, None):
+        file.write_text(json.dumps(content | {"prime_v2_version": version, "gates": 3}))
+        with pytest.raises(ValueError, match="gates=3 is no field"):
+            family.config_class.from_pretrained(tmp_path)
+
+
+def test_configurations_of_before_there_was_a_version_load(family, tmp_path):
+    family.config_class(**SMALL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    del content["prime_v2_version"]
+    file.write_text(json.dumps(content))
+    assert family.config_class.from_pretrained(tmp_path).to_dict() == family.config_class(**SMALL).to_dict()
