@@ -119,6 +119,8 @@ def bad_input(error: Exception) -> str | None:
         return _sentence(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, ValueError | OSError):
         return _sentence(str(error))
+    if isinstance(error, RecursionError) and "JSON" in str(error):
+        return "a JSON file that was read is nested too deeply; write it again"
     if _is_out_of_memory(error):
         return "not enough memory; ask for less at once: fewer samples, shorter texts or a smaller model"
     from huggingface_hub.errors import StrictDataclassError

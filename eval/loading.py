@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prime_v2.config_fields_prime_v2 import flat_json
 from prime_v2.eval.families import FAMILY_OF_TYPE
 
 CONFIG_FILE = "config.json"
@@ -184,7 +185,7 @@ def _check_type(place: str, foreign: bool) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if Path(place).is_dir():
-        _check_folder(Path(place))
+        _loaded(lambda: _check_folder(Path(place)), place, "a model")
     content, _ = _loaded(lambda: PreTrainedConfig.get_config_dict(place), place, "a model")
     model_type = content.get("model_type")
     if model_type not in FAMILY_OF_TYPE and not (foreign and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -251,7 +252,8 @@ def _check_folder(folder: Path) -> None:
 def _loaded(load, place: str, what: str) -> Any:
     """load(), with what missing and damaged files raise turned into a sentence that says what was looked for."""
     try:
-        return load()
+        with flat_json(place):
+            return load()
     except Exception as error:
         damage = (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError)
         # The tokenizers library raises a plain Exception.

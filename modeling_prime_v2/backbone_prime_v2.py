@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_prime_v2 import CACHE_NAME, one_cache
+from .config_fields_prime_v2 import flat_json
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
 from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
@@ -187,7 +188,9 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
 
         ignore_mismatched_sizes=True takes tensors that are missing or of another shape as freshly drawn ones.
         """
-        loaded: Any = super().from_pretrained(*args, use_safetensors=refuse_pickles(use_safetensors), **kwargs)
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with flat_json(place):
+            loaded: Any = super().from_pretrained(*args, use_safetensors=refuse_pickles(use_safetensors), **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         table = getattr(model, "code_table", None)
         if table is not None:

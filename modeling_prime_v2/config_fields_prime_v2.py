@@ -1,8 +1,11 @@
 """Which fields a configuration has, and what a config.json may not ask for; unknown fields are refused by name."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -104,6 +107,29 @@ def refuse_foreign_code(content: Mapping[str, Any]) -> None:
                 )
 
 
+@contextmanager
+def flat_json(place: Any) -> Iterator[None]:
+    """ValueError in place of the RecursionError of a JSON file of `place` that is nested thousands of levels deep."""
+    try:
+        yield
+    except RecursionError as error:
+        if "JSON" not in str(error):
+            raise
+        raise ValueError(f"{_deepest(Path(str(place)))} is nested too deeply to be read; save it again") from None
+
+
+def _deepest(place: Path) -> str:
+    """The JSON file of a folder that Python cannot read for its depth; that there is one where it is not found."""
+    for path in [place] if place.is_file() else sorted(place.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except RecursionError:
+            return str(path)
+        except ValueError:
+            continue
+    return f"a JSON file of {place}"
+
+
 def _is_known(config_class: type, name: str) -> bool:
     return name.startswith("_") or name == VERSION_FIELD or name in declared_fields(config_class)
 
@@ -118,6 +144,7 @@ def _is_newer(version: Any) -> bool:
 __all__ = [
     "VERSION",
     "VERSION_FIELD",
+    "flat_json",
     "refuse_foreign_code",
     "refuse_misspelt",
     "refuse_unknown_fields",

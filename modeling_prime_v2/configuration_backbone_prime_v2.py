@@ -11,6 +11,7 @@ from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, di
 from .config_fields_prime_v2 import (
     VERSION,
     VERSION_FIELD,
+    flat_json,
     refuse_foreign_code,
     refuse_misspelt,
     refuse_unknown_fields,
@@ -106,6 +107,11 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             return config, unused
         refuse_misspelt(cls, unused)
         return config
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        with flat_json(json_file):
+            return super()._dict_from_json_file(json_file)
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_cli import refused, run
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from prime_v2 import PrimeV2Config, PrimeV2ForCausalLM, PrimeV2ForMaskedDiffusion, PrimeV2Model, build_tokenizer
+from prime_v2 import (
+    PrimeV2Config,
+    PrimeV2ForCausalLM,
+    PrimeV2ForMaskedDiffusion,
+    PrimeV2Model,
+    PrimeV2Tokenizer,
+    build_tokenizer,
+)
 from prime_v2.configuration_arm_prime_v2 import PrimeV2ArmConfig
 from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from prime_v2.eval.loading import load_model_and_tokenizer
@@ -237,6 +244,65 @@ def test_a_pickle_is_never_read(folder, tmp_path, name):
 def test_configurations_of_absurd_networks_are_refused_before_memory_is_taken(folder, changes, message):
     change_json(folder / "config.json", **changes)
     assert re.search(message, refused("generate", folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": {}},
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel@v1:forward"},
+        {"_attn_implementation_internal": "paged|someone/kernel"},
+        {"attn_implementation": {"": "someone/kernel"}},
+        {"attn_implementation": "flash_attention_2"},  # where that is not installed, Transformers downloads a kernel
+        {"experts_implementation": "someone/kernel"},
+    ],
+    ids=str,
+)
+def test_a_configuration_names_no_code(folder, changes):
+    change_json(folder / "config.json", **changes)
+    message = f"config.json has (a )?{next(iter(changes))}"
+    for load in (PrimeV2ForMaskedDiffusion, AutoModel, PrimeV2Config):
+        with pytest.raises(ValueError, match=message):
+            load.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=message):
+        PrimeV2Config.from_json_file(folder / "config.json")
+    assert re.search(message, refused("generate", folder))
+
+
+def test_what_the_user_names_himself_is_his_choice(folder):
+    change_json(folder / "config.json", attn_implementation="eager")
+    assert PrimeV2ForMaskedDiffusion.from_pretrained(folder).config._attn_implementation == "eager"
+    model = PrimeV2ForMaskedDiffusion.from_pretrained(folder, attn_implementation="sdpa")
+    assert model.config._attn_implementation == "sdpa"
+    assert PrimeV2Config.from_pretrained(folder, attn_implementation="own/code")._attn_implementation == "own/code"
+
+
+@pytest.mark.parametrize("levels", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "code_table.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+    ],
+)
+def test_json_of_any_depth_is_a_sentence(folder, name, levels):
+    (folder / name).write_text(levels)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    assert re.search(f"({name}|JSON file of .*) is nested too deeply to be read", refused("generate", folder))
+    of_tokenizer = "token" in name or name == "code_table.json"
+    load = PrimeV2Tokenizer if of_tokenizer else PrimeV2ForMaskedDiffusion
+    with pytest.raises(ValueError, match="is nested too deeply to be read"):
+        load.from_pretrained(folder)
 
 
 def test_sizes_that_only_one_family_has_are_bounded_too():

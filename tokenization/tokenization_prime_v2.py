@@ -72,6 +72,18 @@ class PrimeV2Tokenizer(TokenizersBackend):
         self.code_table = codes
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; ValueError for a JSON file that is nested thousands of levels deep."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RecursionError as error:
+            if "JSON" not in str(error):
+                raise
+            raise ValueError(
+                f"a JSON file of {pretrained_model_name_or_path} is nested too deeply to be read; save it again"
+            ) from None
+
+    @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Load tokenizer.json whole: the inherited method drops its pre-tokenizer and merges for a class like this."""
         return kwargs
