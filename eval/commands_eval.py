@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 from prime_v2.eval.commands_shared import quiet_libraries
 from prime_v2.eval.offline_tasks import WrittenTask, expand_tasks, parse_splits, tasks_in, write_tasks
 from prime_v2.eval.places import print_and_record
-from prime_v2.eval.plugin import MODEL_NAME, register
+from prime_v2.eval.plugin import MODEL_NAME, demo_model, has_demo, register
 from prime_v2.eval.records import command_line, make_record
 
 # lm-eval's other sub-commands, passed on as they are.
 PASSED_ON = ("ls", "validate")
+# lm-eval's 100,000 take minutes for a metric without a formula, such as f1; 1,000 know a standard error to 2%.
+BOOTSTRAP_ITERS = 1000
 SPLIT_FIELDS = ("test_split", "validation_split")
 
 
@@ -48,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     """`[MODEL] LM_EVAL_OPTIONS`: MODEL becomes `pretrained=MODEL`, --model is prime_v2, names of groups their tasks.
 
-    Raises ValueError when no model or no task is named. With --config, which may name them, neither is asked for.
+    Where no model is named it is that of `make demo`, if there is one. Raises ValueError when there is no model or no
+    task. With --config, which may name them, neither is asked for.
     """
     arguments = list(arguments)
     if arguments[:1] == ["run"]:
@@ -66,9 +69,8 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     is_named = _names_a_model(rest)
     if place is not None and is_named:
         raise ValueError(f"{place} and pretrained= name a model each; leave one out")
-    if place is not None:
-        rest = ["--model_args", json.dumps({"pretrained": place}), *rest]
-    elif model == MODEL_NAME and not is_named and known.config is None:
+    needs_model = place is None and model == MODEL_NAME and not is_named and known.config is None
+    if needs_model and not has_demo():
         raise ValueError(
             "no model was named; give its folder or Hub name first, as in prime-v2 eval MODEL --tasks sciq, "
             "or add --model_args pretrained=MODEL"
@@ -76,6 +78,10 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     tasks = expand_tasks(name for each in known.tasks for name in each.split(",") if name)
     if not tasks and known.config is None:
         raise ValueError("no task was named; add --tasks sciq,boolq,arc_easy, or --tasks paper for the paper's eight")
+    if needs_model:
+        place = demo_model()
+    if place is not None:
+        rest = ["--model_args", json.dumps({"pretrained": place}), *rest]
     return EvalArguments(model, tasks, known.include_path, rest)
 
 
@@ -174,23 +180,38 @@ def _command_line(arguments: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _kept_results() -> Iterator[list[dict[str, Any]]]:
-    """The results of `lm_eval.simple_evaluate`, which lm-eval's command prints but does not return."""
+    """The results of `lm_eval.simple_evaluate`, which lm-eval's command prints but does not return.
+
+    Meanwhile lm-eval draws `BOOTSTRAP_ITERS` bootstrap samples, the results hold the device that was used, and the
+    model may refuse the tasks (`check_tasks`) before anything is scored.
+    """
     import lm_eval
+    from lm_eval import evaluator
 
     evaluate: Callable[..., dict[str, Any] | None] = lm_eval.simple_evaluate
+    evaluate_tasks: Callable[..., Any] = evaluator.evaluate
     kept: list[dict[str, Any]] = []
+    devices: list[str] = []
 
     def evaluate_and_keep(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        results = evaluate(*args, **kwargs)
+        results = evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
         if results is not None:
+            results["config"]["device"] = devices[0]
             kept.append(results)
         return results
 
-    lm_eval.simple_evaluate = evaluate_and_keep
+    def check_and_evaluate(lm: Any, task_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        check = getattr(lm, "check_tasks", None)
+        if check is not None:
+            check(task_dict.get("tasks", {}))
+        devices[:] = [str(getattr(lm, "device", None))]  # lm-eval notes what was asked for, by default cuda:0
+        return evaluate_tasks(lm, task_dict, *args, **kwargs)
+
+    lm_eval.simple_evaluate, evaluator.evaluate = evaluate_and_keep, check_and_evaluate
     try:
         yield kept
     finally:
-        lm_eval.simple_evaluate = evaluate
+        lm_eval.simple_evaluate, evaluator.evaluate = evaluate, evaluate_tasks
 
 
 def summarise(results: dict[str, Any], data: str | None) -> dict[str, Any]:

@@ -6,7 +6,9 @@ lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.likelihood`, one fixed sett
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from prime_v2.eval.families import bound_method
 from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
 from prime_v2.eval.lm_settings import (
     DEFAULT_ADAPTIVE,
@@ -29,10 +32,12 @@ from prime_v2.eval.lm_settings import (
     whole_number,
 )
 from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
+from prime_v2.eval.plugin import demo_model, has_demo
 from prime_v2.eval.published import published_score, published_settings
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.random_prime_v2 import Stream, hash64
 
+log = logging.getLogger(__name__)
 LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
 MAX_TOKEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 CHOICES_PER_GREEDY_CALL = 512
@@ -98,6 +103,8 @@ class PrimeV2LM(HFLM):
     ) -> None:
         own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
         check_arguments(kwargs, own)
+        if pretrained is None and has_demo():
+            pretrained = demo_model()
         if pretrained is None:
             raise ValueError(
                 "no model was named; add --model_args pretrained=DIR, a folder of a saved model or its name on the Hub"
@@ -128,7 +135,13 @@ class PrimeV2LM(HFLM):
         if published and self.add_bos_token is None:
             self.add_bos_token = False  # as the published script encodes
         self.scores = None if scores is None else ScoreFile(scores, self.rank, self.world_size)
-        self._report = Report(self.scoring)
+        self._report = Report(self.scoring, self.is_likelihood(self.scoring.answers.method))
+        if not self._report.is_likelihood:
+            log.warning(
+                "method=%s is neither the likelihood of this model nor a bound on it: its scores rank answers and "
+                "nothing more, and tasks that make a perplexity of them are refused.",
+                self.scoring.answers.method,
+            )
         self._instances: Sequence[Instance] = []
 
     # Loading, in place of HFLM's own: the package's classes, no code of the checkpoint
@@ -168,6 +181,30 @@ class PrimeV2LM(HFLM):
 
     # Likelihoods
 
+    def is_likelihood(self, method: str) -> bool:
+        """Whether the scores of a method are log-likelihoods of this model or bounds on them."""
+        if self.scoring.published is not None:
+            return False
+        try:
+            return bool(self.model.log_likelihood(torch.zeros(1, 1).long(), method=method, num_samples=1).is_bound)
+        except NotFiniteError:  # every request is refused then, by its number
+            return True
+
+    def check_tasks(self, tasks: Mapping[str, Any]) -> None:
+        """ValueError for a task of lm-eval that makes a perplexity of scores that are no likelihoods."""
+        if self._report.is_likelihood:
+            return
+        for name, task in tasks.items():
+            for metric in task.aggregation():
+                if "perplexity" in metric or metric == "bits_per_byte":
+                    raise ValueError(self._no_perplexity(f"the task {name} reports {metric}"))
+
+    def _no_perplexity(self, what: str) -> str:
+        return (
+            f"{what}, but {self.scoring.answers.method} is no likelihood of this model, so no perplexity follows from "
+            f"it; use method={bound_method(self.config)}"
+        )
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation given the context in nats, whether it is the deterministic decode).
 
@@ -190,6 +227,8 @@ class PrimeV2LM(HFLM):
     ) -> list[tuple[float, bool]]:
         instances = self._instances if len(self._instances) == len(requests) else []
         questions = self._questions(requests, instances)
+        if not self._report.is_likelihood:
+            self._check_single_answers(instances)
         if self.scoring.published_by_task:
             for question in questions:
                 published_settings(question.task or "")
@@ -206,6 +245,17 @@ class PrimeV2LM(HFLM):
         if self.scores is not None:
             self.scores.write()
         return answers
+
+    def _check_single_answers(self, instances: Sequence[Instance]) -> None:
+        """`check_tasks` where lm-eval's own command shows requests alone: it compares one answer with nothing."""
+        asked = Counter((each.task_name, each.doc_id) for each in instances if each.task_name is not None)
+        for (task, _), count in asked.items():
+            if count == 1:
+                raise ValueError(
+                    self._no_perplexity(
+                        f"the task {task} asks for the likelihood of single answers, which become a perplexity"
+                    )
+                )
 
     def _questions(self, requests: Sequence[Request], instances: Sequence[Instance]) -> list[_Question]:
         """Requests of one document with one context are the choices of a question."""
@@ -324,8 +374,8 @@ class PrimeV2LM(HFLM):
         The windows of `prime-v2 ppl`: disjoint, nothing given. ValueError for a text without a token and for the
         published score, from which lm-eval would compute a perplexity.
         """
-        if self.scoring.method_of_texts == "token_objective":
-            raise ValueError("token_objective is no likelihood, so no perplexity follows from it; use method=subtoken")
+        if not self.is_likelihood(self.scoring.method_of_texts):
+            raise ValueError(self._no_perplexity(f"{_place(requests, 0)} is a text to be scored whole"))
         totals = []
         for number, request in enumerate(tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Scoring texts")):
             (text,) = request.args
@@ -417,8 +467,8 @@ class PrimeV2LM(HFLM):
         return self._report.as_dict()
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's, with the settings of the likelihoods and what they took."""
-        return {**super().get_model_info(), "likelihood": self.draws_report()}
+        """HFLM's, with the device that is used and the settings of the likelihoods and what they took."""
+        return {**super().get_model_info(), "model_device": str(self.device), "likelihood": self.draws_report()}
 
 
 def _place(instances: Sequence[Instance], number: int) -> str:

@@ -175,6 +175,7 @@ class Report:
     """Counts over the likelihoods of a run (of this process)."""
 
     scoring: Scoring
+    is_likelihood: bool  # or a bound on it
     choices: int = 0
     draws: int = 0
     summed: int = 0
@@ -201,7 +202,7 @@ class Report:
         number = len(self.lead_stderrs)
         return {
             **self.scoring.describe(),
-            "is_likelihood_or_bound": self.scoring.answers.method != "token_objective",
+            "is_likelihood_or_bound": self.is_likelihood,
             "choices": self.choices,
             "choices_without_draws": self.summed,
             "draws_per_choice": self.draws / self.choices if self.choices else 0.0,

@@ -118,7 +118,8 @@ def test_arguments_go_to_lm_eval_with_model_and_tasks_filled_in(given, expected)
     assert parse_arguments(given).for_lm_eval() == expected
 
 
-def test_what_is_missing_is_said_at_once(data, tmp_path, calls):
+def test_what_is_missing_is_said_at_once(data, tmp_path, calls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert refused() == (
         "no model was named; give its folder or Hub name first, as in prime-v2 eval MODEL --tasks sciq, or add "
         "--model_args pretrained=MODEL"

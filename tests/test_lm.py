@@ -250,7 +250,10 @@ def test_a_text_without_a_token_is_refused(lm):
 
 def test_no_perplexity_comes_from_the_published_score(folder):
     lm = PrimeV2LM(pretrained=str(folder), method="token_objective")
-    with pytest.raises(ValueError, match="token_objective is no likelihood, so no perplexity follows"):
+    with pytest.raises(
+        ValueError,
+        match="token_objective is no likelihood of this model, so no perplexity",
+    ):
         lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("a dog",), 0, ("x", 0, 1))])
 
 
@@ -288,7 +291,8 @@ def test_logits_that_are_not_finite_name_the_request(folder, requests, settings)
     ],
     ids=str,
 )
-def test_bad_arguments_are_refused(folder, arguments, message):
+def test_bad_arguments_are_refused(folder, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         PrimeV2LM(**{"pretrained": str(folder), **arguments})
 
