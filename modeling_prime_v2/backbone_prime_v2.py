@@ -217,6 +217,16 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
             )
         return info, offloaded
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in PyTorch; ValueError for the name by which peft's prompt learning, and nothing else, begins."""
+        if target == "embeddings.word_embeddings":
+            raise ValueError(
+                "peft's prompt learning (prompt, prefix and P-tuning) puts vectors before a text, which neither the "
+                "noise nor the likelihoods of this model know; train an adapter, e.g. LoraConfig(target_modules="
+                "['q_proj', 'v_proj'])"
+            )
+        return super().get_submodule(target)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

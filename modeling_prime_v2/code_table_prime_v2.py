@@ -129,6 +129,15 @@ class PrimeV2CodeTable(nn.Module):
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (...) int64 in [0, V], V meaning masked, to digits (..., S) int64 in [0, base], base = masked."""
         check_ids(ids, self.vocab_size + 1, f"the mask token {self.vocab_size} included")
+        return self.digits_of(ids)
+
+    def digits_of(self, ids: Tensor) -> Tensor:
+        """`encode` for ids that have been checked; ValueError where accelerate keeps the table elsewhere."""
+        if self.codes.is_meta and not ids.is_meta:
+            raise ValueError(
+                "the code table is offloaded, but it is read outside of any module's call; keep buffers where the "
+                "model is computed: offload_buffers=False"
+            )
         return self.codes[ids]
 
     def decode(self, subtoken_ids: Tensor) -> Tensor:

@@ -91,6 +91,10 @@ class PrimeV2GenerationMixin:
         kind = AncestralProcess if options.do_sample else GreedyProcess
         return kind(self, options, canvas, processors)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Not called by `generate`, which has a canvas; peft's wrapper of causal models (CAUSAL_LM) asks for it."""
+        raise NotImplementedError("a diffusion model has no inputs of one next token; call generate")
+
     def adjust_generation_fn(
         self: Any,
         generation_config: GenerationConfig | None,

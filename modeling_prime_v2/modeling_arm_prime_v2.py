@@ -75,7 +75,7 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         """Token ids (...) in [0, V) to vectors (..., D)."""
         if self.code_table is None:
             return self.embed_subtokens.table(ids)
-        return self.embed_subtokens(self.code_table.codes[ids])
+        return self.embed_subtokens(self.code_table.digits_of(ids))
 
     def all_embeddings(self) -> Tensor:
         """The vectors of all tokens, (V, D)."""

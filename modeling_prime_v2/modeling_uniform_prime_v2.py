@@ -21,7 +21,7 @@ from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2Uniform
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .keywords_prime_v2 import check_forward_keywords
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
-from .linear_prime_v2 import HeadCall, apply_head, head_of
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
 
 # Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
@@ -153,12 +153,12 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
     config_class = PrimeV2UniformConfig
     generation_config_class = PrimeV2GenerationConfig
     _no_split_modules = ["PrimeV2UniformLayer"]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: PrimeV2UniformConfig):
         super().__init__(config)
         self.model = PrimeV2UniformModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -167,8 +167,8 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             f"train a model with the vocabulary that you need"
         )
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = to be generated, to (B, L, 1): a whole token is its only digit."""
@@ -230,7 +230,9 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
 
     def head(self) -> Tensor | HeadCall:
-        """The head (V, D), or how to call it."""
+        """The head (V, D), or how to call it; tied, it is the embedding."""
+        if self.config.tie_word_embeddings:
+            return all_vectors(self.model.embed_tokens, self.config.vocab_size)
         return head_of(self.lm_head, self.config.vocab_size)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
