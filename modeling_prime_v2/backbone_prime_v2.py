@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_prime_v2 import CACHE_NAME, one_cache
+from .code_table_prime_v2 import PrimeV2CodeTable
 from .config_fields_prime_v2 import flat_json
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
@@ -181,13 +182,17 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": PrimeV2Layer, "attentions": PrimeV2Attention}
+    backbone_class: Any = None  # of a model with a head
 
     @classmethod
     def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> Any:
-        """As in Transformers, from safetensors alone, and only what fits: see `weights_prime_v2`.
+        """As in Transformers, from safetensors only, and only what fits: see `weights_prime_v2`.
 
         ignore_mismatched_sizes=True takes tensors that are missing or of another shape as freshly drawn ones.
+        pipeline("feature-extraction") gets the model without its head, whose first output are hidden states.
         """
+        if kwargs.get("_from_pipeline") == "feature-extraction" and cls.backbone_class is not None:
+            return cls.backbone_class.from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         with flat_json(place):
             loaded: Any = super().from_pretrained(*args, use_safetensors=refuse_pickles(use_safetensors), **kwargs)
@@ -232,6 +237,8 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.EmbeddingBag):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, PrimeV2CodeTable):
+            init.copy_(module.codes, module.build())
 
     @property
     def device(self) -> torch.device:
@@ -249,6 +256,7 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
     which weights are drawn.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^head_nodes\."]  # in the folder of a model with a head
     layer_class: type[PrimeV2Layer] = PrimeV2Layer
     embed_subtokens: Any
 

@@ -159,6 +159,16 @@ def scored_tokens(
     return scored, ids
 
 
+def refuse_lost_labels(num_items_in_batch: Tensor | int | None) -> None:
+    """ValueError for a divisor of a loss that came without labels, which Trainer's own losses take away."""
+    if num_items_in_batch is not None:
+        raise ValueError(
+            "num_items_in_batch was given without labels, as by Trainer with label_smoothing_factor or "
+            "compute_loss_func, which take the labels for a loss of their own from logits of known tokens; leave both "
+            "out: the model computes its loss from labels"
+        )
+
+
 def check_length(inputs: Tensor, attention_mask: Tensor | None, config) -> None:
     """ValueError unless inputs (B, L, ...) fit into the network and their mask (B, L) leaves a token in every row."""
     if torch.compiler.is_compiling():
@@ -297,6 +307,7 @@ __all__ = [
     "check_shapes",
     "checked_seed",
     "mask_faults",
+    "refuse_lost_labels",
     "refuse_mask",
     "refuse_noise",
     "scored_tokens",

@@ -76,6 +76,23 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     auto_map: dict[str, str] | None = None
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; ValueError where pipeline("text-generation") would look for a causal model.
+
+        The pipeline's task is passed on to the model's `from_pretrained`, which reads it; Transformers loses it here.
+        """
+        task = kwargs.get("_from_pipeline")
+        if task == "text-generation" and not cls.causal:
+            raise ValueError(
+                "pipeline('text-generation') loads causal models, and this is a diffusion model; use "
+                "AutoModel.from_pretrained(DIR, trust_remote_code=True).generate(...)"
+            )
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        if task is not None and isinstance(loaded, tuple):  # (config, keywords left for the model)
+            loaded[1]["_from_pipeline"] = task
+        return loaded
+
     def __post_init__(self, **kwargs):
         refuse_unknown_fields(type(self), kwargs)
         kwargs[VERSION_FIELD] = VERSION

@@ -103,6 +103,7 @@ class _NatsOfLogits(torch.autograd.Function):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # `chunk` may write into it
         with torch.autocast(logits.device.type, enabled=False):
             nats, gradient = chunk(exact, tokens, part)
+            nats = nats.to(exact.dtype)
         ctx.gradient, ctx.dtype = gradient, logits.dtype
         ctx.mark_non_differentiable(nats)
         return (nats * tokens.weights[part].to(nats.dtype)).sum(), nats

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -20,6 +19,7 @@ from .checks_prime_v2 import (
     check_length,
     check_mask,
     check_prepared_mask,
+    refuse_lost_labels,
     scored_tokens,
     scoring_inputs,
     token_inputs,
@@ -40,9 +40,12 @@ class PrimeV2CausalLMOutput(CausalLMOutputWithPast):
     """Output of `PrimeV2ForCausalLM`: Transformers' own, and whether the loss is a bound on -log p(x) per token.
 
     loss: scalar, nats per scored token; logits None with labels. logits (B, L, V): at i for the token at i + 1.
+    loss_per_sequence: (B,) float64, detached, -log p of each row's scored tokens, whose sum is the loss times its
+        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
     """
 
     is_bound: bool | None = None
+    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2ArmModel(PrimeV2Backbone):
@@ -57,12 +60,6 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         self.code_table = None if whole else PrimeV2CodeTable(config)
         self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.vocab_size if whole else config.base)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, PrimeV2CodeTable):
-            init.copy_(module.codes, module.build())
 
     def get_input_embeddings(self) -> nn.Module:
         """Whole tokens have the table itself, as Transformers' own methods want it (`resize_token_embeddings`)."""
@@ -141,6 +138,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
 
     config: PrimeV2ArmConfig
     config_class = PrimeV2ArmConfig
+    backbone_class = PrimeV2ArmModel
 
     def __init__(self, config: PrimeV2ArmConfig):
         super().__init__(config)
@@ -232,6 +230,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         labels = as_tensor(self, "labels", labels)
         cache = one_cache(cache, past_key_values)
         if labels is None:
+            refuse_lost_labels(num_items_in_batch)
             outputs = self.model(
                 input_ids,
                 attention_mask=attention_mask,
@@ -250,9 +249,13 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
             )
         if input_ids is None or inputs_embeds is not None or cache is not None:
             raise ValueError("labels need input_ids, whole texts (B, L), without inputs_embeds or cache")
-        loss, outputs = self._loss(input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs)
+        loss, each, outputs = self._loss(input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs)
         return PrimeV2CausalLMOutput(
-            loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions, is_bound=self.loss_is_bound
+            loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            is_bound=self.loss_is_bound,
+            loss_per_sequence=each,
         )
 
     def _loss(self, input_ids, attention_mask, position_ids, labels, num_items_in_batch, **kwargs):
@@ -269,8 +272,10 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         tokens = next_tokens(ids, scored, start)
         outputs = self.model(tokens.inputs, mask, position_ids, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[tokens.rows, tokens.columns]  # (N, D)
-        total, _ = token_nats(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
-        return total / (scored.sum() if num_items_in_batch is None else num_items_in_batch), outputs
+        total, nats = token_nats(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
+        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
+        per_sequence.index_add_(0, tokens.rows, nats.double())
+        return total / (scored.sum() if num_items_in_batch is None else num_items_in_batch), per_sequence, outputs
 
     def log_likelihood(
         self, input_ids, attention_mask=None, prompt_mask=None, method=METHOD, **kwargs

@@ -10,7 +10,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
+from .checks_prime_v2 import (
+    as_tensor,
+    check_length,
+    refuse_lost_labels,
+    refuse_noise,
+    scored_tokens,
+    scoring_inputs,
+    token_inputs,
+)
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
 from .diffusion_prime_v2 import stratified_levels
@@ -35,6 +43,8 @@ class PrimeV2InterpolatingOutput(ModelOutput):
     is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
     logits: (B, L, V) float, known tokens certain; None when labels are given.
     hidden_states, attentions: as in Transformers, on request; None when labels are given, whose loss takes two passes.
+    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
+        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
     """
 
     loss: Tensor | None = None
@@ -42,6 +52,7 @@ class PrimeV2InterpolatingOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2InterpolatingModel(PrimeV2Backbone):
@@ -107,6 +118,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
     config: PrimeV2InterpolatingConfig
     config_class = PrimeV2InterpolatingConfig
     generation_config_class = PrimeV2GenerationConfig
+    backbone_class = PrimeV2InterpolatingModel
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -186,20 +198,21 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         labels = as_tensor(self, "labels", labels)
         if labels is None:
             refuse_noise(noise_keys, noise_levels)
+            refuse_lost_labels(num_items_in_batch)
             outputs = self.model(input_ids, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             other = torch.arange(logits.shape[-1], device=logits.device) != input_ids.unsqueeze(-1)
             known = (input_ids != self.config.mask_token_id).unsqueeze(-1)
             logits = logits.masked_fill(known & other, -torch.inf)
             return PrimeV2InterpolatingOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
-        loss = self._loss(
+        loss, each = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        return PrimeV2InterpolatingOutput(loss, self.loss_is_bound)
+        return PrimeV2InterpolatingOutput(loss, self.loss_is_bound, loss_per_sequence=each)
 
     def _loss(
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         config = self.config
         scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
         check_length(input_ids, attention_mask, config)
@@ -219,10 +232,15 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         # A term without rows in this batch has a row of padding: every process makes the same calls of the network,
         # in which sharded weights are gathered.
         kept = [term for term, weight in zip(terms, (share, 1 - share), strict=True) if weight > 0]
-        total, _ = self.nats_of_elements([each.elements for each in kept], [each.weights for each in kept], **kwargs)
+        total, nats = self.nats_of_elements(
+            [each.elements for each in kept], [each.weights for each in kept], **kwargs
+        )
+        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
+        for term, each in zip(kept, nats, strict=True):
+            per_sequence.index_add_(0, term.texts, each[: len(term.texts)] * term.weights)
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
-        return total / num_items_in_batch
+        return total / num_items_in_batch, per_sequence
 
     def nats_of_elements(self, parts: list[Elements], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
         """Weighted nats of all queries, differentiable, and the unweighted nats of each row, (R,) float64 a part.

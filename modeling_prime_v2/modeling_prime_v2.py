@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
@@ -12,7 +11,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
+from .checks_prime_v2 import (
+    as_tensor,
+    check_length,
+    refuse_lost_labels,
+    refuse_noise,
+    scored_tokens,
+    scoring_inputs,
+    token_inputs,
+)
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
@@ -33,6 +40,8 @@ class PrimeV2Output(ModelOutput):
     is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
     logits: (B, L, V) float, filtered by the visible digits (carry-over); None when labels are given.
     hidden_states, attentions: as in Transformers, on request.
+    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
+        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
     """
 
     loss: Tensor | None = None
@@ -40,16 +49,22 @@ class PrimeV2Output(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2Model(PrimeV2Backbone):
-    """The network up to the last norm: states (B, L, S) to hidden states (B, L, D)."""
+    """The network up to the last norm: states (B, L, S), or token ids (B, L), to hidden states (B, L, D)."""
 
     config: PrimeV2Config
     config_class = PrimeV2Config
 
-    def __init__(self, config: PrimeV2Config):
+    def __init__(self, config: PrimeV2Config, code_table: PrimeV2CodeTable | None = None):
+        """code_table: that of a model with a head, which holds it; by itself the network has one of its own."""
         super().__init__(config, make_embedding(config))
+        if code_table is None:
+            self.code_table = PrimeV2CodeTable(config)
+        else:
+            self.__dict__["code_table"] = code_table  # no module of this one: it is saved with the head
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -62,17 +77,23 @@ class PrimeV2Model(PrimeV2Backbone):
     @capture_outputs
     def forward(
         self,
-        subtoken_ids: Tensor,
+        subtoken_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         needed: Tensor | None = None,
+        input_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """subtoken_ids (B, L, S) int64 in [0, base], base = masked; attention_mask (B, L), 0 for padding.
 
+        input_ids (B, L): token ids in place of states, V = all digits masked.
         needed (B, L) bool: only these tokens' hidden states are wanted, (M, D) by rows, then columns.
         """
         check_forward_keywords(self, kwargs)
+        if (input_ids is None) == (subtoken_ids is None):
+            raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
+        if subtoken_ids is None:
+            subtoken_ids = self.code_table.encode(input_ids)
         check_states(subtoken_ids, attention_mask, self.config)
         hidden_states = self.embed_subtokens(subtoken_ids)
         if position_ids is None:
@@ -90,21 +111,17 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     config: PrimeV2Config
     config_class = PrimeV2Config
     generation_config_class = PrimeV2GenerationConfig
+    backbone_class = PrimeV2Model
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
-        self.model = PrimeV2Model(config)
-        self.code_table = PrimeV2CodeTable(config)
+        table = PrimeV2CodeTable(config)
+        self.model = PrimeV2Model(config, table)
+        self.code_table = table
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head_nodes = PrimeV2HeadNodes(config) if config.head_ancestors else None
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, PrimeV2CodeTable):
-            init.copy_(module.codes, module.build())
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -176,16 +193,17 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
         if labels is None:
             refuse_noise(noise_keys, noise_levels)
+            refuse_lost_labels(num_items_in_batch)
             states = self.code_table.encode(input_ids) if subtoken_ids is None else subtoken_ids
             outputs = self.model(states, attention_mask, position_ids, **kwargs)
             logits = self.filtered_logits(outputs.last_hidden_state, states)
             return PrimeV2Output(None, None, logits, outputs.hidden_states, outputs.attentions)
         if input_ids is None:
             raise ValueError("labels need input_ids, clean token ids (B, L): the noise is drawn inside the model")
-        loss, outputs = self._loss(
+        loss, each, outputs = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
+        return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
 
     def filtered_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
@@ -210,10 +228,10 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
-        total, _ = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
+        total, nats = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
-        return total / num_items_in_batch, outputs
+        return total / num_items_in_batch, nats * weight, outputs
 
     def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
         """Weighted nats of the tokens that have a hidden unit (the others have none).

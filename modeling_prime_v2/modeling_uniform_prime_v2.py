@@ -13,7 +13,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
-from .checks_prime_v2 import as_tensor, check_length, refuse_noise, scored_tokens, scoring_inputs, token_inputs
+from .checks_prime_v2 import (
+    as_tensor,
+    check_length,
+    refuse_lost_labels,
+    refuse_noise,
+    scored_tokens,
+    scoring_inputs,
+    token_inputs,
+)
 from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_prime_v2 import stratified_levels
@@ -37,6 +45,8 @@ class PrimeV2UniformOutput(ModelOutput):
     is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
     logits: (B, L, V) float, log p up to a constant, see `uniform_prime_v2`; None when labels are given.
     hidden_states, attentions: as in Transformers, on request.
+    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
+        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
     """
 
     loss: Tensor | None = None
@@ -44,6 +54,7 @@ class PrimeV2UniformOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2TimeEmbedding(nn.Module):
@@ -128,9 +139,11 @@ class PrimeV2UniformModel(PrimeV2Backbone):
     ) -> BaseModelOutput:
         """input_ids (B, L) int64 in [0, V), noised; times (B,) in [0, 1]; attention_mask (B, L), 0 for padding.
 
-        times are not read, and may be None, where config.time_conditioning is False.
+        times: None means 0, clean tokens; they are not read where config.time_conditioning is False.
         """
         check_forward_keywords(self, kwargs)
+        if times is None and self.config.time_conditioning:
+            times = torch.zeros(len(input_ids), dtype=torch.double, device=input_ids.device)
         check_noised(input_ids, times, attention_mask, self.config)
         hidden_states = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -152,6 +165,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
     config: PrimeV2UniformConfig
     config_class = PrimeV2UniformConfig
     generation_config_class = PrimeV2GenerationConfig
+    backbone_class = PrimeV2UniformModel
     _no_split_modules = ["PrimeV2UniformLayer"]
 
     def __init__(self, config: PrimeV2UniformConfig):
@@ -219,15 +233,17 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         labels = as_tensor(self, "labels", labels)
         if labels is None:
             refuse_noise(noise_keys, noise_levels)
+            refuse_lost_labels(num_items_in_batch)
+            check_times(times, self.config)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
         if times is not None:
             raise ValueError("times were given with labels, whose noise is drawn here; leave times out")
-        loss, outputs = self._loss(
+        loss, each, outputs = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions)
+        return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
 
     def head(self) -> Tensor | HeadCall:
         """The head (V, D), or how to call it; tied, it is the embedding."""
@@ -252,10 +268,11 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
         noise = draw_noise(ids, scored, noise_keys, noise_levels, config.vocab_size)
         outputs = self.model(noise.ids, noise.times, attention_mask, position_ids, **kwargs)
-        total, _ = self.nats_of_scored(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
+        total, nats = self.nats_of_scored(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
         if num_items_in_batch is None:
             num_items_in_batch = scored.sum()
-        return total / num_items_in_batch, outputs
+        weight = noise.weight if config.loss_weight == "elbo" else 1.0
+        return total / num_items_in_batch, nats * weight, outputs
 
     def nats_of_scored(self, hidden_states, ids, scored, noise: UniformNoise, loss_weight: str = "elbo"):
         """Weighted nats of the scored tokens: `loss_weight` as in the config.
@@ -295,15 +312,17 @@ def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids (B, L)")
     check_length(input_ids, attention_mask, config)
     check_ids(input_ids, config.vocab_size, "the mask token is none of them: give noised tokens, and their times")
-    if times is None:
-        if config.time_conditioning:
-            raise ValueError(
-                "times=None, but what the network says depends on the noise level; give times (B,), 0 for clean "
-                "tokens and 1 for nothing but noise"
-            )
-        return
-    if times.shape != input_ids.shape[:1] or not bool(((times >= 0) & (times <= 1)).all()):
+    if times is not None and (times.shape != input_ids.shape[:1] or not bool(((times >= 0) & (times <= 1)).all())):
         raise ValueError(f"times={times.tolist()} must be {len(input_ids)} numbers in [0, 1], one a row; use 0.5")
+
+
+def check_times(times: Tensor | None, config) -> None:
+    """ValueError for logits of tokens whose noise level is not given, where they depend on it."""
+    if times is None and config.time_conditioning:
+        raise ValueError(
+            "times=None, but what the network says depends on the noise level; give times (B,), 0 for clean tokens "
+            "and 1 for nothing but noise"
+        )
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

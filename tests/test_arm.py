@@ -152,7 +152,7 @@ def test_hidden_states_attentions_and_tuples_on_request():
     assert len(model(ids, labels=ids, output_hidden_states=True).hidden_states) == 3
     (logits, _) = model(ids, return_dict=False)
     torch.testing.assert_close(logits, outputs.logits, **CLOSE)
-    loss, is_bound = model(ids, labels=ids, return_dict=False)
+    loss, is_bound, _ = model(ids, labels=ids, return_dict=False)
     assert (loss, is_bound) == (model(ids, labels=ids).loss, True)
 
 

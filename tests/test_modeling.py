@@ -256,7 +256,7 @@ def test_tuple_output():
     (logits,) = model(ids, return_dict=False)
     torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=0)
     noise = {"noise_keys": torch.arange(3), "noise_levels": torch.tensor([0.2, 0.5, 0.8], dtype=torch.double)}
-    loss, is_bound = model(ids, labels=ids, return_dict=False, **noise)
+    loss, is_bound, _ = model(ids, labels=ids, return_dict=False, **noise)
     assert loss == model(ids, labels=ids, **noise).loss
     assert is_bound is False
 
