@@ -401,6 +401,50 @@ def test_tokens_without_a_code_cannot_be_added(small):
     assert small.add_tokens(["<|pad|>"], special_tokens=True) == 0
 
 
+NEW_TOKEN = "cannot add '<new>': the code table holds the"
+OTHER_MASK = "cannot take the place of '<|mask|>', whose id .* means that all digits are masked"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pad_token", "<new>", NEW_TOKEN),
+        ("pad_token", AddedToken("<new>"), NEW_TOKEN),
+        ("eos_token", "<new>", NEW_TOKEN),
+        ("extra_special_tokens", ["the", "<new>"], NEW_TOKEN),
+        ("mask_token", "the", OTHER_MASK),
+        ("mask_token", "<new>", OTHER_MASK),
+        ("mask_token", None, OTHER_MASK),
+        ("mask_token_id", 3, OTHER_MASK),
+        ("pad_token_id", 10**6, "pad_token_id=1000000 is no token id"),
+        ("pad_token_id", -1, "pad_token_id=-1 is no token id"),
+        ("pad_token_id", "3", "pad_token_id='3' is no token id"),
+    ],
+    ids=str,
+)
+def test_special_tokens_that_are_set_later_follow_the_rules_of_adding_them(small, name, value, message):
+    before = {**small.special_tokens_map}
+    with pytest.raises(ValueError, match=message):
+        setattr(small, name, value)
+    if not name.endswith("_id"):
+        with pytest.raises(ValueError, match=message):
+            small.add_special_tokens({"bos_token": "a", name: value})
+    assert small.special_tokens_map == before and len(small) == len(small.code_table) + 1
+
+
+def test_special_tokens_that_there_are_can_be_set_later(small):
+    kept = small.pad_token
+    try:
+        small.pad_token = "a"
+        assert small.pad_token_id == small.convert_tokens_to_ids("a")
+        small.pad_token_id = np.int64(2)
+        assert small.pad_token == small.convert_ids_to_tokens(2)
+        small.mask_token = AddedToken("<|mask|>")
+        small.sep_token = None
+    finally:
+        small.pad_token = kept
+
+
 def test_a_table_for_another_vocabulary_is_refused(small, bpe):
     table = {"base": 2, "codes": small.code_table[:-1]}
     with pytest.raises(

@@ -136,10 +136,41 @@ class PrimeV2Tokenizer(TokenizersBackend):
         return super().add_tokens(new_tokens, special_tokens=special_tokens)
 
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
-        """As `add_tokens`; refused before a name is assigned."""
-        for value in special_tokens_dict.values():
-            self._refuse_new([value] if isinstance(value, str | AddedToken) else value)
+        """As `add_tokens`; refused before a name is assigned, and where the mask token would be another."""
+        for name, value in special_tokens_dict.items():
+            self._check_special(name, value)
         return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As always, but special tokens, by name or by id, are tokens that there are, and the mask token stays."""
+        if "code_table" in self.__dict__:
+            kind = name.removesuffix("_ids").removesuffix("_id")
+            if kind in (*self.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens"):
+                tokens = value
+                if name != kind:
+                    value = self._checked_ids(name, value)
+                    tokens = None if value is None else self.convert_ids_to_tokens(value)
+                self._check_special(kind, tokens)
+        super().__setattr__(name, value)
+
+    def _checked_ids(self, name: str, value: Any) -> Any:
+        """An id, several, or None; ValueError for what is no id of this tokenizer."""
+        last = len(self.code_table)
+        ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+        for each in ids:
+            if isinstance(each, bool) or not isinstance(each, int | np.integer) or not 0 <= each <= last:
+                raise ValueError(f"{name}={each!r} is no token id; use one in [0, {last}]")
+        ids = [int(each) for each in ids]
+        return ids if isinstance(value, list | tuple) else ids[0] if ids else None
+
+    def _check_special(self, name: str, value: Any) -> None:
+        if name == "mask_token" and str(value) != self.mask_token:
+            raise ValueError(
+                f"mask_token={value!r} cannot take the place of {self.mask_token!r}, whose id {len(self.code_table)} "
+                f"means that all digits are masked; give mask_token to build_tokenizer"
+            )
+        if value is not None:
+            self._refuse_new([value] if isinstance(value, str | AddedToken) else value)
 
     def _refuse_new(self, tokens: Iterable[Any]) -> None:
         missing = [str(token) for token in tokens if self.backend_tokenizer.token_to_id(str(token)) is None]
