@@ -1,7 +1,6 @@
 """The YAML file of `prime-v2 compare`: what is trained at which budgets, sizes and seeds (docs/compare.md)."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -310,8 +309,9 @@ def _float(value: Any, place: str) -> float:
 
 
 def _nearest(given: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(given), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    from prime_v2.keywords_prime_v2 import did_you_mean
+
+    return did_you_mean(given, known)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Settings of the lm-eval model: arguments and what they mean, the report of a run, the file of scores, cache keys."""
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from prime_v2.eval.likelihood import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.places import check_new_file
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
+from prime_v2.keywords_prime_v2 import did_you_mean
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,13 @@ CACHE_KEY = "prime_v2 settings"
 
 
 def check_arguments(given: dict[str, Any], own: list[str]) -> None:
-    """ValueError for a name that is neither in `own` nor in SHARED_ARGUMENTS, with the nearest that is."""
+    """ValueError for a name that is neither in `own` nor in SHARED_ARGUMENTS, with one that is near."""
     known = sorted((*own, *SHARED_ARGUMENTS))
     for name, value in given.items():
         if name not in SHARED_ARGUMENTS:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"{name}={value!r} is no argument of the model prime_v2, the nearest is {nearest}; "
-                f"one of {', '.join(known)}"
+                f"{name}={value!r} is no argument of the model prime_v2{did_you_mean(name, known)} "
+                f"(all: {', '.join(known)})"
             )
 
 
@@ -111,8 +110,7 @@ def make_scoring(
     """`given`: cfg, temperature, mask_unit. Raises ValueError for what is unknown, impossible or has no effect."""
     methods = FAMILY_OF_TYPE[config.model_type].methods
     if method is not None and method not in methods:
-        nearest = difflib.get_close_matches(str(method), methods, n=1, cutoff=0.0)[0]
-        raise ValueError(f"method={method!r} is unknown, the nearest is {nearest}; one of {', '.join(methods)}")
+        raise ValueError(f"method={method!r} is not one of {', '.join(methods)}{did_you_mean(method, methods)}")
     given = {
         "cfg": _real_number("cfg", given["cfg"], 0.5),
         "temperature": _real_number("temperature", given["temperature"], 1.0),

@@ -3,7 +3,6 @@
 A suite is data; nothing here scores. Sets come from the hub, or from local copies (docs/perplexity.md).
 """
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,13 +108,14 @@ class SetNotThere(ValueError):
 
 
 def nearest(option: str, value: str, names: Iterable[str]) -> str:
-    """`value`, which must be one of `names`; ValueError that lists them and says which is nearest."""
+    """`value`, which must be one of `names`; ValueError that lists them, and says which is near."""
+    from prime_v2.keywords_prime_v2 import did_you_mean
+
     names = list(names)
     if value in names:
         return value
     listed = ", ".join(repr(each) for each in names)
-    close = difflib.get_close_matches(value, names, 1, cutoff=0)[0]
-    raise ValueError(f"{option}: {value!r} is not one of {listed}; the nearest is {close!r}")
+    raise ValueError(f"{option}: {value!r} is not one of {listed}{did_you_mean(value, names)}")
 
 
 def read_suite(

@@ -1,6 +1,5 @@
 """Options of a training run: the command line and its YAML file, checked before anything is read or written."""
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
 from prime_v2.eval.option_checks import check_values, refused_values
 from prime_v2.eval.places import check_folder
 from prime_v2.eval.recipes import CONFIGS, find_recipe, recipe_names
+from prime_v2.keywords_prime_v2 import did_you_mean, nearest
 
 
 @dataclass
@@ -107,8 +107,8 @@ def parse_options(
     run, training, extra, unknown = _parsed(parser, kinds, arguments)
     if unknown:
         flag = unknown[0]
-        near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
-        parser.error(f"unknown option {flag}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+        hint = did_you_mean(flag.lstrip("-").split("=")[0], known, "--") or "; see --help"
+        parser.error(f"unknown option {flag}{hint}")
     if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
         fields = FAMILIES[run.family].fields() if run.init_from is None else ()
         model_options = {key: value for key, value in model_options.items() if key in fields}
@@ -192,8 +192,7 @@ def read_config(path: Path, entry: str, known: set[str], parser: HfArgumentParse
         parser.error(f"--config {path} holds several runs; add one of them, e.g. --config {path}:{names[0]}")
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            parser.error(f"--config {path}: unknown option {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            parser.error(f"--config {path}: unknown option {key}{did_you_mean(key, known)}")
     return options
 
 
@@ -223,10 +222,9 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
     fields = family.fields()
     for key in model_options:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
             problems.append(
                 f"--model {key} is no field of {family.config_class.__name__} that can be set"
-                f"{_has_it(key, family.name)}; try {near[0] if near else ', '.join(sorted(fields))}"
+                f"{_has_it(key, family.name)}; try {nearest(key, fields) or ', '.join(sorted(fields))}"
             )
     if run.dev_share + run.test_share >= 1:
         problems.append(f"--dev_share {run.dev_share} and --test_share {run.test_share} must sum below 1; use 0.02")

@@ -12,7 +12,7 @@ from transformers.utils.generic import TransformersKwargs
 
 # How alike two names must be, from 0 to 1, for one to be offered in place of the other: "temprature" is, and "steps"
 # is not taken for "seed".
-NEAR = 0.75
+NEAR = 0.65
 
 # What a `forward` takes beside its own arguments.
 # Read by Transformers' decorators of `forward` (`capture_outputs`, `can_return_tuple`):

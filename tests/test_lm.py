@@ -274,8 +274,8 @@ def test_logits_that_are_not_finite_name_the_request(folder, requests, settings)
     [
         ({"pretrained": None}, "no model was named; add --model_args pretrained=DIR"),
         ({"pretrained": "no/such/folder"}, "no/such/folder"),
-        ({"method": "tokens"}, "method='tokens' is unknown, the nearest is token; one of subtoken, token"),
-        ({"num_sample": 3}, "num_sample=3 is no argument of the model prime_v2, the nearest is num_samples"),
+        ({"method": "tokens"}, "method='tokens' is not one of subtoken, token.*; did you mean token?"),
+        ({"num_sample": 3}, "num_sample=3 is no argument of the model prime_v2; did you mean num_samples"),
         ({"parallelize": True}, "parallelize=True is no argument of the model prime_v2"),
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 128"),
         ({"adaptive": -1}, "adaptive=-1.0 must be a positive number"),
