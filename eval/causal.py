@@ -83,7 +83,7 @@ class CausalScorer:
             row = int((~value.isfinite()).nonzero()[0])
             raise NotFiniteError(row, float(value[row]))
         ones = torch.ones(len(input_ids), dtype=torch.long)
-        return PrimeV2LogLikelihood(value, torch.zeros_like(value), ones, scored.sum(1).cpu(), True)
+        return PrimeV2LogLikelihood(value, torch.zeros_like(value), ones, scored.sum(1).cpu(), True, is_exact=True)
 
     def _masks(self, input_ids, attention_mask, prompt_mask) -> tuple[Tensor, Tensor]:
         """(real, scored), both (B, L) bool; ValueError for what cannot be scored."""

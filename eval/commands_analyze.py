@@ -139,7 +139,7 @@ def _windows(
     """
     from prime_v2.eval.analysis import MIN_WINDOW
     from prime_v2.eval.loading import load_tokenizer
-    from prime_v2.eval.perplexity import encode_documents, window_and_stride
+    from prime_v2.eval.windows import encode_documents, window_and_stride
 
     window, _ = window_and_stride(configs, options.window, None)
     tokenizers = [load_tokenizer(each) for each in names]

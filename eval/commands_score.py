@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.commands_shared import progress_bar, quiet_libraries
+from prime_v2.eval.intervals import UPPER_END
 from prime_v2.eval.places import print_and_record
 from prime_v2.eval.records import make_record
 from prime_v2.eval.suites import SetOfDocuments, nearest, read_suite, sets_trained_on
@@ -236,14 +237,13 @@ def labels_of(models: list[str]) -> list[str]:
 
 def render_score(score: dict[str, Any]) -> str:
     """A `score_text` result as text: a bound as a bound, and no perplexity from what is none."""
-    stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
     sign = "=" if score["is_exact"] else "≤"
     kind = "exact, left to right" if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
     number = score.get("num_documents")
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
         ("text", f"{documents}{score['num_tokens']:,} tokens in {score['num_sequences']:,} sequences"),
-        (score["method"], f"{score['nats_per_token']:.4f}{stderr} nats/token ({kind})"),
+        (score["method"], f"{score['nats_per_token']:.4f}{_error(score)} nats/token ({kind})"),
     ]
     if score["is_bound"]:
         lines.append(("perplexity", f"{sign} {score['perplexity']:.2f}{_interval(score, 'perplexity', 2)}"))
@@ -251,12 +251,34 @@ def render_score(score: dict[str, Any]) -> str:
             lines.append(
                 ("bits per byte", f"{sign} {score['bits_per_byte']:.4f}{_interval(score, 'bits_per_byte', 4)}")
             )
+        elif "tokenizer_loss" in score:
+            lines.append(("bits per byte", f"none: {_lossy(score)}"))
     lines.append(("unigram entropy", f"{score['unigram_entropy']:.4f} nats/token, of these very tokens"))
     if score["num_samples"]:
         errors = [score[name] for name in ("stderr", "monte_carlo_stderr") if score[name] is not None]
-        part = f", at most {min(errors):.4f} nats/token of the error" if len(errors) == 2 else ""
+        part = f", at most {min(errors):.4f} nats/token of the standard error" if len(errors) == 2 else ""
         lines.append(("draws", f"{score['num_samples']} a sequence{part}"))
+    if score["stderr"] is not None:
+        lines.append(("intervals", _about_intervals([score])))
     return "\n".join(f"{name:<17}{value}" for name, value in lines)
+
+
+def _about_intervals(scores: list[dict[str, Any]]) -> str:
+    """What the intervals of these scores cover, and how to read that of a bound."""
+    names = {"documents": "documents", "stretches": "stretches of one text (not other documents)"}
+    covered = " or ".join(names[over] for over in dict.fromkeys(score["interval_over"] for score in scores))
+    draws = " and draws" if any(score["num_samples"] for score in scores) else ""
+    bounds = any(score["is_bound"] and not score["is_exact"] for score in scores)
+    return f"95% (Student's t), over {covered}{draws}{f'. {UPPER_END}' if bounds else ''}"
+
+
+def _lossy(score: dict[str, Any]) -> str:
+    return f"the tokenizer does not keep the text: {score['tokenizer_loss']}"
+
+
+def _error(score: dict[str, Any]) -> str:
+    interval = score["nats_per_token_interval_95"]
+    return "" if interval is None else f" ± {interval[1] - score['nats_per_token']:.4f}"
 
 
 def render_table(results: dict[str, Any]) -> str:
@@ -270,7 +292,7 @@ def render_table(results: dict[str, Any]) -> str:
     windows = f"windows of {results['window']:,} tokens"
     if results["stride"] < results["window"]:
         windows += f", the last {results['stride']:,} of them scored"
-    shown.append(f"\n{windows}; = exact, ≤ bound; ± and [ ] are 95% intervals over windows and draws")
+    shown.append(f"\n{windows}; = exact, ≤ bound; ± and [ ] are intervals: {_about_intervals(results['rows'])}")
     totals = {(row["set"], row["num_tokens"]) for row in results["rows"]}
     if len(totals) > len(results["sets"]):
         shown.append("the models' tokenizers differ: compare bits/byte, not nats/token or perplexity")
@@ -279,14 +301,18 @@ def render_table(results: dict[str, Any]) -> str:
         for each in results["models"]
         for name in each.get("trained_on", [])
     ]
+    shown += [
+        f"no bits/byte of {row['model']} on {row['set']}: {_lossy(row)}"
+        for row in results["rows"]
+        if "tokenizer_loss" in row
+    ]
     shown += [f"skipped {each['name']}: {each['reason']}" for each in results["skipped"]]
     return "\n".join(shown)
 
 
 def _table_row(row: dict[str, Any]) -> list[str]:
     sign = "=" if row["is_exact"] else "≤" if row["is_bound"] else " "
-    error = "" if row["stderr"] is None else f" ± {(row['nats_per_token_interval_95'][1] - row['nats_per_token']):.4f}"
-    cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{error}"]
+    cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{_error(row)}"]
     for name, digits in (("perplexity", 2), ("bits_per_byte", 4)):
         if name not in row:
             cells.append("-")

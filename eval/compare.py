@@ -346,8 +346,9 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
         done = names.pop(task.name)
         tidy(Path(done.options["output_dir"]), running.keep_models)
         left = clock.left(done, seconds, list(names.values()), running.jobs)
-        stderr = "" if bound["stderr"] is None else f" ± {1.96 * bound['stderr']:.3f}"
-        say(f"{task.name}: {bound['nats_per_token']:.3f}{stderr} nats/token, {duration(seconds)}{left}")
+        interval = bound["nats_per_token_interval_95"]
+        error = "" if interval is None else f" ± {interval[1] - bound['nats_per_token']:.3f}"
+        say(f"{task.name}: {bound['nats_per_token']:.3f}{error} nats/token, {duration(seconds)}{left}")
 
     tasks = []
     for each in waiting:

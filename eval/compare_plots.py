@@ -7,8 +7,8 @@ from typing import Any
 
 from prime_v2.eval.compare_config import number
 from prime_v2.eval.compare_report import quantity
+from prime_v2.eval.intervals import half_width
 
-NORMAL_95 = 1.959964  # 97.5% point of the standard normal
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SETTLED_SHARE = 0.25  # of a run, after which all of its points are within the axes; earlier ones may lie above them
 ASIDE = 1.03  # factor between the places of two runs of the same size
@@ -130,7 +130,7 @@ def _save(figure: Any, handles: list[Any], title: str, path: Path) -> Path:
 
 def _error_line(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str, color: Any, marker: str) -> None:
     """A solid line of bounds with 95% intervals, from `half` or `stderr` of the points."""
-    halves = [each["half"] if "half" in each else NORMAL_95 * (each["stderr"] or 0.0) for each in points]
+    halves = [_half(each) for each in points]
     axes.errorbar(
         [each[x] for each in points],
         [each[y] for each in points],
@@ -142,6 +142,11 @@ def _error_line(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str, col
         elinewidth=0.8,
         capsize=2,
     )
+
+
+def _half(point: dict[str, Any]) -> float:
+    """Half of the 95% interval of a point: its `half`, or from its `stderr` and `degrees`."""
+    return point["half"] if "half" in point else float(half_width(point["stderr"], point.get("degrees")))
 
 
 def _log_axis(axes: Any, name: Callable[[float], str]) -> None:
@@ -171,7 +176,7 @@ def _settled_limits(rows: Sequence[dict[str, Any]], more: Sequence[float]) -> tu
     for row in rows:
         end = row["curve"][-1]["tokens"]
         kept = [each for each in row["curve"] if each["tokens"] >= SETTLED_SHARE * end]
-        values += [each["bound"] + sign * NORMAL_95 * (each["stderr"] or 0.0) for each in kept for sign in (-1, 1)]
+        values += [each["bound"] + sign * _half(each) for each in kept for sign in (-1, 1)]
     if not values:  # a run of so few steps that it was not evaluated
         return 0.0, 1.0
     margin = 0.05 * (max(values) - min(values)) or 0.5

@@ -9,19 +9,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from prime_v2.eval.compare_config import COMMON, Comparison, Run, number
+from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
 from prime_v2.eval.markdown import markdown
 from prime_v2.eval.records import read_record
 
 Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
-NORMAL_95 = 1.959964  # 97.5% point of the standard normal
 BOUND_FIELDS = (
-    "method", "is_bound", "is_exact", "nats_per_token", "nats_per_token_interval_95", "stderr", "monte_carlo_stderr",
-    "num_tokens", "num_sequences", "num_samples", "unigram_entropy", "perplexity", "perplexity_interval_95",
-    "text_bytes", "bits_per_byte", "bits_per_byte_interval_95",
+    "method", "is_bound", "is_exact", "nats_per_token", "nats_per_token_interval_95", "stderr", "degrees",
+    "num_clusters", "interval_over", "monte_carlo_stderr", "num_tokens", "num_sequences", "num_samples",
+    "unigram_entropy", "perplexity", "perplexity_interval_95", "text_bytes", "bits_per_byte",
+    "bits_per_byte_interval_95",
 )  # fmt: skip
 TRAINING_FIELDS = (
     "parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds", "device",
@@ -29,41 +30,42 @@ TRAINING_FIELDS = (
 FLOPS_OF_COUNT = {"6nd": "flops_6nd", "measured": "flops_measured"}
 
 
-def paired(nats: Sequence[float], others: Sequence[float], tokens_per_sequence: float) -> dict[str, Any]:
-    """Mean of `nats - others` over the sequences, in nats per token; both (N,), nats of the same sequences.
+def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What `bound` is above `other`, in nats per token; both as `score_windows` gives them with `keep_sequences`.
 
-    Keys: nats_per_token, stderr over sequences taken as independent, interval_95 (Student t); the last two are None
-    for one sequence.
+    Keys: nats_per_token, stderr over the clusters of sequences that share documents, interval_95 (Student t); the last
+    two are None for one cluster. ValueError unless both are of the same sequences.
     """
+    nats, others = bound["nats_of_sequences"], other["nats_of_sequences"]
     if len(nats) != len(others):
         raise ValueError(f"{len(nats)} sequences cannot be paired with {len(others)}; score the same ones")
-    differences = [(a - b) / tokens_per_sequence for a, b in zip(nats, others, strict=True)]
-    return _mean_of(differences)
+    clusters = bound.get("clusters")
+    if clusters is None or clusters != other.get("clusters"):
+        raise ValueError(
+            "the records do not say alike which sequences share documents; evaluate both with this version"
+        )
+    sums, start = [], 0
+    for count in clusters["sequences"]:
+        sums.append(sum(nats[start : start + count]) - sum(others[start : start + count]))
+        start += count
+    return _as_json(ratio(sums, clusters["tokens"], clusters["squares"]))
 
 
 def over_seeds(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One estimate from those of several seeds (`nats_per_token`, `stderr`): their mean, its error, the interval.
 
     The error is that of the spread between seeds, which holds that of the test text and the draws, since each seed has
-    its own; the interval is Student's. A single estimate keeps its error and the interval of a normal law.
+    its own; the interval is Student's. A single estimate keeps its error and its interval.
     """
     if len(estimates) > 1:
-        return _mean_of([each["nats_per_token"] for each in estimates])
-    value, stderr = estimates[0]["nats_per_token"], estimates[0]["stderr"]
-    interval = None if stderr is None else [value - NORMAL_95 * stderr, value + NORMAL_95 * stderr]
-    return {"nats_per_token": value, "stderr": stderr, "interval_95": estimates[0].get("interval_95", interval)}
+        return _as_json(mean_of([each["nats_per_token"] for each in estimates]))
+    (only,) = estimates
+    interval = only["interval_95"] if "interval_95" in only else only["nats_per_token_interval_95"]
+    return {"nats_per_token": only["nats_per_token"], "stderr": only["stderr"], "interval_95": interval}
 
 
-def _mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """The mean of independent values with its standard error and Student's 95% interval."""
-    from scipy.stats import t
-
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return {"nats_per_token": mean, "stderr": None, "interval_95": None}
-    stderr = stdev(values) / math.sqrt(count)
-    half = float(t.ppf(0.975, count - 1)) * stderr
-    return {"nats_per_token": mean, "stderr": stderr, "interval_95": [mean - half, mean + half]}
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    return {"nats_per_token": estimate.value, "stderr": estimate.stderr, "interval_95": estimate.interval()}
 
 
 def check_one_experiment(trained: Sequence[Trained], allow_mixed: bool) -> None:
@@ -126,9 +128,7 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
 def _difference(scores: dict[Run, dict[str, Any]], run: Run, other: Run | None) -> dict[str, Any] | None:
     if other is None or other == run:
         return None
-    mine, theirs = scores[run], scores[other]
-    tokens = mine["num_tokens"] / mine["num_sequences"]
-    return paired(mine["nats_of_sequences"], theirs["nats_of_sequences"], tokens)
+    return paired(scores[run], scores[other])
 
 
 def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any] | None) -> dict[str, Any]:
@@ -163,6 +163,7 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
                 "flops": entry["tokens"] * flops_per_token,
                 "bound": entry["eval_bound"],
                 "stderr": entry.get("eval_bound_stderr"),
+                "degrees": entry.get("eval_bound_degrees"),
             }
             for entry in results["history"]
             if "eval_bound" in entry
@@ -294,17 +295,20 @@ def notes(results: dict[str, Any]) -> list[str]:
     seeds = len(results["seeds"])
     bound = results["rows"][0]["evaluation"]["bound"]
     entropy = fmean(group["unigram_entropy"] for group in results["groups"])
+    over = bound.get("interval_over", "sequences")
     intervals = (
         f"over {seeds} seeds (Student t), each with its own text, tokenizer, order, weights and noise"
         if seeds > 1
-        else "over sequences and draws; one seed, so another training run may differ by more"
+        else f"over {over} and draws; one seed, so another training run may differ by more"
     )
     found = [
         f"Test split, {bound['num_tokens']:,} tokens; their unigram entropy is {entropy:.3f} nats/token. = exact, ≤ "
-        f"bound; intervals are 95%, {intervals}.",
+        f"bound; intervals are 95%, {intervals}. {UPPER_END}",
         f"Differences to {results['baseline']} are of the same sequences; below zero is better. Budgets count "
         f"{'6 N D' if results['count'] == '6nd' else 'measured FLOPs'}, N without embedding and head.",
     ]
+    if "interval_over" not in bound:
+        found.append(NOT_CLUSTERED)
     if any(group["token_objective"] and not group["token_objective"]["is_bound"] for group in results["groups"]):
         found.append("The paper's loss is no bound on the likelihood: it says nothing about which run is better.")
     read = [row["training"]["tokens"] / results["data"][str(row["seed"])]["train_tokens"] for row in results["rows"]]

@@ -13,7 +13,8 @@ class Family:
     """`name` is the value of `--family`; config and model are classes of `module_prime_v2`s, imported when asked for.
 
     bound: the method of `log_likelihood` that is reported, None where it depends on the configuration; methods: all
-    that there are. digits: whether a token can be split (`num_subtokens` above 1).
+    that there are. digits: whether a token can be split (`num_subtokens` above 1). one_pass_chain: whether one pass
+    gives the probabilities of all tokens left to right, not one pass a token.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Family:
     methods: tuple[str, ...]
     bound: str | None
     digits: bool
+    one_pass_chain: bool = False
 
     @property
     def config_class(self) -> Any:
@@ -76,6 +78,7 @@ FAMILIES = {
             ("interpolating", "chain"),
             "interpolating",
             digits=False,
+            one_pass_chain=True,
         ),
     )
 }
@@ -92,6 +95,16 @@ def family_named(name: str) -> Family:
 def bound_method(config: Any) -> str:
     """The method of `log_likelihood` that is reported for a model of this configuration: an exact value or a bound."""
     return FAMILY_OF_TYPE[config.model_type].bound or BOUND_OF_ORDER[config.reveal_order]
+
+
+def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int) -> int:
+    """Rows of the network that `log_likelihood` runs for a sequence of so many tokens, at least."""
+    family = FAMILY_OF_TYPE.get(config.model_type)
+    if family is None or method == "causal" or getattr(config, "alpha_0", None) == 0:
+        return 1
+    if method == "chain":
+        return 1 if family.one_pass_chain else num_tokens
+    return num_samples * num_tokens if method == "orders" else num_samples
 
 
 def label_of(config: Any) -> str:
@@ -111,4 +124,4 @@ def label_of(config: Any) -> str:
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"
 
 
-__all__ = ["FAMILIES", "FAMILY_OF_TYPE", "Family", "bound_method", "family_named", "label_of"]
+__all__ = ["FAMILIES", "FAMILY_OF_TYPE", "Family", "bound_method", "family_named", "label_of", "rows_of_sequence"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prime_v2.draws_prime_v2 import draw_levels, sequence_key
+from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
 from prime_v2.random_prime_v2 import Stream, hash64
 
@@ -118,10 +119,8 @@ def interval(value: Tensor, stderr: Tensor, degrees: Tensor, confidence: float =
 
     Student's t with the effective degrees of freedom: tests/test_coverage.py holds it against enumerated values.
     """
-    from scipy.stats import t
-
-    reach = torch.as_tensor(t.ppf((1 + confidence) / 2, degrees.numpy())) * stderr
-    return value - reach, value + reach
+    half = torch.as_tensor(half_width(stderr.numpy(), degrees.numpy(), confidence))
+    return value - half, value + half
 
 
 def score_questions(

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-NORMAL_95 = 1.959964  # 97.5% point of the standard normal
+from prime_v2.eval.intervals import half_width
+
 SMOOTHED_SHARE = 0.03  # of the logged steps, the width of the moving average
 
 
@@ -23,7 +24,7 @@ def plot_training(
     """Save a PNG of the training loss (raw and smoothed) and the held-out bound, in nats per token, against tokens.
 
     history: as the Trainer's `state.log_history`; entries with `loss` and `tokens`, and entries with `eval_bound`,
-        `eval_bound_stderr` (or None) and `tokens`; others are left out.
+        `eval_bound_stderr`, `eval_bound_degrees` (or None) and `tokens`; others are left out.
     unigram_entropy: of the held-out tokens, in nats, drawn as the line that a model without context cannot go below.
     loss_is_bound: whether the training loss is one; the label says so.
     Raises ValueError where nothing can be drawn, or an entry to be drawn has no `tokens`.
@@ -75,7 +76,7 @@ def _draw_bounds(axes: Any, bounds: list[dict[str, Any]], unit: float) -> None:
     axes.errorbar(
         [entry["tokens"] / unit for entry in bounds],
         [entry["eval_bound"] for entry in bounds],
-        yerr=[NORMAL_95 * (entry.get("eval_bound_stderr") or 0.0) for entry in bounds],
+        yerr=[half_width(entry.get("eval_bound_stderr"), entry.get("eval_bound_degrees")) for entry in bounds],
         color="tab:orange",
         marker="o",
         markersize=4,

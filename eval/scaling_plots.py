@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from prime_v2.eval.intervals import half_width
 from prime_v2.eval.scaling_families import FamilyFit
 from prime_v2.eval.scaling_isoflop import group_budgets
 from prime_v2.eval.scaling_points import Point
 
-NORMAL_95 = 1.959964  # 97.5% point of the standard normal
 WIDER = 1.6  # factor by which axes and curves reach past the points
 CONTOURS = 22
 FRONTIER = {"color": "black", "linewidth": 1.6}
@@ -59,7 +59,7 @@ def _column(points: Sequence[Point], name: str) -> np.ndarray:
 def _error_bars(axes: Any, points: Sequence[Point], x: str) -> None:
     known = [point for point in points if point.stderr is not None]
     if known:
-        errors = NORMAL_95 * _column(known, "stderr")
+        errors = half_width(_column(known, "stderr"))
         axes.errorbar(
             _column(known, x), _column(known, "loss"), yerr=errors, fmt="none", ecolor="0.4", capsize=2, zorder=2
         )

@@ -9,12 +9,13 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.benchmark_tables import TABLES as BENCHMARK_TABLES
 from prime_v2.eval.compare_report import TABLES as COMPARE_TABLES
+from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, half_width
 from prime_v2.eval.markdown import markdown, origin, with_origin
 from prime_v2.eval.records import read_record
 from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
@@ -22,21 +23,35 @@ from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
+def plus_minus(score: dict[str, Any]) -> str:
+    """Half of the 95% interval of nats per token, of a score of any version."""
+    interval = score.get("nats_per_token_interval_95")
+    half = half_width(score["stderr"]) if interval is None else interval[1] - score["nats_per_token"]
+    return f" ± {half:.3f}"
+
+
+def about_intervals(scores: Iterable[dict[str, Any]]) -> str:
+    """The line below a table of bounds that says how to read them."""
+    clustered = all("interval_over" in score for score in scores)
+    return f"{UPPER_END}\n" + ("" if clustered else f"{NOT_CLUSTERED}\n")
+
+
 def training_table(results: Path) -> str:
     """The tiny runs side by side: the valid bound, and the paper's loss, labelled."""
-    rows = []
+    rows, bounds = [], []
     for name, label in (("tiny", "MDM-Prime-v2 (binary, shuffled)"), ("tiny_mdm", "MDM (`num_subtokens=1`)")):
         record = read_record(results / f"{name}.json")
         training, evaluation = record["results"]["training"], record["results"]["evaluation"]
         bound, loss = evaluation["bound"], evaluation["token_objective"]
         low, high = bound["perplexity_interval_95"]
+        bounds.append(bound)
         rows.append(
             [
                 label,
-                f"{bound['nats_per_token']:.3f} ± {1.96 * bound['stderr']:.3f}",
+                f"{bound['nats_per_token']:.3f}{plus_minus(bound)}",
                 f"{bound['perplexity']:.0f} [{low:.0f}, {high:.0f}]",
                 f"{bound['bits_per_byte']:.3f}",
-                f"{loss['nats_per_token']:.3f} ± {1.96 * loss['stderr']:.3f}"
+                f"{loss['nats_per_token']:.3f}{plus_minus(loss)}"
                 + (" (the same bound)" if loss["is_bound"] else " (no bound)"),
                 f"{bound['unigram_entropy']:.3f}",
                 f"{training['tokens'] / 1e6:.1f} M",
@@ -47,7 +62,7 @@ def training_table(results: Path) -> str:
     heads = [
         "model",
         "bound, nats/token",
-        "perplexity at most",
+        "perplexity ≤",
         "bits/byte",
         "paper's loss, nats/token",
         "unigram entropy",
@@ -55,7 +70,8 @@ def training_table(results: Path) -> str:
         "FLOPs",
         "training",
     ]
-    return markdown(heads, rows) + f"\n{_distances(results)}\n{origin(read_record(results / 'tiny.json'))}"
+    below = about_intervals(bounds) + _distances(results)
+    return markdown(heads, rows) + f"\n{below}\n{origin(read_record(results / 'tiny.json'))}"
 
 
 def _distances(results: Path) -> str:
@@ -211,15 +227,15 @@ def perplexity_table(results: Path) -> str:
                 row["set"],
                 row["model"],
                 f"`{row['method']}`",
-                f"{sign}{row['nats_per_token']:.3f} ± {1.96 * row['stderr']:.3f}",
+                f"{sign}{row['nats_per_token']:.3f}{plus_minus(row)}",
                 f"{sign}{row['perplexity']:,.0f} [{low:,.0f}, {high:,.0f}]",
-                f"{sign}{row['bits_per_byte']:.3f}",
+                f"{sign}{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–",
                 f"{row['num_tokens']:,}",
                 f"{row['num_samples']}",
             ]
         )
     heads = ["set", "model", "method", "nats/token", "perplexity", "bits/byte", "tokens", "draws"]
-    return with_origin(heads, rows, record)
+    return markdown(heads, rows) + f"\n{about_intervals(record['results']['rows'])}\n{origin(record)}"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

@@ -108,6 +108,7 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
         global_batch=run.global_batch,
         score=partial(
             score_dev,
+            tokenizer=tokenizer,
             blocks=first_blocks(data["dev"], run.eval_sequences),
             draws=run.eval_num_samples,
             bytes_per_token=data["dev"].bytes_per_token,

@@ -2,19 +2,23 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prime_v2.eval.distributed import whole
 from prime_v2.eval.families import bound_method, label_of
 from prime_v2.eval.finetuning import answers, merge_adapter, scored_ids
 from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
+from prime_v2.eval.intervals import UPPER_END
 from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
 from prime_v2.eval.trainer import TRACE, DiffusionTrainer
+from prime_v2.eval.windows import Windows
 from prime_v2.hub_card.card import write_card
 from prime_v2.tokenization.packing import PackedBlocks
 from prime_v2.tokenization.prepare import prepared_source
@@ -28,23 +32,48 @@ def first_blocks(blocks: PackedBlocks | Examples, count: int) -> torch.Tensor | 
     return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
 
 
-def score_held_out(model, blocks: torch.Tensor | Examples, bytes_per_token: float, **options: Any) -> dict[str, Any]:
-    """The result of `score_windows`, its work shared by all processes; of examples also nats_per_answer."""
+def score_held_out(
+    model, tokenizer, blocks: torch.Tensor | Examples, bytes_per_token: float, **options: Any
+) -> dict[str, Any]:
+    """The result of `score_windows`, its work shared by all processes; of examples also nats_per_answer.
+
+    bytes_per_token: of all text; the sequences share the bytes as their decoded texts have them.
+    """
     groups = blocks.windows() if isinstance(blocks, Examples) else [(blocks, None)]
     text_bytes = max(1, round(bytes_per_token * len(scored_ids(blocks))))
-    result = score_windows(model, groups, text_bytes=text_bytes, shared=True, **options)
+    sizes = _decoded_bytes(tokenizer, groups)
+    result = score_windows(
+        model,
+        groups,
+        text_bytes=sizes * (text_bytes / sizes.sum()) if sizes.any() else text_bytes,
+        eos_token_id=tokenizer.eos_token_id,
+        shared=True,
+        **options,
+    )
     if isinstance(blocks, Examples):
         result["nats_per_answer"] = result["nats_per_token"] * result["num_tokens"] / result["num_sequences"]
     return result
 
 
-def score_dev(model, blocks: torch.Tensor | Examples, draws: int, bytes_per_token: float) -> dict[str, float]:
+def _decoded_bytes(tokenizer, groups: Sequence[Windows]) -> np.ndarray:
+    """UTF-8 bytes of the scored tokens of each sequence, (N,) float64; special tokens have none."""
+    scored = [
+        (row if mask is None else row[~mask[place]]).tolist() for ids, mask in groups for place, row in enumerate(ids)
+    ]
+    texts = tokenizer.batch_decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return np.array([len(text.encode("utf-8", "replace")) for text in texts], dtype=np.float64)
+
+
+def score_dev(
+    model, tokenizer, blocks: torch.Tensor | Examples, draws: int, bytes_per_token: float
+) -> dict[str, float]:
     """The valid bound on the dev blocks in the units that trackers plot, beside the tokens' unigram entropy."""
     options = {"method": bound_method(model.config), "num_samples": draws, "seed": 0}
-    result = score_held_out(whole(model), blocks, bytes_per_token, **options)
+    result = score_held_out(whole(model), tokenizer, blocks, bytes_per_token, **options)
     return {
         "eval_bound": result["nats_per_token"],
-        **({} if result["stderr"] is None else {"eval_bound_stderr": result["stderr"]}),  # None for one sequence
+        # None for one sequence.
+        **{f"eval_bound_{name}": result[name] for name in ("stderr", "degrees") if result[name] is not None},
         "eval_perplexity": result["perplexity"],
         "eval_bits_per_byte": result["bits_per_byte"],
         "eval_unigram_entropy": result["unigram_entropy"],
@@ -124,7 +153,7 @@ def generate_samples(model, tokenizer, run: Any, test: PackedBlocks | Examples, 
     ]
 
 
-def final_evaluation(model, run: Any, test: PackedBlocks | Examples, seed: int) -> dict[str, Any]:
+def final_evaluation(model, tokenizer, run: Any, test: PackedBlocks | Examples, seed: int) -> dict[str, Any]:
     """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
     blocks = first_blocks(test, run.test_sequences)
     options = {"num_samples": run.eval_num_samples, "seed": seed, "keep_sequences": True}
@@ -132,7 +161,7 @@ def final_evaluation(model, run: Any, test: PackedBlocks | Examples, seed: int) 
     if "token_objective" in model.likelihood_methods:
         methods["token_objective"] = "token_objective"
     return {
-        name: score_held_out(model, blocks, test.bytes_per_token, method=method, **options)
+        name: score_held_out(model, tokenizer, blocks, test.bytes_per_token, method=method, **options)
         for name, method in methods.items()
     }
 
@@ -146,7 +175,7 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
     results = record["results"]
     bound, loss = results["evaluation"]["bound"], results["evaluation"].get("token_objective")
     interval = bound["perplexity_interval_95"] or [bound["perplexity"]] * 2
-    name, at_most = ("log-likelihood", "") if bound["is_exact"] else ("bound", "at most ")
+    name, at_most = ("log-likelihood", "") if bound["is_exact"] else ("bound", "<= ")
     print(
         f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
         f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
@@ -156,6 +185,9 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
     if loss is not None:
         not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
         print(f"  the paper's loss  {_with_error(loss)} nats/token{not_bound}")
+    if bound["nats_per_token_interval_95"] is not None:
+        draws, end = ("", "") if bound["is_exact"] else (" and draws", f"\n  {UPPER_END}")
+        print(f"  intervals are 95%, over {bound['interval_over']}{draws}{end}")
     if "nats_per_answer" in bound:
         print(f"  an answer         {bound['nats_per_answer']:.2f} nats given its question ({bound['num_sequences']})")
     print()
@@ -169,7 +201,9 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
 
 
 def _with_error(result: dict[str, Any]) -> str:
-    return f"{result['nats_per_token']:.4f}" + ("" if result["stderr"] is None else f" +- {result['stderr']:.4f}")
+    interval = result["nats_per_token_interval_95"]
+    half = "" if interval is None else f" +- {interval[1] - result['nats_per_token']:.4f}"
+    return f"{result['nats_per_token']:.4f}{half}"
 
 
 def finish(
@@ -183,7 +217,7 @@ def finish(
     )
     if trainer.is_world_process_zero():
         print("evaluating on the test split ...", flush=True)
-    evaluation = final_evaluation(model, run, data["test"], training.seed)
+    evaluation = final_evaluation(model, tokenizer, run, data["test"], training.seed)
     if not trainer.is_world_process_zero():
         return
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -110,7 +110,7 @@ def log_likelihood(
     draws = list(value.unsqueeze(1)) if return_draws else None
     degrees = torch.full_like(value, math.inf)
     return PrimeV2LogLikelihood(
-        value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, degrees, draws
+        value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, degrees, draws, is_exact=True
     )
 
 

@@ -81,7 +81,7 @@ def log_likelihood(
     input_ids (B, L) clean ids; attention_mask (B, L), 0 for padding on any side; prompt_mask (B, L), 1 for tokens that
     are given and not scored. Methods:
         "interpolating"  bound, both terms; `num_samples` stratified draws, a row of the network each. For alpha_0 = 0
-                         the same as "chain".
+                         it is "chain" and exact.
         "chain"          exact for decoding left to right from all masked; one row, nothing drawn.
     exhaustive: sum over all sets and orders of clean tokens, in both terms, instead of drawing where they are no more
         rows than `num_samples`: the expectation itself, with standard error 0.
@@ -99,7 +99,7 @@ def log_likelihood(
     nats = score_rows(model, rows, len(input_ids), tokens_per_pass)
     counts = scored_counts(sequences)
     parts = [plan.summarise(each, count) for each, count in zip(nats, counts, strict=True)]
-    return gather(parts, [len(each) for each in nats], counts, True, return_draws)
+    return gather(parts, [len(each) for each in nats], counts, True, return_draws, plan.is_chain)
 
 
 class _Plan:

@@ -65,8 +65,9 @@ class PrimeV2LogLikelihood(ModelOutput):
     mask was summed over, or the method is "chain".
     `degrees` (B,) float64: effective degrees of freedom behind stderr; the 95% interval is value +- the 97.5% point of
     Student's t with so many times stderr (`prime_v2.eval.likelihood.interval`). Infinite where nothing was drawn.
-    `draws`: on request, B tensors (K,) float64 whose mean is `value` (for "orders" to first order), K = 1 where
-    nothing was drawn; of sequences with equal keys they are common random numbers (`paired_difference`).
+    `draws`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; of sequences with
+    equal keys they are common random numbers (`paired_difference`).
+    `is_exact`: value is the log-likelihood itself, of the decoding order that the method names, and no bound of it.
     """
 
     value: Tensor | None = None
@@ -76,6 +77,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     is_bound: bool | None = None
     degrees: Tensor | None = None
     draws: list[Tensor] | None = None
+    is_exact: bool | None = None
 
 
 @torch.no_grad()
@@ -120,7 +122,8 @@ def log_likelihood(
     nats = score_rows(model, rows, plan.order, plan.objective, len(input_ids), tokens_per_pass)
     counts = scored_counts(sequences)
     parts = [plan.summarise(each, count) for each, count in zip(nats, counts, strict=True)]
-    return gather(parts, [len(each) for each in nats], counts, plan.is_bound, return_draws)
+    is_exact = method == "chain"
+    return gather(parts, [len(each) for each in nats], counts, plan.is_bound, return_draws, is_exact)
 
 
 def gather(
@@ -129,6 +132,7 @@ def gather(
     num_scored: list[int],
     is_bound: bool,
     return_draws: bool,
+    is_exact: bool = False,
 ) -> PrimeV2LogLikelihood:
     """The result from each sequence's (draws (K,), value, standard error, degrees); NotFiniteError for no number."""
     value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
@@ -136,7 +140,7 @@ def gather(
     refuse_not_finite(value)
     draws = [part[0] for part in parts] if return_draws else None
     return PrimeV2LogLikelihood(
-        value, stderr, torch.tensor(num_forward), torch.tensor(num_scored), is_bound, degrees, draws
+        value, stderr, torch.tensor(num_forward), torch.tensor(num_scored), is_bound, degrees, draws, is_exact
     )
 
 
@@ -199,17 +203,39 @@ class _Plan:
         nothing_drawn, zero = self.draws_nothing(num_tokens), nats.new_zeros(())
         if self.method == "orders":
             log_p = -nats.view(-1, num_tokens * self.order.units_per_token).sum(1)  # (K,)
-            value = log_p.logsumexp(0) - math.log(len(log_p))
             if not nothing_drawn:
-                ratios = (log_p - value).exp()  # of mean 1
-                spread = ratios.std() if len(log_p) > 1 else zero + torch.nan
-                stderr = spread / math.sqrt(len(log_p))  # of the log of a mean, to first order
-                return value + ratios - 1, value, stderr, len(log_p) - 1
+                return jackknifed(log_p)
+            value = log_p.logsumexp(0) - math.log(len(log_p))
         else:
             value = -nats.sum() if nothing_drawn else -nats.mean()
             if not nothing_drawn:
                 return -nats, value, stratified_stderr(nats), stratified_degrees(nats)
         return value.unsqueeze(0), value, zero, math.inf
+
+
+def jackknifed(log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """log of the mean of exp(log_p), log_p (K,) of independent draws: (draws (K,), value, standard error, degrees).
+
+    The delete-one jackknife (Miller, Biometrika 61, 1974). A draw is the value, less K - 1 times what leaving it out
+    adds to the value beyond the mean of that over the draws: their mean is the value, their standard deviation over
+    sqrt(K) the standard error. A few orders may carry most of the mean; degrees are Satterthwaite's, 2 (sum of squares
+    of the deviations)^2 / sum of fourth powers, at most K - 1. One draw has no error: NaN.
+    The interval is one of the value's expectation, which rises with K towards the log-likelihood.
+    """
+    count = len(log_p)
+    value = log_p.logsumexp(0) - math.log(count)
+    if count < 2:
+        return value.unsqueeze(0), value, log_p.new_full((), torch.nan), math.nan
+    left = count - (log_p - value).exp()  # K times the mean without draw k, over the mean
+    without = value + (left.clamp(min=torch.finfo(left.dtype).tiny) / (count - 1)).log()
+    # Of the largest, whose share may be all but 1, the difference above is rounding.
+    largest = int(log_p.argmax())
+    others = torch.cat([log_p[:largest], log_p[largest + 1 :]])
+    without[largest] = others.logsumexp(0) - math.log(count - 1)
+    moves = (count - 1) * (without.mean() - without)
+    squares = moves.square()
+    degrees = float(2 * squares.sum().square() / squares.square().sum()) if squares.any() else math.inf
+    return value + moves, value, moves.std() / math.sqrt(count), max(1.0, min(degrees, count - 1.0))
 
 
 def stratified_stderr(draws: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from prime_v2.eval.analysis_spectra import gaussian_spectrum
 from prime_v2.eval.cli import app
 from prime_v2.eval.commands_analyze import name_arguments, render
 from prime_v2.eval.loading import load_scorer
-from prime_v2.eval.perplexity import encode_documents
 from prime_v2.eval.records import read_record
+from prime_v2.eval.windows import encode_documents
 from prime_v2.tokenization.bpe import train_bpe
 
 DOCUMENTS = [f"document {i} says that the quick brown fox jumps over {i * 7} lazy dogs" for i in range(12)]
@@ -99,7 +99,7 @@ def test_numbers_are_those_of_the_models_measured_on_the_texts_windows(models, b
     }
     for result, name in zip(both["models"], ("prime", "gpt2"), strict=True):
         model, tokenizer = load_scorer(models[name], "cpu")
-        ids, _, _ = encode_documents(tokenizer, DOCUMENTS, model.config.eos_token_id)
+        ids = encode_documents(tokenizer, DOCUMENTS, model.config.eos_token_id).ids
         windows = ids[: 5 * WINDOW].view(5, WINDOW)
         shares = [None] if name == "gpt2" else [0.0, 0.5, 0.9]
         assert result["attention"] == [measure_attention(model, windows, share) for share in shares]

@@ -343,7 +343,8 @@ def test_ppl_prints_and_records_the_score_of_the_text(model_dir, text_file, tmp_
     assert "exists; give another name" in refused(*arguments, "--output", output)
 
     plain = run(*arguments).stdout
-    assert f"{expected['nats_per_token']:.4f} ± {expected['stderr']:.4f} nats/token (bound)" in plain
+    half = expected["nats_per_token_interval_95"][1] - expected["nats_per_token"]
+    assert f"{expected['nats_per_token']:.4f} ± {half:.4f} nats/token (bound)" in plain
     assert f"≤ {expected['perplexity']:.2f}  (95% interval" in plain
     assert f"12 documents, {expected['num_tokens']:,} tokens" in plain
 
@@ -399,7 +400,7 @@ def test_ppl_refuses_bad_text_and_methods(model_dir, text_file, tmp_path):
 def test_one_sequence_is_rendered_without_an_interval():
     score = {"method": "subtoken", "is_bound": True, "nats_per_token": math.log(8), "stderr": None, "num_samples": 1}
     score |= {"monte_carlo_stderr": None, "num_tokens": 3, "num_sequences": 1, "unigram_entropy": 1.0}
-    score |= {"perplexity": 8.0, "perplexity_interval_95": None, "is_exact": False}
+    score |= {"perplexity": 8.0, "perplexity_interval_95": None, "is_exact": False, "nats_per_token_interval_95": None}
     assert render_score(score).splitlines()[1:3] == [
         "subtoken         2.0794 nats/token (bound)",
         "perplexity       ≤ 8.00",

@@ -23,6 +23,8 @@ from prime_v2.eval.compare_report import (
 from prime_v2.eval.records import make_record, write_json
 
 SEQUENCES, LENGTH = 12, 8  # scored sequences and their tokens
+CLUSTERS = [3, 3, 3, 3]  # sequences that share a document
+TOKENS = np.array(CLUSTERS) * LENGTH
 SIZES = {"": 1000, "16x1": 1000, "32x1": 4000, "64x1": 16000}
 FAMILIES = {"MDM": ("MDM", False), "Prime": ("MDM-Prime-v2", False), "ARM": ("ARM", True)}
 
@@ -38,12 +40,22 @@ def record_of(run: Run, shift: float = 0.0) -> dict:
         "is_bound": True,
         "is_exact": exact,
         "nats_per_token": mean,
-        "stderr": float(nats.std(ddof=1) / LENGTH / math.sqrt(SEQUENCES)),
+        "nats_per_token_interval_95": [mean - 0.3, mean + 0.3],
+        "stderr": 0.1,
+        "degrees": 3.0,
+        "num_clusters": 4,
+        "interval_over": "documents",
         "num_tokens": SEQUENCES * LENGTH,
         "num_sequences": SEQUENCES,
         "num_samples": 0 if exact else 2,
         "unigram_entropy": 5.5,
         "nats_of_sequences": nats.tolist(),
+        "clusters": {
+            "sequences": CLUSTERS,
+            "squares": TOKENS.tolist(),
+            "over": "documents",
+            "tokens": TOKENS.tolist(),
+        },
     }
     loss = {**bound, "method": "token_objective", "is_bound": run.name == "MDM", "nats_per_token": mean / 2}
     size, tokens = SIZES[run.shape], 100 * SEQUENCES
@@ -92,20 +104,33 @@ def nats_of(record: dict) -> np.ndarray:
     return np.array(record["results"]["evaluation"]["bound"]["nats_of_sequences"])
 
 
-def test_a_paired_difference_is_the_mean_of_the_sequences_differences():
+def scored(nats: np.ndarray, sequences: list[int]) -> dict:
+    """What `paired` reads of a score of sequences of 16 tokens, so many of them in each cluster."""
+    tokens = [16 * count for count in sequences]
+    clusters = {"sequences": sequences, "squares": [each**2 for each in tokens], "over": "documents", "tokens": tokens}
+    return {"nats_of_sequences": nats.tolist(), "clusters": clusters}
+
+
+def test_a_paired_difference_is_the_mean_of_the_clusters_differences():
     rng = np.random.default_rng(0)
     a, b = rng.normal(50, 9, 30), rng.normal(48, 9, 30)
-    found = paired(a.tolist(), b.tolist(), 16)
-    expected = stats.ttest_rel(a / 16, b / 16)
+    found = paired(scored(a, [3] * 10), scored(b, [3] * 10))
+    expected = stats.ttest_rel(a.reshape(10, 3).mean(1) / 16, b.reshape(10, 3).mean(1) / 16)
     assert found["nats_per_token"] == pytest.approx((a - b).mean() / 16)
     assert found["stderr"] == pytest.approx(found["nats_per_token"] / expected.statistic)
     assert found["interval_95"] == pytest.approx([*expected.confidence_interval(0.95)])
 
 
-def test_one_sequence_has_a_difference_without_an_error_and_others_cannot_be_paired():
-    assert paired([8.0], [4.0], 4) == {"nats_per_token": 1.0, "stderr": None, "interval_95": None}
-    with pytest.raises(ValueError, match="2 sequences cannot be paired with 1"):
-        paired([1.0, 2.0], [1.0], 1)
+def test_one_cluster_has_a_difference_without_an_error_and_others_cannot_be_paired():
+    one = paired(scored(np.array([32.0]), [1]), scored(np.array([16.0]), [1]))
+    assert one == {"nats_per_token": 1.0, "stderr": None, "interval_95": None}
+    three = np.ones(3)
+    with pytest.raises(ValueError, match="3 sequences cannot be paired with 1"):
+        paired(scored(three, [3]), scored(np.ones(1), [1]))
+    with pytest.raises(ValueError, match="do not say alike which sequences share documents"):
+        paired(scored(three, [1, 2]), scored(three, [2, 1]))
+    with pytest.raises(ValueError, match="do not say alike which sequences share documents"):
+        paired({"nats_of_sequences": [1.0]}, {"nats_of_sequences": [2.0]})  # of an earlier version
 
 
 def test_over_seeds_the_interval_is_students_of_the_seeds_values():
@@ -117,8 +142,9 @@ def test_over_seeds_the_interval_is_students_of_the_seeds_values():
 
 
 def test_a_single_seed_keeps_its_own_error_and_interval():
-    found = over_seeds([{"nats_per_token": 2.0, "stderr": 0.1}])
-    assert found == {"nats_per_token": 2.0, "stderr": 0.1, "interval_95": pytest.approx([1.804, 2.196], abs=1e-4)}
+    for name in ("nats_per_token_interval_95", "interval_95"):  # of a bound, of a difference
+        found = over_seeds([{"nats_per_token": 2.0, "stderr": 0.1, name: [1.7, 2.3]}])
+        assert found == {"nats_per_token": 2.0, "stderr": 0.1, "interval_95": [1.7, 2.3]}
 
 
 def test_rows_hold_the_numbers_of_the_records_and_differences_at_equal_seed():
@@ -167,9 +193,19 @@ def test_text_and_markdown_say_what_the_numbers_are():
         assert "no bound on the likelihood" in text
         assert "unigram entropy is 5.500" in text
         assert "over 2 seeds (Student t)" in text
+        assert "what bounds with 97.5% confidence is the upper end of its interval" in text
         assert "Budgets count 6 N D" in text
         assert "12 of 12 runs read the training text more than once, up to 2.4 times" in text
     assert markdown_text(results).startswith("| run | family | size | nats/token ± 95% |")
+
+
+def test_notes_say_what_the_interval_of_one_seed_covers():
+    comparison, trained = compared()
+    assert "intervals are 95%, over documents and draws; one seed" in render(summarise(comparison, trained))
+    results = summarise(comparison, trained)
+    for row in results["rows"]:
+        del row["evaluation"]["bound"]["interval_over"]
+    assert "Recorded by an earlier version: intervals take sequences as independent" in render(results)
 
 
 def test_a_record_becomes_a_table_with_its_origin(tmp_path: Path):

@@ -3,21 +3,25 @@
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, MambaConfig
+from tokenizers import normalizers
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2LogLikelihood, build_tokenizer
-from prime_v2.eval.perplexity import (
-    _ratio_stderr,
-    cut_windows,
-    encode_documents,
-    score_blocks,
-    score_text,
-    window_and_stride,
+from prime_v2 import (
+    PrimeV2Config,
+    PrimeV2ForInterpolatingDiffusion,
+    PrimeV2ForMaskedDiffusion,
+    PrimeV2InterpolatingConfig,
+    PrimeV2LogLikelihood,
+    build_tokenizer,
 )
+from prime_v2.eval.commands_score import render_score
+from prime_v2.eval.intervals import UPPER_END, half_width
+from prime_v2.eval.perplexity import score_blocks, score_text
+from prime_v2.eval.windows import encode_documents
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.tokenization.bpe import train_bpe
 
@@ -75,25 +79,55 @@ def test_stderr_of_equal_blocks_is_that_of_a_mean(model):
     per_token = -model.log_likelihood(blocks, num_samples=8).value.numpy() / 5
     result = score_blocks(model, blocks)
     assert result["stderr"] == pytest.approx(per_token.std(ddof=1) / math.sqrt(20), rel=1e-4)
+    assert (result["degrees"], result["num_clusters"]) == (pytest.approx(19), 20)
+    half = 2.093024 * result["stderr"]  # the 97.5% point of Student's t with 19 degrees of freedom
     low, high = result["perplexity_interval_95"]
-    assert low == pytest.approx(math.exp(result["nats_per_token"] - 1.959964 * result["stderr"]))
-    assert high == pytest.approx(math.exp(result["nats_per_token"] + 1.959964 * result["stderr"]))
+    assert low == pytest.approx(math.exp(result["nats_per_token"] - half))
+    assert high == pytest.approx(math.exp(result["nats_per_token"] + half))
 
 
-def test_stderr_of_unequal_sequences_agrees_with_the_jackknife():
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(5, 20, size=200).astype(float)
-    nats = lengths * 3 + generator.normal(size=200) * lengths
-    without = (nats.sum() - nats) / (lengths.sum() - lengths)
-    jackknife = math.sqrt(199 / 200 * ((without - without.mean()) ** 2).sum())
-    # The two differ in order 1 / N.
-    assert _ratio_stderr(torch.from_numpy(nats), torch.from_numpy(lengths)) == pytest.approx(jackknife, rel=0.02)
+def test_sequences_of_one_document_are_one_cluster(model):
+    """EOS, here id 0, ends a document; without it the text is one, and the interval says that it is over stretches."""
+    blocks = draw(6, 4).clamp(min=1)
+    blocks[[1, 2, 5], 3] = 0  # documents of two, one and three blocks
+    result = score_blocks(model, blocks, method="chain", eos_token_id=0, keep_sequences=True)
+    assert result["clusters"] == {
+        "sequences": [2, 1, 3],
+        "squares": [64, 16, 144],
+        "over": "documents",
+        "tokens": [8, 4, 12],
+    }
+    assert (result["num_clusters"], result["interval_over"]) == (3, "documents")
+    nats = -model.log_likelihood(blocks, method="chain").value.numpy()
+    sums, tokens = np.array([nats[:2].sum(), nats[2], nats[3:].sum()]), np.array([8, 4, 12])
+    residuals = (sums - nats.sum() / 24 * tokens) / (24 - tokens)  # what leaving a document out changes
+    assert result["stderr"] == pytest.approx(math.sqrt(2 / 3 * (residuals**2).sum()), rel=1e-5)
+    assert 1 < result["degrees"] < 2, "documents of unequal length are worth fewer than three"
+    assert score_blocks(model, blocks, method="chain")["interval_over"] == "stretches"
+
+
+def test_the_interval_of_bits_per_byte_takes_in_the_bytes_of_each_sequence(model):
+    """Bytes in proportion to the nats of each document leave no variation; equal shares leave that of the nats."""
+    blocks = draw(8, 6).clamp(min=1)
+    blocks[:, -1] = 0
+    nats = -model.log_likelihood(blocks, method="chain").value.numpy()
+    options = {"method": "chain", "eos_token_id": 0}
+    alike = score_blocks(model, blocks, text_bytes=nats * 7, **options)
+    assert alike["bits_per_byte"] == pytest.approx(1 / 7 / math.log(2), rel=1e-5)
+    low, high = alike["bits_per_byte_interval_95"]
+    assert high - low == pytest.approx(0, abs=1e-5)
+    equal = score_blocks(model, blocks, text_bytes=480, **options)
+    share = 48 / 480 / math.log(2)  # bits a byte for a nat a token
+    expected = [end * share for end in equal["nats_per_token_interval_95"]]
+    assert equal["bits_per_byte_interval_95"] == pytest.approx(expected)
+    assert equal["text_bytes"] == 480
 
 
 class GaussianModel:
     """Its nats a token are 5, plus a normal effect of the text and the mean of normal draws, each with variance 1."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(model_type="none")
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(0)
@@ -124,6 +158,39 @@ def test_errors_cover_the_text_and_the_draws():
     # The draws alone: variance 1 / (3 draws x 12 sequences), text effects left out; a mean of 1000 is within 3%.
     mean_square = np.mean([each["monte_carlo_stderr"] ** 2 for each in results])
     assert mean_square == pytest.approx(1 / 36, rel=0.03)
+
+
+@pytest.mark.parametrize("num_windows", [2, 5])
+def test_intervals_of_few_windows_cover(num_windows):
+    """4,000 intervals, each of a few windows that are a document each: 95% hold 5 nats a token, within 5 standard
+    errors of the coverage (0.34%): a false alarm has a chance below 1e-6. With the normal law 70% and 87% would."""
+    model, windows = GaussianModel(), torch.ones(num_windows, 4, dtype=torch.long)
+    windows[:, -1] = 0  # EOS
+    found = [score_blocks(model, windows, num_samples=3, eos_token_id=0) for _ in range(4000)]
+    intervals = [each["nats_per_token_interval_95"] for each in found]
+    assert np.mean([low <= 5 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.017)
+    normal = [abs(each["nats_per_token"] - 5) <= half_width(each["stderr"]) for each in found]
+    assert np.mean(normal) == pytest.approx({2: 0.70, 5: 0.87}[num_windows], abs=0.04)
+
+
+def test_an_interpolating_model_without_a_masked_share_is_exact_and_takes_one_pass():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    for alpha_0 in (0.0, 0.5):
+        config = PrimeV2InterpolatingConfig(vocab_size=16, alpha_0=alpha_0, **shape)
+        model = PrimeV2ForInterpolatingDiffusion(config)
+        rows = []
+        model.model.register_forward_pre_hook(lambda _, arguments, rows=rows: rows.append(len(arguments[0])))
+        own = score_blocks(model, draw(3, 16), method="interpolating", num_samples=4)
+        counted = sum(rows)
+        chain = score_blocks(model, draw(3, 16), method="chain", num_samples=4)
+        assert sum(rows) - counted == chain["num_forward"] == 3, "one pass a sequence, not one a token"
+        assert chain["is_exact"] and chain["num_samples"] == 0
+        assert own["is_exact"] == (alpha_0 == 0)
+        assert (own["num_samples"], own["num_forward"]) == ((0, 3) if alpha_0 == 0 else (4, 12))
+        if alpha_0 == 0:
+            assert own["nats_per_token"] == pytest.approx(chain["nats_per_token"])
+            assert "perplexity       = " in render_score(own), "a value, not a bound"
 
 
 def test_what_is_not_a_bound_has_no_perplexity(model):
@@ -250,13 +317,6 @@ def test_text_is_scored_once_token_by_token_in_windows(tokenizer):
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
 
 
-def test_documents_are_joined_by_eos_and_what_spells_it_stays_text(tokenizer):
-    ids, num_documents, text_bytes = encode_documents(tokenizer, TEXT)
-    assert (ids == tokenizer.eos_token_id).sum() == 2
-    assert tokenizer.decode(ids) == "<|endoftext|>".join(TEXT)
-    assert (num_documents, text_bytes) == (3, sum(len(text.encode()) for text in TEXT))
-
-
 def test_text_without_tokens_or_separator_is_refused(tokenizer):
     model = make_model(vocab_size=270)
     for documents in ([], [""]):
@@ -266,39 +326,12 @@ def test_text_without_tokens_or_separator_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no eos_token to put between documents"):
         score_text(model, without_eos, TEXT)
     assert score_text(model, without_eos, TEXT[:1])["num_documents"] == 1
-    model.config.eos_token_id = [3, 4]
-    ids, _, _ = encode_documents(without_eos, ["a", "b"], model.config.eos_token_id)
-    assert ids[1] == 3
-
-
-# ------------------------------------------------------------------------------------------------- windows
-
-
-@pytest.mark.parametrize(("window", "stride"), [(5, 5), (5, 2), (5, 1), (1, 1), (7, 6)])
-def test_every_token_is_scored_once_given_at_least_window_minus_stride_earlier_ones(window, stride):
-    for total in range(1, 4 * window + 2):
-        scored = []
-        for ids, prompt_mask in cut_windows(torch.arange(total), window, stride):
-            assert ids.shape[1] <= window
-            for row, is_prompt in zip(ids, torch.zeros_like(ids) if prompt_mask is None else prompt_mask, strict=True):
-                new = row[~is_prompt.bool()]
-                assert (row.diff() == 1).all() and len(new)
-                assert int(new[0] - row[0]) == (window - stride if row[0] else 0)
-                scored += new.tolist()
-        assert scored == list(range(total))
-
-
-def test_a_stride_of_the_window_gives_disjoint_windows_without_prompts():
-    whole, last = cut_windows(torch.arange(14), 4, 4)
-    assert whole[0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert last[0].tolist() == [[12, 13]]
-    assert whole[1] is None and last[1] is None
 
 
 def test_strided_windows_are_the_sum_of_the_parts(tokenizer):
     """A stride is given as prompts to `log_likelihood`; each row's draws depend on the row alone."""
     model = make_model(vocab_size=270)
-    ids, _, _ = encode_documents(tokenizer, TEXT)
+    ids = encode_documents(tokenizer, TEXT).ids
     result = score_text(model, tokenizer, TEXT, window=8, stride=3, num_samples=4, seed=5)
     nats, forward = 0.0, 0
     for start in range(0, len(ids), 3):
@@ -320,38 +353,36 @@ def test_the_default_window_is_the_models_and_the_stride_is_the_window(tokenizer
     default = score_text(model, tokenizer, TEXT, num_samples=2)
     assert (default["window"], default["stride"]) == (16, 16)
     assert score_text(model, tokenizer, TEXT, num_samples=2, window=16, stride=16) == default
-    # The smallest limit of several models; a GPT-2 calls it n_positions.
-    limits = [model.config, GPT2Config(n_positions=12), MambaConfig()]
-    assert window_and_stride(limits, None, None) == (12, 12)
-    assert window_and_stride(limits, 9, None) == (9, 9)
-    assert window_and_stride(limits[2:], 5000, 7) == (5000, 7)
-
-
-@pytest.mark.parametrize(
-    ("window", "stride", "message"),
-    [
-        (13, None, "window=13 must be between 1 and max_position_embeddings=12"),
-        (0, None, "window=0 must be between 1"),
-        (8, 9, "stride=9 must be between 1 and window=8"),
-        (None, 0, "stride=0 must be between 1 and window=12"),
-    ],
-)
-def test_impossible_windows_are_refused(window, stride, message):
-    with pytest.raises(ValueError, match=message):
-        window_and_stride([GPT2Config(n_positions=12)], window, stride)
-
-
-def test_a_model_without_a_limit_needs_a_window():
-    with pytest.raises(ValueError, match="has no max_position_embeddings; give the window, e.g. 1024"):
-        window_and_stride([MambaConfig()], None, None)
 
 
 def test_intervals_of_nats_are_given_for_what_is_no_bound_too(model):
     for method in ("subtoken", "token_objective"):
         result = score_blocks(model, draw(6, 6), method=method)
         low, high = result["nats_per_token_interval_95"]
-        assert high - result["nats_per_token"] == pytest.approx(1.959964 * result["stderr"])
-        assert result["nats_per_token"] - low == pytest.approx(1.959964 * result["stderr"])
+        half = 2.570582 * result["stderr"]  # Student's t with 5 degrees of freedom
+        assert [result["nats_per_token"] - low, high - result["nats_per_token"]] == pytest.approx([half, half])
         assert result["is_exact"] is False
     assert score_blocks(model, draw(1, 6))["nats_per_token_interval_95"] is None
     assert score_blocks(model, draw(1, 6), method="chain")["is_exact"] is True
+
+
+def test_bits_per_byte_are_refused_where_the_tokens_do_not_hold_the_text(tokenizer):
+    """A tokenizer that lower-cases codes another text, so its nats are not of the bytes that were given."""
+    model = make_model(vocab_size=270)
+    lower = build_tokenizer(train_bpe(TEXT, 270), special_tokens={"eos_token": "<|endoftext|>"})
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    kept, lost = (score_text(model, each, ["The Fox", "a fox"], num_samples=2) for each in (tokenizer, lower))
+    assert "tokenizer_loss" not in kept and "bits_per_byte" in kept
+    assert lost["tokenizer_loss"] == "'The Fox' comes back as 'the fox'"
+    assert not any("byte" in name for name in lost)
+    assert "bits per byte    none: the tokenizer does not keep the text: 'The Fox' comes" in render_score(lost)
+    assert "bits per byte    ≤" in render_score(kept)
+
+
+def test_what_is_printed_says_what_intervals_cover_and_which_end_bounds(tokenizer):
+    model = make_model(vocab_size=270)
+    score = score_text(model, tokenizer, TEXT * 3, num_samples=2)
+    assert f"95% (Student's t), over documents and draws. {UPPER_END}" in render_score(score)
+    exact = render_score(score_text(model, tokenizer, TEXT[:1], method="chain"))
+    assert exact.endswith("over stretches of one text (not other documents)"), "no draws"
+    assert UPPER_END not in exact, "an exact value is no bound"
