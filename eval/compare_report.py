@@ -307,7 +307,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"Differences to {results['baseline']} are of the same sequences; below zero is better. Budgets count "
         f"{'6 N D' if results['count'] == '6nd' else 'measured FLOPs'}, N without embedding and head.",
     ]
-    if "interval_over" not in bound:
+    if "interval_over" not in bound and seeds == 1:
         found.append(NOT_CLUSTERED)
     if any(group["token_objective"] and not group["token_objective"]["is_bound"] for group in results["groups"]):
         found.append("The paper's loss is no bound on the likelihood: it says nothing about which run is better.")

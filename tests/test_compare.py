@@ -28,6 +28,7 @@ from prime_v2.eval.commands_compare import SHORT_HELP
 from prime_v2.eval.commands_compare import compare as command
 from prime_v2.eval.compare_children import Stopped, progress_of, stopping_on_signals
 from prime_v2.eval.compare_config import number, read_comparison
+from prime_v2.eval.compare_report import paired
 from prime_v2.eval.flops import count_parameters
 from prime_v2.eval.recipes import CONFIGS
 from prime_v2.eval.scaling_points import check_one_experiment, read_points
@@ -192,7 +193,10 @@ def test_the_summary_holds_the_records_and_their_paired_differences(finished):
         if row["name"] != "MDM":
             gaps = (nats[row["name"]] - nats["MDM"]) / 16
             assert row["difference"]["nats_per_token"] == pytest.approx(gaps.mean())
-            assert row["difference"]["stderr"] == pytest.approx(gaps.std(ddof=1) / 12**0.5)
+            bounds = [records[name]["results"]["evaluation"]["bound"] for name in (row["name"], "MDM")]
+            assert row["difference"] == paired(*bounds)
+            assert bounds[0]["clusters"]["tokens"] == [16 * count for count in bounds[0]["clusters"]["sequences"]]
+            assert sum(bounds[0]["clusters"]["sequences"]) == 12
     losses = {row["name"]: row["evaluation"]["token_objective"] for row in summary["results"]["rows"]}
     assert losses["ARM"] is None
     assert losses["MDM"]["is_bound"] and not losses["Prime v2"]["is_bound"]

@@ -39,24 +39,20 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(model, method, leng
 
 @pytest.fixture(scope="module")
 def log_p_of_orders():
-    """log p given each of the 720 orders of six digits, of a text whose orders differ by much (deviation 1.5 nats)."""
+    """log p given each of 2,000 orders of twelve digits; they spread by 1.3 nats, so that a few carry the mean."""
     model = small_model(seed=2, vocab_size=5, num_subtokens=3, reveal_order="digit")
-    ids = all_sequences(5, 2)[24].unsqueeze(0)
-    found = model.log_likelihood(ids, method="orders", num_samples=720, return_draws=True)
-    assert found.num_forward.tolist() == [720 * 6]
-    values = model.log_likelihood(
-        ids.expand(2000, -1), method="orders", num_samples=1, keys=torch.arange(2000), exhaustive=False
-    ).value
-    assert values.logsumexp(0) - math.log(2000) == pytest.approx(found.value.item(), abs=0.2)
-    return values
+    ids = all_sequences(5, 4)[240].expand(2000, -1)
+    return model.log_likelihood(ids, method="orders", num_samples=1, keys=torch.arange(2000)).value
 
 
-@pytest.mark.parametrize(("num_orders", "least"), [(16, 0.91), (64, 0.94), (128, 0.94)])
+@pytest.mark.parametrize(("num_orders", "least"), [(16, 0.92), (64, 0.935), (128, 0.93)])
 def test_the_jackknifed_interval_of_orders_covers_where_that_of_first_order_does_not(
     log_p_of_orders, num_orders, least
 ):
-    """3,000 intervals of the value's expectation, whose coverage varies by 0.4%. It is 92.5%, 95.5% and 95.0%: another
-    seed would fail with a chance of 1e-3. With 16 orders, of which one or two carry the mean, it is no 95%."""
+    """3,000 intervals of the value's expectation: 93.5%, 95.2% and 94.6% hold it, to first order 90.0%, 93.0% and 92.7%.
+
+    A coverage varies by 0.4%, so that another seed would fail with a chance of about 1e-3; this one is fixed.
+    """
     generator, repeats = torch.Generator().manual_seed(0), 3000
 
     def drawn(count: int) -> torch.Tensor:
@@ -72,7 +68,7 @@ def test_the_jackknifed_interval_of_orders_covers_where_that_of_first_order_does
         first_order += int(abs(value - truth) <= t.ppf(0.975, num_orders - 1) * spread)
         assert draws.mean() == pytest.approx(float(value), abs=1e-9)
     assert least <= jackknife / repeats <= 0.97
-    assert first_order < jackknife
+    assert first_order < jackknife - 0.01 * repeats
 
 
 def test_the_jackknife_equals_leaving_out_one_order_after_the_other():
