@@ -49,7 +49,7 @@ def log_p_of_orders():
 def test_the_jackknifed_interval_of_orders_covers_where_that_of_first_order_does_not(
     log_p_of_orders, num_orders, least
 ):
-    """3,000 intervals of the value's expectation: 93.5%, 95.2% and 94.6% hold it, to first order 90.0%, 93.0% and 92.7%.
+    """3,000 intervals of the expectation: 93.5%, 95.2% and 94.6% hold it, to first order 90.0%, 93.0% and 92.7%.
 
     A coverage varies by 0.4%, so that another seed would fail with a chance of about 1e-3; this one is fixed.
     """
