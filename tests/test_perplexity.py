@@ -288,7 +288,7 @@ def test_a_sequence_whose_logits_are_no_numbers_is_named_among_all(model):
         (torch.zeros(4, dtype=torch.long), {}, r"give \(N, L\) token ids"),
         (torch.zeros(2, 3), {}, "token ids must be integers"),
         (draw(2, 3), {"text_bytes": 0}, "text_bytes=0 must be at least 1"),
-        (draw(2, 3), {"num_samples": 0}, "num_samples=0 must be at least 1"),
+        (draw(2, 3), {"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
         (draw(2, 3), {"method": "guess"}, "method='guess' is not one of"),
         (draw(2, 3) + 14, {}, r"a likelihood is defined for ids in \[0, 15\]"),
         (draw(2, 17), {}, "max_position_embeddings=16"),
