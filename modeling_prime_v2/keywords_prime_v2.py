@@ -3,9 +3,11 @@
 import difflib
 import inspect
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
@@ -33,6 +35,9 @@ IDLE = (
     "token_type_ids",
     "use_cache",
 )
+
+
+LM_EVAL = "lm_eval.models.huggingface"
 
 
 def nearest(name: Any, names: Iterable[str]) -> str | None:
@@ -73,8 +78,10 @@ def arguments_of(function: Callable) -> list[str]:
 def check_forward_keywords(model: Any, given: Mapping[str, Any]) -> None:
     """ValueError for keywords of a `forward` that nothing reads, beside those that mean nothing.
 
-    What the model's configuration says already means nothing either (use_cache, which Trainer sets there).
+    What the model's configuration says already means nothing either (use_cache, which Trainer sets there). Every
+    `forward` begins here, so `refuse_causal_scoring` has its place here too.
     """
+    refuse_causal_scoring(model)
     for name, value in given.items():
         if name in OUTPUTS:
             continue
@@ -92,6 +99,24 @@ def check_forward_keywords(model: Any, given: Mapping[str, Any]) -> None:
         refuse_unknown(f"{type(model).__name__}.forward", {name: value}, [*arguments_of(model.forward), *OUTPUTS])
 
 
+def refuse_causal_scoring(model: Any) -> None:
+    """ValueError inside lm-eval's HFLM, which takes the logits of a place for those of the token after it.
+
+    A model that is not causal has other logits there, so HFLM would report -inf or, worse, a plausible number. The
+    arguments of its calls are those of anybody's: only the caller tells them apart.
+    """
+    if model.config.causal or LM_EVAL not in sys.modules or torch.compiler.is_compiling():
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_model_call" and frame.f_globals.get("__name__") == LM_EVAL:
+            raise ValueError(
+                f"{type(model).__name__} is not causal, so lm-eval's model hf (HFLM) would score its answers "
+                f"wrongly; use --model prime_v2, in Python prime_v2.eval.lm:PrimeV2LM(pretrained=model, tokenizer=...)"
+            )
+        frame = frame.f_back
+
+
 def _is_idle(value: Any) -> bool:
     return value is None or value is False or type(value) is int and value == 0
 
@@ -101,6 +126,7 @@ __all__ = [
     "check_forward_keywords",
     "did_you_mean",
     "nearest",
+    "refuse_causal_scoring",
     "refuse_unknown",
     "shown",
 ]
