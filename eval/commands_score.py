@@ -116,8 +116,8 @@ def run_ppl(
     else:
         results = _score_table(models, text, scoring)
         shown, name = "" if as_json else render_table(results), "ppl_table"
-    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
-    print_and_record(text, output, make_record(name, results, seed=scoring.seed))
+    shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
+    print_and_record(shown, output, make_record(name, results, seed=scoring.seed))
 
 
 def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
