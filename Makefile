@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-versions lint format setup clean
 .DELETE_ON_ERROR:
 
 demo: setup ## train the tiny model on this machine's own documentation, evaluate it, sample from it
@@ -14,8 +14,14 @@ demo: setup ## train the tiny model on this machine's own documentation, evaluat
 
 # One process a core, a test file never split over two of them (its fixtures are made once); tests/conftest.py
 # gives each process its share of the threads.
+SUITE := --numprocesses logical --maxprocesses 8 --dist loadfile
+
 test: setup ## every test
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
+
+# VERSIONS_ARGS=--quick is what CI runs.
+test-versions: setup ## every test with the lowest and with the newest dependencies, and the record of it
+	$(BIN)/python benchmarks/versions.py $(VERSIONS_ARGS) -- $(SUITE) $(PYTEST_ARGS)
 
 lint: setup .typings ## style, format, types
 	$(BIN)/ruff check .
@@ -48,5 +54,5 @@ $(VENV):
 	@cd $@/prime_v2 && ln -s ../../modeling_prime_v2/* ../../tokenization ../../eval ../../hub_card .
 
 clean: ## all that make, the build and the tools wrote; runs/ stays
-	rm -rf $(VENV) .typings build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest .typings build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

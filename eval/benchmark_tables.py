@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from prime_v2.eval.markdown import with_origin
+from prime_v2.eval.markdown import markdown, origin, with_origin
 from prime_v2.eval.records import read_record
 
 
@@ -142,6 +142,24 @@ def fuzz_table(results: Path) -> str:
                           for kind in ("cases", "answered", "refused", "tests_passed", "tests_failed"))])  # fmt: skip
     heads = ["file", "cases", "answered and checked", "refused in a sentence", "tests passed", "failed"]
     return with_origin(heads, rows, record)
+
+
+def versions_table(results: Path) -> str:
+    """Lowest and newest versions that the suite was run with (benchmarks/versions.py)."""
+    record = read_record(results / "versions.json")
+    tested = {name: record["results"][name] for name in ("lowest", "newest")}
+    rows = [
+        [package, *(each["packages"][package] for each in tested.values())] for package in tested["lowest"]["packages"]
+    ]
+    counts = "; ".join(
+        f"{name}: {each['passed']:,} passed, {each['failed']:,} failed, {each['skipped']:,} skipped"
+        for name, each in tested.items()
+    )
+    tested_when = f"Python {record['versions']['python']}, {record['time_utc'][:10]}, commit {record['commit'][:10]}"
+    return (
+        markdown(["package", *(f"{name} tested" for name in tested)], rows)
+        + f"\nTests: {counts} ({tested_when}).\n\n{origin(record)}"
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

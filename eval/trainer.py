@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -49,6 +50,16 @@ class Collator:
         return batch if self.traced else {key: value for key, value in batch.items() if key not in TRACE}
 
 
+@dataclass
+class DistributedOptions(DistributedDataParallelKwargs):
+    """Options of DistributedDataParallel, with the name that it gives `broadcast_buffers` from PyTorch 2.13 on.
+
+    The buffers are tables that no step changes: they are sent when training begins, not with each forward pass.
+    """
+
+    forward_sync_buffers: bool | None = None
+
+
 class DiffusionTrainer(Trainer):
     """Trainer that evaluates the bound, reports tokens and FLOP/s, and puts checkpoints in place whole."""
 
@@ -62,6 +73,9 @@ class DiffusionTrainer(Trainer):
     ):
         """score: model to metrics on the dev split, among them eval_bound, eval_bound_stderr, eval_unigram_entropy."""
         super().__init__(*args, **kwargs)
+        options = self.accelerator.ddp_handler
+        if options is not None and self.args.ddp_broadcast_buffers is None:
+            self.accelerator.ddp_handler = DistributedOptions(**vars(options), forward_sync_buffers=False)
         self.tokens_per_step, self.global_batch, self.score = tokens_per_step, global_batch, score
         self.flops_per_token = 0.0
         self.clock = (time.time(), 0)

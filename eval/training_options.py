@@ -153,7 +153,6 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,
     "prediction_loss_only": True,
     "train_sampling_strategy": "sequential",
-    "ddp_broadcast_buffers": False,
     "ddp_find_unused_parameters": False,
     "dataloader_num_workers": 0,
     "dataloader_pin_memory": torch.cuda.is_available(),

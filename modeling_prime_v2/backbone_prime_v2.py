@@ -184,6 +184,11 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": PrimeV2Layer, "attentions": PrimeV2Attention}
     backbone_class: Any = None  # of a model with a head
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The former name of `is_activation_checkpointing`: peft 0.21 reads it, and Transformers' own warns of it."""
+        return self.is_activation_checkpointing
+
     @classmethod
     def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> Any:
         """As in Transformers, from safetensors only, and only what fits: see `weights_prime_v2`.

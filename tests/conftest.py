@@ -16,6 +16,9 @@ HF_HOME = tempfile.TemporaryDirectory(prefix="prime_v2_hf_home_")
 atexit.register(HF_HOME.cleanup)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HF_HOME.name}
 
+# `filterwarnings = error` of setup.cfg holds in this process; deprecated calls are errors in those that tests start.
+os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
+
 # The same examples in every run; no deadline, since the first call of an operator in torch is a slow one.
 settings.register_profile("prime_v2", derandomize=True, deadline=None)
 # As many more of tests/test_fuzz_*.py as fuzzing.py says: --hypothesis-profile=thorough, or benchmarks/fuzz.py.

@@ -235,8 +235,6 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path):
     assert 0 < trainer.predict(data).metrics["test_loss"] < 20
 
 
-# peft reads a property that Transformers has renamed.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_adapter_of_peft_is_trained_and_generates(reentrant):
     from peft import LoraConfig, get_peft_model

@@ -6,6 +6,7 @@ import torch
 from enumeration import small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse.linalg import svds
 
 from prime_v2 import PrimeV2ForMaskedDiffusion
 from prime_v2.tokenization.codes import codes_from_text, neighbour_vectors, tree_codes
@@ -52,6 +53,20 @@ def test_tokens_with_the_same_neighbours_share_leading_digits():
     codes = codes_from_text("similarity", blocks, 32, 2, 5)
     names = codes[:, 0] * 2 + codes[:, 1]
     assert all(len(set(names[8 * each : 8 * each + 8])) == 1 for each in range(4))
+
+
+def test_a_vector_that_is_zero_but_for_rounding_is_zero(monkeypatch):
+    """Some builds of LAPACK give 1e-17 where others give 0; scaled to length 1 it would look like a meaning."""
+    blocks = np.random.default_rng(3).integers(0, 6, size=(5, 40))
+
+    def rounded(*args, **options):
+        left, values, right = svds(*args, **options)
+        return left + 1e-17, values, right
+
+    monkeypatch.setattr("scipy.sparse.linalg.svds", rounded)
+    vectors = neighbour_vectors(blocks, 7)  # token 6 does not occur
+    assert np.array_equal(vectors[6], np.zeros(6))
+    np.testing.assert_allclose(np.linalg.norm(vectors[:6], axis=1), 1.0, rtol=1e-12)
 
 
 def test_neighbour_vectors_are_those_of_the_dense_definition():

@@ -22,9 +22,6 @@ from safetensors.torch import load_file
 from prime_v2.eval import training
 from prime_v2.eval.loading import load_model_and_tokenizer
 
-# peft reads a property that Transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
 TINY = (

@@ -19,9 +19,6 @@ from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.training_options import RunOptions
 from prime_v2.tokenization.supervised import Supervision, read_splits
 
-# peft reads a property that Transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 SHAPE = {
     "vocab_size": 30,
     "hidden_size": 16,

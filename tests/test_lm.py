@@ -309,8 +309,6 @@ def test_the_device_that_lm_eval_names_by_itself_falls_back_to_the_cpu(folder):
     assert PrimeV2LM(pretrained=str(folder), device="cuda:0").device.type == "cpu"
 
 
-# peft reads a property that Transformers has renamed.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_model_object_and_a_peft_adapter(folder, requests, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -5,6 +5,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ print(json.dumps({"files": files, "strays": strays, "command": callable(command.
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Standard output of a command; what it printed is in the failure when it fails."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONWARNINGS": ""}  # pip and setuptools have deprecated calls of their own
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

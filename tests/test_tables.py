@@ -8,7 +8,17 @@ import pytest
 from prime_v2.eval.tables import TABLES, main, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("paper_loss", "lm_eval", "scaling", "compare", "findings", "benchmarks", "training", "security")
+DOCS = (
+    "paper_loss",
+    "lm_eval",
+    "scaling",
+    "compare",
+    "findings",
+    "benchmarks",
+    "training",
+    "security",
+    "dependencies",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 NUM_CONTEXTS, NUM_DIMENSIONS = 2048, 64  # columns of the co-occurrence matrix a side, width of the vectors
 REFINEMENTS = 20  # most rounds of a split; few are needed
+ROUNDING = 1e-10  # of the longest vector: what is shorter is the rounding of a zero, whose direction means nothing
 SOURCES = ("similarity", "frequency")
 
 
@@ -55,7 +56,7 @@ def neighbour_vectors(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
     left_vectors, values, _ = svds(positive, k=width, random_state=0)
     vectors = left_vectors * np.sqrt(values)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1.0)
+    return vectors / np.where(length > ROUNDING * length.max(), length, np.inf)
 
 
 def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray:
