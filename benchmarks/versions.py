@@ -52,6 +52,7 @@ NO_DEPENDENCY = (
     "test_tables",
     "test_versions",
 )
+PIP = ("-W", "ignore", "-m", "pip")  # it has deprecated calls of its own
 PINS_HEAD = """\
 # What the suite was last green on, which `make` installs. `make test-versions` writes this file; torch, mypy and ruff
 # it takes over as they stand here (docs/dependencies.md).
@@ -103,7 +104,7 @@ def pip_install(python: Path, text: str, *arguments: str) -> None:
         file.write(text)
         file.flush()
         strategy = ("--upgrade", "--upgrade-strategy", "eager", "--constraint", file.name)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *strategy, *arguments], cwd=ROOT, check=True)
+        subprocess.run([python, *PIP, "install", "--quiet", *strategy, *arguments], cwd=ROOT, check=True)
 
 
 def build(name: str, text: str) -> Path:
@@ -113,13 +114,13 @@ def build(name: str, text: str) -> Path:
     if not python.exists():
         subprocess.run(["make", "--no-print-directory", f"VENV={home.name}", home.name], cwd=ROOT, check=True)
     pip_install(python, text, "--editable", ".[test]")
-    subprocess.run([python, "-m", "pip", "check"], cwd=ROOT, check=True)
+    subprocess.run([python, *PIP, "check"], cwd=ROOT, check=True)
     return python
 
 
 def installed(python: Path) -> dict[str, str]:
     """Name to version of what an environment holds, but pip and the package itself; without a build's `+cpu`."""
-    command = [python, "-m", "pip", "list", "--format", "json"]
+    command = [python, *PIP, "list", "--format", "json"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     found = {normal(each["name"]): each["version"].split("+")[0] for each in listed}
     return {name: version for name, version in sorted(found.items()) if name not in ("pip", "prime-v2")}
