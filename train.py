@@ -11,7 +11,11 @@ its configuration. The same command again continues a stopped run.
 
 import sys
 
-from prime_v2.eval.training import main
+from prime_v2.eval.process import bound_spinning, quiet_interrupt
 
 if __name__ == "__main__":
+    bound_spinning()  # read by OpenMP when torch is loaded
+    with quiet_interrupt():
+        from prime_v2.eval.training import main
+
     sys.exit(main(description=__doc__))

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from prime_v2.eval.places import check_folder, check_new_file, check_new_folder
 
 PROGRAM = "prime-v2"
+INTERRUPTED = 130  # by Ctrl-C, as shells count it
 # The largest values of options that count: more would end in the machine's limits, or never.
 MANY = 10**12  # of what is read or done at most, where less is there
 MOST_SAMPLES = 1024  # texts that are generated at once
@@ -89,6 +90,9 @@ class Group(TyperGroup):
         except BadInput as error:
             status = _fail(str(error))
         except Exception as error:
+            if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
+                status = INTERRUPTED
+                return status if not standalone_mode else sys.exit(status)
             # Typer's own refusals (an unknown option, a value of the wrong kind); where they live differs by version.
             if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
                 raise

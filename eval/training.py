@@ -213,12 +213,12 @@ def _inputs(run: RunOptions, training: TrainingArguments, model_options: dict[st
 
 def main(arguments: list[str] | None = None, description: str | None = None) -> int:
     """The command line `train.py`; the exit status."""
-    use_all_cores()
-    keep_freed_memory()
-    code = code_version()
-    transformers.utils.logging.disable_progress_bar()  # one bar, ours
-    run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments, description)
     try:
+        use_all_cores()
+        keep_freed_memory()
+        code = code_version()
+        transformers.utils.logging.disable_progress_bar()  # one bar, ours
+        run, training, model_options = parse_options(sys.argv[1:] if arguments is None else arguments, description)
         return train(run, training, model_options, code)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint, if there is one", file=sys.stderr)

@@ -6,9 +6,12 @@ import tempfile
 
 from hypothesis import settings
 
+from prime_v2.eval.process import bound_spinning
+
 # One thread a process: the networks of the tests are too small to share, and a second thread on a busy machine makes
 # them several times slower.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+bound_spinning()  # for the processes that tests start with more threads
 
 # No network. A cache of its own for each process: nothing is read from or left in the user's, and no two processes
 # write one copied model file at the same time.
