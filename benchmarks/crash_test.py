@@ -1,6 +1,7 @@
 """Training runs that are killed at random moments, and the weights that they end with.
 
-    python benchmarks/crash_test.py --kills 4                   # to see that it works
+    python benchmarks/crash_test.py --kills 4 --pairs 2 --tampers 4           # to see that it works
+    python benchmarks/crash_test.py --kills 0 --pairs 0 --tampers 50 --seed 1 # a part of it
     python benchmarks/crash_test.py --output results/crash_test.json
 
 A small run is trained once without a break. Then the same run is started, killed with SIGKILL and started again, over
@@ -9,17 +10,22 @@ By turns a kill is aimed at the start of the process, a training step, an evalua
 (where weights, record and card are written): the process is killed a random part of that phase's length after it began
 one. The phase in which it died is what is counted.
 
+Then pairs: the command is started a second time, a random moment after the first, which is killed in every other pair;
+one of the two must run and the other be refused, and the weights must be those of the unbroken run. Then tampering: a
+run is killed, something in its folder is changed (`tampering.py`), and it is started again: it must end with those
+weights or with a sentence, never with other weights.
+
 A process is forked from one that has imported everything, since importing takes longer than the run. CPU only.
 """
 
 import argparse
 import collections
 import hashlib
-import itertools
 import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +36,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process with CUDA cannot be forked
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from tampering import tamper
 from timing import positive
 
 from prime_v2.eval import training
@@ -149,24 +156,41 @@ def write_text(path: Path, seed: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def run_crashes(kills: int, seed: int, steps: int, home: Path) -> dict[str, Any]:
+class Place:
+    """A folder of runs, the command that they share, and what the unbroken one of them was like."""
+
+    def __init__(self, home: Path, seed: int, steps: int):
+        self.home, self.marks = home, Marks()
+        write_text(home / "text.jsonl", seed)
+        self.arguments = ["--data", str(home / "text.jsonl"), *OPTIONS.format(steps=steps).split(), "--output_dir"]
+        log = home / "unbroken.log"
+        began = time.monotonic()
+        status, lengths = follow(self.start(home / "unbroken", log, self.marks), self.marks)
+        self.seconds = time.monotonic() - began
+        if status:
+            raise SystemExit(f"the unbroken run ended with status {status}: {log.read_text()[-500:]}")
+        self.wanted = digest(home / "unbroken")
+        self.lengths = dict.fromkeys(PHASES, POLL_SECONDS) | lengths  # one shorter than a poll may not be seen
+
+    def start(self, folder: Path, log: Path, marks: Marks) -> int:
+        return start([*self.arguments, str(folder)], log, marks)
+
+    def is_wanted(self, folder: Path) -> bool:
+        return (folder / "model.safetensors").is_file() and digest(folder) == self.wanted
+
+
+def run_crashes(place: Place, kills: int, draw: random.Random) -> dict[str, Any]:
     """Counts of kills by the phase that they hit, and what became of the runs."""
-    draw, marks = random.Random(seed), Marks()
-    write_text(home / "text.jsonl", seed)
-    arguments = ["--data", str(home / "text.jsonl"), *OPTIONS.format(steps=steps).split(), "--output_dir"]
-    status, lengths = follow(start([*arguments, str(home / "unbroken")], home / "unbroken.log", marks), marks)
-    if status:
-        raise SystemExit(f"the unbroken run ended with status {status}: {(home / 'unbroken.log').read_text()[-500:]}")
-    wanted = digest(home / "unbroken")
-    lengths = dict.fromkeys(PHASES, POLL_SECONDS) | lengths  # one that is shorter than a poll may not be seen
+    marks, lengths = place.marks, place.lengths
     hits: collections.Counter[str] = collections.Counter()
     runs: list[dict[str, Any]] = []
-    for number in itertools.count():
-        folder, log = home / f"run_{number}", home / f"run_{number}.log"
+    while sum(hits.values()) < kills:
+        number = len(runs)
+        folder, log = place.home / f"run_{number}", place.home / f"run_{number}.log"
         run = {"kills": 0, "status": None, "equal": False}
         runs.append(run)
         while run["status"] is None:
-            process = start([*arguments, str(folder)], log, marks)
+            process = place.start(folder, log, marks)
             if (left := kills - sum(hits.values())) > 0:
                 target = PHASES[left % len(PHASES)]
                 skip = draw.randrange(3) if target in ("step", "evaluation", "checkpoint") else 0
@@ -178,11 +202,9 @@ def run_crashes(kills: int, seed: int, steps: int, home: Path) -> dict[str, Any]
                 run["kills"] += 1
             else:
                 run["status"] = status
-        run["equal"] = run["status"] == 0 and digest(folder) == wanted
+        run["equal"] = run["status"] == 0 and place.is_wanted(folder)
         if not run["equal"]:
             print(f"run {number} ended with status {run['status']}: {log.read_text()[-2000:]}", file=sys.stderr)
-        if sum(hits.values()) >= kills:
-            break
     return {
         "kills": sum(hits.values()),
         "kills_by_phase": {phase: hits[phase] for phase in PHASES},
@@ -190,15 +212,84 @@ def run_crashes(kills: int, seed: int, steps: int, home: Path) -> dict[str, Any]
         "kills_of_each_run": [run["kills"] for run in runs],
         "lost_runs": sum(run["status"] != 0 for run in runs),
         "runs_with_other_weights": sum(run["status"] == 0 and not run["equal"] for run in runs),
-        "steps_of_a_run": steps,
         "seconds_of_a_phase": {phase: round(lengths[phase], 4) for phase in PHASES},
-        "sha256_of_the_weights": wanted,
     }
+
+
+def said(log: Path) -> list[str]:
+    """The sentences of refusals; a traceback is one that no refusal has."""
+    content = log.read_text(errors="replace") if log.exists() else ""
+    return [line for line in content.splitlines() if line.startswith(("train.py: error: ", "Traceback"))]
+
+
+def run_pairs(place: Place, pairs: int, draw: random.Random) -> dict[str, Any]:
+    """What became of two copies of the command in one folder, started at random moments."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    for number in range(pairs):
+        folder, logs = place.home / f"pair_{number}", [place.home / f"pair_{number}_{i}.log" for i in range(3)]
+        first, kill = place.start(folder, logs[0], Marks()), number % 2 == 1
+        time.sleep(draw.uniform(0, place.seconds * (0.7 if kill else 0.9)) if draw.randrange(4) else 0)
+        second = place.start(folder, logs[1], Marks())
+        if kill:
+            time.sleep(draw.uniform(0, place.seconds / 4))
+            os.kill(first, signal.SIGKILL)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in (first, second)]
+        refused = [status == 2 and [" is in use by process " in line for line in said(log)] == [True]
+                   for status, log in zip(statuses, logs, strict=False)]  # fmt: skip
+        ended = [status in (0, -signal.SIGKILL) for status in statuses]
+        if kill and not place.is_wanted(folder):  # the killed one was the one that ran
+            (last, _) = follow(place.start(folder, logs[2], place.marks), place.marks)
+            ended.append(last == 0)
+            refused.append(False)
+        if not all(a or b for a, b in zip(ended, refused, strict=True)) or not place.is_wanted(folder):
+            outcomes["wrong"] += 1
+            print(
+                f"pair {number} ended with {statuses}: {[each.read_text()[-1500:] for each in logs[:2]]}",
+                file=sys.stderr,
+            )
+        elif any(refused):
+            outcomes["one_refused"] += 1
+        else:
+            outcomes["one_after_the_other"] += 1
+    return {"pairs": pairs, **{each: outcomes[each] for each in ("one_refused", "one_after_the_other", "wrong")}}
+
+
+def run_tampers(place: Place, tampers: int, draw: random.Random) -> dict[str, Any]:
+    """What became of runs whose folder was changed after a kill."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    changes: collections.Counter[str] = collections.Counter()
+    for number in range(tampers):
+        folder, log = place.home / f"tampered_{number}", place.home / f"tampered_{number}.log"
+        process = place.start(folder, log, place.marks)
+        target = draw.choice(("step", "evaluation", "checkpoint", "checkpoint", "end"))
+        kill_in(process, place.marks, target, draw.randrange(1, 5), draw.uniform(0, place.lengths[target]))
+        change = tamper(folder, draw) if folder.is_dir() else "nothing yet"
+        changes[change.split(":")[0] if ":" in change else change.split(" is ")[-1]] += 1
+        log.unlink(missing_ok=True)
+        status, _ = follow(place.start(folder, log, place.marks), place.marks)
+        sentences = said(log)
+        if status == 0 and place.is_wanted(folder):
+            outcomes["equal"] += 1
+        elif status == 2 and len(sentences) == 1 and sentences[0].startswith("train.py: error: "):
+            outcomes["refused"] += 1
+        else:
+            outcomes["other_weights" if status == 0 else "no_sentence"] += 1
+            print(f"{change}: ended with status {status}: {log.read_text()[-2000:]}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+    names = ("equal", "refused", "other_weights", "no_sentence")
+    return {"tampers": tampers, **{each: outcomes[each] for each in names}, "changes": dict(sorted(changes.items()))}
+
+
+def count(text: str) -> int:
+    """A number of things to do on the command line, 0 included."""
+    return 0 if text == "0" else positive(text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=positive, default=100)
+    parser.add_argument("--kills", type=count, default=100)
+    parser.add_argument("--pairs", type=count, default=30, help="two copies of the command at once")
+    parser.add_argument("--tampers", type=count, default=60, help="changes of a folder between two starts")
     parser.add_argument("--steps", type=positive, default=12, help="training steps of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to put the runs, to look at them after; by default a temporary one")
@@ -209,11 +300,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(options.folder or temporary)
         home.mkdir(parents=True, exist_ok=True)
-        results = run_crashes(options.kills, options.seed, options.steps, home)
+        place = Place(home, options.seed, options.steps)
+        results = run_crashes(place, options.kills, random.Random(options.seed)) | {
+            "steps_of_a_run": options.steps,
+            "sha256_of_the_weights": place.wanted,
+            "two_processes": run_pairs(place, options.pairs, random.Random(options.seed)),
+            "tampering": run_tampers(place, options.tampers, random.Random(options.seed)),
+        }
     print(json.dumps(results, indent=1))
     if options.output:
         write_json(options.output, make_record("crash_test", results, seed=options.seed))
-    return 1 if results["lost_runs"] or results["runs_with_other_weights"] else 0
+    wrong = [results["lost_runs"], results["runs_with_other_weights"], results["two_processes"]["wrong"]]
+    return 1 if any([*wrong, *(results["tampering"][each] for each in ("other_weights", "no_sentence"))]) else 0
 
 
 if __name__ == "__main__":

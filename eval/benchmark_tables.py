@@ -123,9 +123,15 @@ def crash_table(results: Path) -> str:
     record = read_record(results / "crash_test.json")
     found = record["results"]
     hits = ", ".join(f"{count} {phase}" for phase, count in found["kills_by_phase"].items())
-    cells = [f"{found['kills']}", hits, f"{found['runs']}", f"{found['lost_runs']}"]
-    heads = ["kills", "in", "runs", "lost runs", "runs with other weights"]
-    return with_origin(heads, [[*cells, f"{found['runs_with_other_weights']}"]], record)
+    of_kills = ["kills", f"{found['kills']}", f"{hits}; {found['runs']} runs", "", f"{found['lost_runs']}"]
+    rows = [[*of_kills, f"{found['runs_with_other_weights']}"]]
+    if pairs := found.get("two_processes"):
+        where = f"{pairs['one_refused']} at once, {pairs['one_after_the_other']} one after the other"
+        rows.append(["two at once", f"{pairs['pairs']}", where, f"{pairs['one_refused']}", f"{pairs['wrong']}", "0"])
+    if tampered := found.get("tampering"):
+        ended = [f"{tampered[each]}" for each in ("refused", "no_sentence", "other_weights")]
+        rows.append(["tampering", f"{tampered['tampers']}", f"{tampered['equal']} ended all the same", *ended])
+    return with_origin(["test", "cases", "in", "refused by a sentence", "lost", "other weights"], rows, record)
 
 
 def fuzz_table(results: Path) -> str:

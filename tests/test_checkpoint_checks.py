@@ -8,39 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import MODEL, TINY, write_text
+from tiny_runs import stopped_run
 
-from prime_v2.eval import training
 from prime_v2.eval.checkpoint_checks import last_whole_checkpoint, problem_of
 from prime_v2.eval.checkpoints import load_state, save_state, seal
 from prime_v2.eval.families import FAMILIES
 from prime_v2.eval.trainer import DiffusionTrainer
 
-OPTIONS = [*TINY.split(), *MODEL, "attention_dropout=0.1"]
-
-
-def stopped(folder: Path, *more: str) -> DiffusionTrainer:
-    """The trainer of a run that was stopped in its sixth step, with the checkpoints of steps 2 and 4."""
-    trainers: list[Any] = []
-    text = write_text(folder.parent / "text.jsonl")
-    with pytest.MonkeyPatch.context() as patched:
-        make, step = training.make_trainer, DiffusionTrainer.training_step
-
-        def stopping(self, *args, **kwargs):
-            if self.state.global_step >= 5:
-                raise KeyboardInterrupt
-            return step(self, *args, **kwargs)
-
-        patched.setattr(training, "make_trainer", lambda *args: trainers.append(make(*args)) or trainers[0])
-        patched.setattr(DiffusionTrainer, "training_step", stopping)
-        assert training.main(["--data", str(text), "--output_dir", str(folder), *more, *OPTIONS]) == 130
-    return trainers[0]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[DiffusionTrainer, Path]:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return stopped(folder), folder
+    return stopped_run(folder), folder
 
 
 def of_weights(change):
@@ -180,5 +159,5 @@ def test_looking_changes_neither_trainer_nor_folder(run):
 def test_checkpoints_of_every_family_are_whole(family, tmp_path):
     """And of an optimizer of another form, with the schedule of constant rates."""
     more = ["--optim", "adafactor", "--lr_scheduler_type", "constant"] if family == "arm" else []
-    trainer = stopped(tmp_path / "run", "--family", family, *more)
+    trainer = stopped_run(tmp_path / "run", "--family", family, *more)
     assert problem_of(trainer, tmp_path / "run" / "checkpoint-4") is None

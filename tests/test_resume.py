@@ -407,14 +407,19 @@ def test_two_processes_resume_a_stream_and_stop_together_at_a_loss_of_one(text, 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
-    """Five SIGKILLs, one aimed at each phase of a run; benchmarks/crash_test.py does the same a hundred times."""
+    """Five SIGKILLs, one aimed at each phase of a run, two commands at once, and a folder that was tampered with;
+    benchmarks/crash_test.py does the same a hundred times."""
     command = [sys.executable, str(ROOT / "benchmarks" / "crash_test.py"), "--kills", "5", "--steps", "8"]
+    command += ["--pairs", "1", "--tampers", "2"]
     command += ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "record.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     results = json.loads((tmp_path / "record.json").read_text())["results"]
     assert results["kills"] == sum(results["kills_by_phase"].values()) == 5
     assert (results["lost_runs"], results["runs_with_other_weights"]) == (0, 0)
+    pairs, tampered = results["two_processes"], results["tampering"]
+    assert (pairs["one_refused"] + pairs["one_after_the_other"], pairs["wrong"]) == (1, 0)
+    assert (tampered["equal"] + tampered["refused"], tampered["other_weights"]) == (2, 0)
     runs = [each for each in (tmp_path / "runs").glob("run_*") if each.is_dir()]
     assert len(runs) == results["runs"] and any(results["kills_of_each_run"])
     assert all(same_weights(each, tmp_path / "runs" / "unbroken") for each in runs)

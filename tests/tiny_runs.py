@@ -2,6 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prime_v2.eval import training
+from prime_v2.eval.trainer import DiffusionTrainer
 
 TINY = (
     "--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2 "
@@ -25,3 +31,22 @@ def write_text(path: Path) -> Path:
 def losses_of(folder: Path) -> list[float]:
     history = json.loads((folder / "results" / "train.json").read_text())["results"]["history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def stopped_run(folder: Path, *more: str) -> DiffusionTrainer:
+    """The trainer of a run that was stopped in its sixth step, with dropout and the checkpoints of steps 2 and 4."""
+    trainers: list[Any] = []
+    text = write_text(folder.parent / "text.jsonl")
+    arguments = ["--data", str(text), "--output_dir", str(folder), *more, *TINY.split(), *MODEL]
+    with pytest.MonkeyPatch.context() as patched:
+        make, step = training.make_trainer, DiffusionTrainer.training_step
+
+        def stopping(self, *args, **kwargs):
+            if self.state.global_step >= 5:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        patched.setattr(training, "make_trainer", lambda *args: trainers.append(make(*args)) or trainers[0])
+        patched.setattr(DiffusionTrainer, "training_step", stopping)
+        assert training.main([*arguments, "attention_dropout=0.1"]) == 130
+    return trainers[0]
