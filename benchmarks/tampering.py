@@ -100,12 +100,15 @@ def tamper(folder: Path, draw: random.Random) -> str:
             checkpoint.write_text("x") if way_of_folder == "a file" else checkpoint.mkdir()
         return f"{checkpoint.name} is {way_of_folder}"
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+    states = [each for each in files if each.name.startswith(STATES)]
+    if not states:
+        return "nothing left"
     if draw.randrange(2):
         path = draw.choice(files)
         way = draw.choice((*ANY, write_other_json) if path.suffix == ".json" else ANY)
         way(path, draw)
         return f"{way.__name__}: {checkpoint.name}/{path.name}"
-    path = draw.choice([each for each in files if each.name.startswith(STATES)])
+    path = draw.choice(states)
     way = draw.choice(SEALED[path.suffix])
     way(path, draw)
     if not draw.randrange(4):  # the list without that file, by hand

@@ -132,7 +132,7 @@ def _check_weights(model: Any, checkpoint: Path) -> None:
         files = sorted(set(names.values()))
     else:
         files = [ADAPTER if is_adapter else WEIGHTS]
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         if not (checkpoint / file).is_file():
             raise Damaged(f"{file} is missing")

@@ -133,7 +133,8 @@ def _same(found: dict[str, Any], now: dict[str, Any], key: str, default: Any) ->
 
 def defaults(course: dict[str, Any]) -> dict[str, Any]:
     """The course of a run in which no option is given."""
-    training = TrainingArguments(output_dir="none", **TRAINING_DEFAULTS, max_steps=course.get("max_steps", 1))
+    options: dict[str, Any] = {"output_dir": "none", **TRAINING_DEFAULTS, "max_steps": course.get("max_steps", 1)}
+    training = TrainingArguments(**options)
     return course_of(RunOptions(), training, {})
 
 

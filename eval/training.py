@@ -138,7 +138,8 @@ def held(folder: Path) -> Iterator[Callable[[], bool]]:
 
     Yields whether the folder still is the one that was locked; on the other processes always true.
     """
-    state, refusal = PartialState(), [None]
+    state = PartialState()
+    refusal: list[Exception | None] = [None]
     with ExitStack() as stack:
         is_in_place: Callable[[], bool] = lambda: True  # noqa: E731
         if state.is_main_process:

@@ -131,9 +131,12 @@ def _parsed(parser: HfArgumentParser, kinds: Any, arguments: list[str]) -> tuple
         parser.error("; ".join(problems))
     parser.set_defaults(**{name: value for name, value in values.items() if type(value) is int})
     try:
-        return parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+        run, training, extra, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
     except (ValueError, TypeError, KeyError, ImportError, OSError, NotImplementedError) as error:
         parser.error(f"the options do not go together: {' '.join(str(error).split())}")
+    return run, training, extra, unknown
 
 
 TRAINING_DEFAULTS = {

@@ -17,7 +17,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 LOCK = ".lock"
 ROUNDS = 100  # of opening a file that its holder removed meanwhile; each needs another holder
@@ -143,12 +143,14 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _holder(file: IO[str]) -> str:
-    """ " by process 12 on host a since ...", as far as its file says so: it is empty until its holder has written."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OSError):
+    """What the file of a lock says of its holder, for a sentence; "" until the holder has written it."""
+    try:
         file.seek(0)
         found = json.loads(file.read(1000))
-        return f" by process {found['pid']} on {found['host']} since {found['started']}, or by one that it started"
-    return ""
+        by = f" by process {found['pid']} on {found['host']} since {found['started']}"
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        return ""
+    return f"{by}, or by one that it started"
 
 
 __all__ = ["LOCK", "FolderLock", "Locked", "folder_lock"]
