@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -72,19 +71,20 @@ def test_one_process_cannot_hold_a_folder_twice(tmp_path):
 
 def test_a_forked_worker_does_not_hold_it(tmp_path):
     """A data loader's worker outlives its killed parent by seconds."""
-    with ExitStack() as stack:
-        stack.enter_context(folder_lock(tmp_path, "--out x"))
-        read, write = os.pipe()
+    with folder_lock(tmp_path, "--out x"):
+        (go, done), (ready, begun) = os.pipe(), os.pipe()
         child = os.fork()
         if not child:
-            os.close(write)
-            os.read(read, 1)
+            os.close(done)
+            os.write(begun, b"x")
+            os.read(go, 1)
             os._exit(0)
-        os.close(read)
+        os.close(go)
+        os.read(ready, 1)
     try:
         assert can_be_taken(tmp_path)
     finally:
-        os.close(write)
+        os.close(done)
         os.waitpid(child, 0)
 
 
