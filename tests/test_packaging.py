@@ -148,7 +148,7 @@ def test_wheel_names_the_command_and_the_model_of_lm_eval(wheel: Path):
     points = ConfigParser()
     points.read_string(text)
     assert {section: dict(points[section]) for section in points.sections()} == {
-        "console_scripts": {"prime-v2": "prime_v2.eval.cli:main"},
+        "console_scripts": {"prime-v2": "prime_v2.eval.process:run_command"},
         "lm_eval.models": {"prime_v2": MODEL_CLASS},
     }
 
