@@ -7,7 +7,6 @@ lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.likelihood`, one fixed sett
 import dataclasses
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -247,15 +246,18 @@ class PrimeV2LM(HFLM):
         return answers
 
     def _check_single_answers(self, instances: Sequence[Instance]) -> None:
-        """`check_tasks` where lm-eval's own command shows requests alone: it compares one answer with nothing."""
-        asked = Counter((each.task_name, each.doc_id) for each in instances if each.task_name is not None)
-        for (task, _), count in asked.items():
-            if count == 1:
-                raise ValueError(
-                    self._no_perplexity(
-                        f"the task {task} asks for the likelihood of single answers, which become a perplexity"
-                    )
-                )
+        """`check_tasks` for lm-eval's own command, which shows the model requests and no metrics.
+
+        Answers of a question are numbered. Where a task has no second one, there is nothing to compare.
+        """
+        last: dict[str, int] = {}
+        for each in instances:
+            if each.task_name is not None:
+                last[each.task_name] = max(each.idx, last.get(each.task_name, 0))
+        for task, number in last.items():
+            if number == 0:
+                what = f"the task {task} asks for the likelihood of single answers, as for a perplexity"
+                raise ValueError(self._no_perplexity(what))
 
     def _questions(self, requests: Sequence[Request], instances: Sequence[Instance]) -> list[_Question]:
         """Requests of one document with one context are the choices of a question."""
