@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from task_files import own_cache, write_questions  # noqa: F401
 from typer.testing import CliRunner
 
@@ -82,7 +83,7 @@ def test_prime_v2_eval_refuses_a_perplexity_of_what_is_no_bound_before_any_scori
 @pytest.mark.parametrize("metric", ["perplexity", "word_perplexity"])
 def test_lm_evals_own_command_refuses_it_too(metric, folder, tmp_path):
     register()
-    manager = lm_eval.tasks.TaskManager(include_path=str(write_task(tmp_path / "tasks", metric)))
+    manager = TaskManager(include_path=str(write_task(tmp_path / "tasks", metric)))
     arguments = {"pretrained": str(folder), "method": "token_objective", "num_samples": 2}
     with pytest.raises(ValueError, match="no likelihood of this model, so no perplexity follows.*use method=subtoken"):
         lm_eval.simple_evaluate("prime_v2", model_args=arguments, tasks=["cloze"], task_manager=manager)
@@ -155,7 +156,7 @@ def test_results_have_the_device_that_was_used_and_a_bounded_bootstrap(folder, q
         drawn.append(iters)
         return 0.5
 
-    monkeypatch.setattr(lm_eval.api.metrics, "bootstrap_stderr", stderr)
+    monkeypatch.setattr("lm_eval.api.metrics.bootstrap_stderr", stderr)
     task = ["--tasks", "mc_taco", "--data", str(questions), "--json"]
     result = CliRunner().invoke(app, ["eval", str(folder), *task])
     assert result.exit_code == 0, result.output
