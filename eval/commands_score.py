@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,10 +113,15 @@ def run_ppl(
     results: dict[str, Any]
     if isinstance(text, TextSource) and len(models) == 1:
         results = _score_one(models[0], text, scoring)
+        scores = [results["evaluation"]]
         shown, name = "" if as_json else render_score(results["evaluation"]), "ppl"
     else:
         results = _score_table(models, text, scoring)
+        scores = results["rows"]
         shown, name = "" if as_json else render_table(results), "ppl_table"
+    for score in scores if as_json else ():  # the tables say it themselves
+        if "tokenizer_loss" in score:
+            print(f"no bits per byte: {_lossy(score)}", file=sys.stderr)
     shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
     print_and_record(shown, output, make_record(name, results, seed=scoring.seed))
 
@@ -147,7 +153,8 @@ def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str,
 def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Scoring) -> dict[str, Any]:
     """Rows of set x model: flat dictionaries of `score_text`'s numbers; all models on windows of one length."""
     from prime_v2.eval.loading import load_config, load_scorer
-    from prime_v2.eval.perplexity import score_text, window_and_stride
+    from prime_v2.eval.perplexity import score_text
+    from prime_v2.eval.windows import window_and_stride
 
     methods, labels = _methods(models, scoring.method), labels_of(models)
     window, stride = window_and_stride([load_config(each) for each in models], scoring.window, scoring.stride)
