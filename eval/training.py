@@ -27,7 +27,7 @@ from prime_v2.eval.finetuning import start_from
 from prime_v2.eval.records import code_version, read_record, write_json
 from prime_v2.eval.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 from prime_v2.eval.training_options import RunOptions, parse_options
-from prime_v2.eval.training_report import estimate, finish, first_blocks, print_summary, score_dev
+from prime_v2.eval.training_report import bytes_held, estimate, finish, first_blocks, print_summary, score_dev
 from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import StreamedBlocks, TrainingOrder
 from prime_v2.tokenization.prepare import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
@@ -111,7 +111,7 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
             tokenizer=tokenizer,
             blocks=first_blocks(data["dev"], run.eval_sequences),
             draws=run.eval_num_samples,
-            bytes_per_token=data["dev"].bytes_per_token,
+            bytes_per_token=bytes_held(data["dev"]),
         ),
         train_dataset=training_set(run, training, tokenizer, data),
         eval_dataset=data["dev"],

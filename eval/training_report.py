@@ -33,19 +33,22 @@ def first_blocks(blocks: PackedBlocks | Examples, count: int) -> torch.Tensor | 
 
 
 def score_held_out(
-    model, tokenizer, blocks: torch.Tensor | Examples, bytes_per_token: float, **options: Any
+    model, tokenizer, blocks: torch.Tensor | Examples, bytes_per_token: float | None, **options: Any
 ) -> dict[str, Any]:
     """The result of `score_windows`, its work shared by all processes; of examples also nats_per_answer.
 
-    bytes_per_token: of all text; the sequences share the bytes as their decoded texts have them.
+    bytes_per_token: of all text; the sequences share the bytes as their decoded texts have them. None where the bytes
+    do not count (`bytes_held`).
     """
     groups = blocks.windows() if isinstance(blocks, Examples) else [(blocks, None)]
-    text_bytes = max(1, round(bytes_per_token * len(scored_ids(blocks))))
-    sizes = _decoded_bytes(tokenizer, groups)
+    text_bytes: Any = None
+    if bytes_per_token is not None:
+        text_bytes, sizes = max(1, round(bytes_per_token * len(scored_ids(blocks)))), _decoded_bytes(tokenizer, groups)
+        text_bytes = sizes * (text_bytes / sizes.sum()) if sizes.any() else text_bytes
     result = score_windows(
         model,
         groups,
-        text_bytes=sizes * (text_bytes / sizes.sum()) if sizes.any() else text_bytes,
+        text_bytes=text_bytes,
         eos_token_id=tokenizer.eos_token_id,
         shared=True,
         **options,
@@ -53,6 +56,11 @@ def score_held_out(
     if isinstance(blocks, Examples):
         result["nats_per_answer"] = result["nats_per_token"] * result["num_tokens"] / result["num_sequences"]
     return result
+
+
+def bytes_held(blocks: PackedBlocks | Examples) -> float | None:
+    """Bytes of text a token, None where the tokens do not hold the text: nats of them are of another one."""
+    return blocks.bytes_per_token if blocks.tokenizer_loss is None else None
 
 
 def _decoded_bytes(tokenizer, groups: Sequence[Windows]) -> np.ndarray:
@@ -65,7 +73,7 @@ def _decoded_bytes(tokenizer, groups: Sequence[Windows]) -> np.ndarray:
 
 
 def score_dev(
-    model, tokenizer, blocks: torch.Tensor | Examples, draws: int, bytes_per_token: float
+    model, tokenizer, blocks: torch.Tensor | Examples, draws: int, bytes_per_token: float | None
 ) -> dict[str, float]:
     """The valid bound on the dev blocks in the units that trackers plot, beside the tokens' unigram entropy."""
     options = {"method": bound_method(model.config), "num_samples": draws, "seed": 0}
@@ -75,7 +83,7 @@ def score_dev(
         # None for one sequence.
         **{f"eval_bound_{name}": result[name] for name in ("stderr", "degrees") if result[name] is not None},
         "eval_perplexity": result["perplexity"],
-        "eval_bits_per_byte": result["bits_per_byte"],
+        **({"eval_bits_per_byte": result["bits_per_byte"]} if "bits_per_byte" in result else {}),
         "eval_unigram_entropy": result["unigram_entropy"],
         **({"eval_nats_per_answer": result["nats_per_answer"]} if isinstance(blocks, Examples) else {}),
     }
@@ -161,7 +169,8 @@ def final_evaluation(model, tokenizer, run: Any, test: PackedBlocks | Examples, 
     if "token_objective" in model.likelihood_methods:
         methods["token_objective"] = "token_objective"
     return {
-        name: score_held_out(model, tokenizer, blocks, test.bytes_per_token, method=method, **options)
+        name: score_held_out(model, tokenizer, blocks, bytes_held(test), method=method, **options)
+        | ({} if test.tokenizer_loss is None else {"tokenizer_loss": test.tokenizer_loss})
         for name, method in methods.items()
     }
 
@@ -180,7 +189,7 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
         f"\nheld-out text, {bound['num_tokens']:,} tokens\n"
         f"  unigram entropy   {bound['unigram_entropy']:.4f} nats/token\n"
         f"  {name:<17} {_with_error(bound)} nats/token, perplexity {at_most}"
-        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {bound['bits_per_byte']:.3f} bits/byte"
+        f"{bound['perplexity']:.1f} [{interval[0]:.1f}, {interval[1]:.1f}], {_bits_per_byte(bound)}"
     )
     if loss is not None:
         not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
@@ -198,6 +207,12 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
         f"record: {folder}/results/train.json   plot: {folder}/loss.png\n"
         f"more: prime-v2 generate {folder} --watch"
     )
+
+
+def _bits_per_byte(bound: dict[str, Any]) -> str:
+    if "bits_per_byte" in bound:
+        return f"{bound['bits_per_byte']:.3f} bits/byte"
+    return f"no bits/byte: the tokenizer does not keep the text: {bound['tokenizer_loss']}"
 
 
 def _with_error(result: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prime_v2.tokenization.round_trip import first_loss
+
 Windows = tuple[Tensor, Tensor | None]  # ids (N, L) int64; prompt_mask (N, L) bool, True for what is not scored
 
 DOCUMENTS_PER_BATCH = 256
-SHOWN = 24  # characters of a text that is quoted
 
 
 def window_and_stride(configs: Sequence[Any], window: int | None, stride: int | None) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def encode_documents(tokenizer: Any, documents: Iterable[str], eos_token_id: Any
     remaining = iter(documents)
     while texts := list(itertools.islice(remaining, DOCUMENTS_PER_BATCH)):
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        loss = loss or _first_loss(tokenizer, texts, encoded)
+        loss = loss or first_loss(tokenizer, texts, encoded)
         for text, ids in zip(texts, encoded, strict=True):
             if num_documents:
                 if separator is None:
@@ -110,21 +111,6 @@ def encode_documents(tokenizer: Any, documents: Iterable[str], eos_token_id: Any
         raise ValueError(f"the text has no token to score ({num_documents} documents); give text that is not empty")
     token_bytes = torch.from_numpy(np.concatenate(sizes))
     return EncodedText(torch.from_numpy(stream), num_documents, text_bytes, token_bytes, separator, loss)
-
-
-def _first_loss(tokenizer: Any, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> str | None:
-    """The first text that its ids do not give back, where it begins to differ; None where all come back.
-
-    A space in front, which some tokenizers add or drop, is no difference; a special token in place of text is one.
-    """
-    decoded = tokenizer.batch_decode(encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    for text, back in zip(texts, decoded, strict=True):
-        text, back = text.removeprefix(" "), back.removeprefix(" ")
-        if text != back:
-            pairs = enumerate(itertools.zip_longest(text, back))
-            start = max(0, next(place for place, (one, other) in pairs if one != other) - SHOWN // 2)
-            return f"{text[start : start + SHOWN]!r} comes back as {back[start : start + SHOWN]!r}"
-    return None
 
 
 __all__ = ["EncodedText", "Windows", "cut_windows", "encode_documents", "window_and_stride"]

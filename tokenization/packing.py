@@ -102,17 +102,28 @@ def pack_blocks(
     eos_token_id: int,
     vocab_size: int,
     path: str | Path,
+    find_loss: Callable[[list[str], list[list[int]]], str | None] | None = None,
 ) -> "PackedBlocks":
     """Tokenise documents, put EOS after each, cut the stream into blocks and write them to `path` and `path`.json.
 
     encode_batch: list of texts to list of lists of ids in [0, vocab_size), without special tokens added; text that
     happens to spell a special token must come out as plain text. What does not fill a last block is dropped, and
     counted in the JSON. An earlier pair at `path` is replaced only once the new one is complete; a failure leaves it.
+    find_loss: of texts and their ids, an example of what the ids do not hold; the first is the JSON's tokenizer_loss.
     Raises ValueError for ids out of range, no text, and text that does not fill one block.
     """
     path = Path(path)
     dtype = np.dtype("<u2" if vocab_size <= 65535 else "<u4")
-    stream = _Stream(encode_batch, block_size, eos_token_id, vocab_size)
+    loss: str | None = None
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        nonlocal loss
+        ids = encode_batch(texts)
+        if find_loss is not None and loss is None:
+            loss = find_loss(texts, ids)
+        return ids
+
+    stream = _Stream(encode, block_size, eos_token_id, vocab_size)
     fingerprint, kept_bytes, num_blocks = Fingerprint(), _KeptBytes(), 0
 
     def on_document(text: str, num_ids: int) -> None:
@@ -145,6 +156,7 @@ def pack_blocks(
             "fingerprint": fingerprint.hexdigest(),
             "vocab_size": vocab_size,
             "eos_token_id": eos_token_id,
+            **({} if loss is None else {"tokenizer_loss": loss}),
         }
         with open(aside_json, "wb") as file:
             file.write(json.dumps(info, indent=1).encode())
@@ -185,8 +197,8 @@ class PackedBlocks:
     """The blocks that `pack_blocks` wrote, read from disk on demand: `len(blocks)`, `blocks[i]`.
 
     `blocks[i]` is an int64 array (block_size,). Attributes, from the JSON: block_size, vocab_size, eos_token_id,
-    tokens (in all blocks), dropped_tokens, bytes (of text that the blocks cover), documents, fingerprint; `info` is
-    the JSON itself.
+    tokens (in all blocks), dropped_tokens, bytes (of text that the blocks cover), documents, fingerprint,
+    tokenizer_loss (an example of what the tokens do not hold of the text, or None); `info` is the JSON itself.
     Raises ValueError when the file or its JSON is missing or damaged, or their sizes disagree.
     """
 
@@ -202,6 +214,7 @@ class PackedBlocks:
             self.bytes: int = self.info["bytes"]
             self.documents: int = self.info["documents"]
             self.fingerprint: str = self.info["fingerprint"]
+            self.tokenizer_loss: str | None = self.info.get("tokenizer_loss")
             shape = (self.info["blocks"], self.block_size)
             dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
             found = self.path.stat().st_size

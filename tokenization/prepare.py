@@ -19,6 +19,7 @@ from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
 from prime_v2.tokenization.corpus import deduplicate, docs_versions, read_documents, split_of
 from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import PackedBlocks, pack_blocks
+from prime_v2.tokenization.round_trip import first_loss
 from prime_v2.tokenization.seals import Damaged, check_seal, write_seal, writing
 from prime_v2.tokenization.sources import change_of, fingerprint_of
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
@@ -224,6 +225,8 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
                 eos_token_id=tokenizer.eos_token_id,
                 vocab_size=tokenizer.code_table.shape[0],
                 path=folder / split,
+                # The bytes of what is measured count only where the tokens hold them.
+                find_loss=None if split == "train" else partial(first_loss, tokenizer),
             )
         except ValueError as error:
             shares = f"dev_share={text.dev_share}, test_share={text.test_share}"

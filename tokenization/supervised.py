@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prime_v2.tokenization.corpus import Fingerprint, read_rows, split_of
+from prime_v2.tokenization.round_trip import first_loss
 
 ANSWER, PROMPT = "{answer}", "{prompt}"
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
@@ -41,8 +42,8 @@ class Examples:
     """Encoded examples: `len(examples)`; `examples[i]` is a dict of input_ids, labels and attention_mask, (L,) int64.
 
     ids (N, L) int64, padded with EOS; prompt_lengths and lengths (N,) int64: tokens of the prompt, and of prompt,
-    answer and EOS. As of `PackedBlocks`: block_size, tokens (scored ones), bytes (of the answers), documents and
-    fingerprint; dropped: examples that did not fit.
+    answer and EOS. As of `PackedBlocks`: block_size, tokens (scored ones), bytes (of the answers), documents,
+    fingerprint and tokenizer_loss; dropped: examples that did not fit.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Examples:
         text_bytes: int = 0,
         fingerprint: str = "",
         dropped: int = 0,
+        tokenizer_loss: str | None = None,
     ):
         self.ids, self.prompt_lengths, self.lengths = ids, prompt_lengths, lengths
-        self.score_padding, self.dropped = score_padding, dropped
+        self.score_padding, self.dropped, self.tokenizer_loss = score_padding, dropped, tokenizer_loss
         self.block_size = ids.shape[1]
         self.ends = torch.full_like(lengths, self.block_size) if score_padding else lengths
         self.tokens = int((self.ends - prompt_lengths).sum())
@@ -83,7 +85,11 @@ class Examples:
     def first(self, count: int) -> "Examples":
         """The first `count` examples; their bytes in proportion to their tokens."""
         part = Examples(
-            self.ids[:count], self.prompt_lengths[:count], self.lengths[:count], score_padding=self.score_padding
+            self.ids[:count],
+            self.prompt_lengths[:count],
+            self.lengths[:count],
+            score_padding=self.score_padding,
+            tokenizer_loss=self.tokenizer_loss,
         )
         part.bytes = round(self.bytes_per_token * part.tokens)
         return part
@@ -165,6 +171,7 @@ def _encoded(split: str, texts: list[tuple[str, str]], options: Supervision, tok
         text_bytes=text_bytes,
         fingerprint=fingerprint.hexdigest(),
         dropped=len(texts) - len(rows),
+        tokenizer_loss=first_loss(tokenizer, [answer for _, answer in texts], answers),
     )
 
 
