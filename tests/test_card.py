@@ -143,8 +143,8 @@ def test_every_missing_value_is_named_and_none_is_invented(record):
             assert path.split(".")[-1] in str(error)
             refused.add(path)
         else:
-            # A package's version leaves the list of them, and bits per byte the table: not every text has bytes. Records
-            # of earlier versions do not say what an interval is over: sequences.
+            # A package's version leaves the list of them, and bits per byte the table: not every text has bytes.
+            # Records of earlier versions do not say what an interval is over: sequences.
             optional = ("bound.bits_per_byte", "bound.interval_over")
             assert text == whole or path.startswith("versions.") or path.endswith(optional)
     used = [f"results.training.{name}" for name in record["results"]["training"]]
