@@ -114,6 +114,17 @@ def refuse_mask(name: str, mask: Tensor) -> None:
     raise ValueError(f"{name} holds {value}, but a mask is bool, or 1 for what counts and 0 for the rest{additive}")
 
 
+def check_embeds(inputs_embeds: Any, config: Any) -> None:
+    """ValueError unless inputs_embeds, None included, are vectors (B, L, D) of the network's width."""
+    if inputs_embeds is None:
+        return
+    right = isinstance(inputs_embeds, Tensor) and inputs_embeds.is_floating_point() and inputs_embeds.dim() == 3
+    if not right or inputs_embeds.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds={shown(inputs_embeds)} must be floating-point vectors (B, L, {config.hidden_size})"
+        )
+
+
 def check_prepared_mask(mask: Any, attention: str | None) -> None:
     """ValueError unless a mask (B or 1, heads or 1, L, keys) is what this attention takes; other objects are let be.
 
@@ -299,6 +310,7 @@ def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dic
 
 __all__ = [
     "as_tensor",
+    "check_embeds",
     "check_id_type",
     "check_labels",
     "check_length",

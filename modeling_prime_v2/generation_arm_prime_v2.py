@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils import ModelOutput
 
 from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
-from .checks_prime_v2 import check_mask, checked_seed, token_inputs, whole_number
+from .checks_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .code_table_prime_v2 import check_ids
 from .denoising_prime_v2 import num_new_tokens
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
@@ -71,6 +71,7 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
         called = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
         with seeded(seed, self.device), evaluating(self):
             cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+            check_embeds(kwargs.get("inputs_embeds"), self.config)
             if cache is not None or kwargs.get("inputs_embeds") is not None:
                 generation_config, kwargs = _with_options(generation_config, kwargs, options)
                 kwargs |= {**called, "attention_mask": attention_mask}

@@ -15,13 +15,14 @@ from transformers.utils.generic import TransformersKwargs
 # How alike two names must be, from 0 to 1, for one to be offered in place of the other: "temprature" is, and "steps"
 # is not taken for "seed".
 NEAR = 0.65
+MOST_LISTED = 20  # names in a sentence
 
 # What a `forward` takes beside its own arguments.
 # Read by Transformers' decorators of `forward` (`capture_outputs`, `can_return_tuple`):
 OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 # Read by flash attention, where packed texts end; no other attention reads it:
 FLASH_ATTENTION = tuple(FlashAttentionKwargs.__annotations__)
-# Passed without a meaning (None, False or 0) to every model by
+# Passed without a meaning to every model, as None or, where it asks for something more, as False or 0, by
 #   Transformers' `generate` and pipelines, and what `TransformersKwargs` lists;
 #   peft's PeftModelForCausalLM.forward (inputs_embeds, task_ids) and its prompt learning (token_type_ids).
 IDLE = (
@@ -35,7 +36,7 @@ IDLE = (
     "token_type_ids",
     "use_cache",
 )
-
+ASKING = ("logits_to_keep", "output_router_logits", "use_cache")
 
 LM_EVAL = "lm_eval.models.huggingface"
 
@@ -64,7 +65,8 @@ def refuse_unknown(where: str, given: Mapping[str, Any], known: Iterable[str]) -
     known = list(known)
     for name, value in given.items():
         if name not in known:
-            hint = did_you_mean(name, known) or f"; it takes {', '.join(known)}"
+            listed = f"; it takes {', '.join(known)}" if len(known) <= MOST_LISTED else "; leave it out"
+            hint = did_you_mean(name, known) or listed
             raise ValueError(f"{where} has no argument {name}={shown(value)}{hint}")
 
 
@@ -75,28 +77,29 @@ def arguments_of(function: Callable) -> list[str]:
     return [name for name in names if name not in ("self", "model")]
 
 
-def check_forward_keywords(model: Any, given: Mapping[str, Any]) -> None:
-    """ValueError for keywords of a `forward` that nothing reads, beside those that mean nothing.
+def forward_keywords(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a `forward`, beside its own arguments, that something reads; what means nothing is dropped.
 
-    What the model's configuration says already means nothing either (use_cache, which Trainer sets there). Every
-    `forward` begins here, so `refuse_causal_scoring` has its place here too.
+    What the model's configuration says already means nothing either (use_cache, which Trainer sets there).
+    Raises ValueError for all others. Every `forward` begins here, so `refuse_causal_scoring` has its place here too.
     """
     refuse_causal_scoring(model)
+    read = {}
     for name, value in given.items():
-        if name in OUTPUTS:
+        if name in IDLE and _is_idle(model.config, name, value):
             continue
-        if name in IDLE and (_is_idle(value) or value is getattr(model.config, name, None)):
-            continue
-        if name in FLASH_ATTENTION:
-            if "flash" in str(model.config._attn_implementation):
-                continue
+        if name in OUTPUTS or name in FLASH_ATTENTION and "flash" in str(model.config._attn_implementation):
+            read[name] = value
+        elif name in FLASH_ATTENTION:
             raise ValueError(
                 f"{name}={shown(value)} is read by flash attention only, but attn_implementation="
                 f"{model.config._attn_implementation!r}; leave it out, or pad the texts and give an attention_mask"
             )
-        if name in IDLE:
+        elif name in IDLE:
             raise ValueError(f"{type(model).__name__}.forward makes no use of {name}={shown(value)}; leave it out")
-        refuse_unknown(f"{type(model).__name__}.forward", {name: value}, [*arguments_of(model.forward), *OUTPUTS])
+        else:
+            refuse_unknown(f"{type(model).__name__}.forward", {name: value}, [*arguments_of(model.forward), *OUTPUTS])
+    return read
 
 
 def refuse_causal_scoring(model: Any) -> None:
@@ -117,13 +120,16 @@ def refuse_causal_scoring(model: Any) -> None:
         frame = frame.f_back
 
 
-def _is_idle(value: Any) -> bool:
-    return value is None or value is False or type(value) is int and value == 0
+def _is_idle(config: Any, name: str, value: Any) -> bool:
+    """None; False or 0 for what asks for something more; and what holds already."""
+    if value is None or value is getattr(config, "causal" if name == "is_causal" else name, None):
+        return True
+    return name in ASKING and (value is False or type(value) is int and value == 0)
 
 
 __all__ = [
     "arguments_of",
-    "check_forward_keywords",
+    "forward_keywords",
     "did_you_mean",
     "nearest",
     "refuse_causal_scoring",

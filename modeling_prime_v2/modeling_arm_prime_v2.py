@@ -16,6 +16,7 @@ from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2S
 from .cache_prime_v2 import CACHE_NAME, one_cache
 from .checks_prime_v2 import (
     as_tensor,
+    check_embeds,
     check_length,
     check_mask,
     check_prepared_mask,
@@ -29,7 +30,7 @@ from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
-from .keywords_prime_v2 import check_forward_keywords
+from .keywords_prime_v2 import forward_keywords
 from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -100,10 +101,11 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         position_ids (B or 1, L): given without mask and cache, those that do not rise by one begin another text, which
             does not see what precedes it, as in Transformers (packed texts).
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids (B, L) and inputs_embeds (B, L, D)")
         cache = one_cache(cache, past_key_values)
+        check_embeds(inputs_embeds, self.config)
         self._check_inputs(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             # A single token after others comes from this model's own logits: no need to wait for its value.
@@ -225,7 +227,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         labels = as_tensor(self, "labels", labels)
         cache = one_cache(cache, past_key_values)

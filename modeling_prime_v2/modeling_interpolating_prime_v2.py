@@ -27,7 +27,7 @@ from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMix
 from .greedy_prime_v2 import PrimeV2DecodesTo
 from .head_prime_v2 import token_nats
 from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
-from .keywords_prime_v2 import check_forward_keywords
+from .keywords_prime_v2 import forward_keywords
 from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -89,7 +89,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         then those of a caller that has checked them. None: the known tokens became known from left to right, and each
         masked one is a query that sees them all; attention_mask (B, E), 0 for padding, belongs to this case alone.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         if ranks is None:
             check_length(input_ids, attention_mask, self.config)
             check_ids(input_ids, self.config.vocab_size + 1, MASKED_NOTE)
@@ -193,7 +193,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         labels = as_tensor(self, "labels", labels)
         if labels is None:

@@ -26,7 +26,7 @@ from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_le
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
 from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
 from .head_prime_v2 import HiddenTokens, hidden_nats
-from .keywords_prime_v2 import check_forward_keywords
+from .keywords_prime_v2 import forward_keywords
 from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
 from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
@@ -89,7 +89,7 @@ class PrimeV2Model(PrimeV2Backbone):
         input_ids (B, L): token ids in place of states, V = all digits masked.
         needed (B, L) bool: only these tokens' hidden states are wanted, (M, D) by rows, then columns.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         if (input_ids is None) == (subtoken_ids is None):
             raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
         if subtoken_ids is None:
@@ -186,7 +186,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
         Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         labels, subtoken_ids = as_tensor(self, "labels", labels), as_tensor(self, "subtoken_ids", subtoken_ids, 3)
         if (input_ids is None) == (subtoken_ids is None):

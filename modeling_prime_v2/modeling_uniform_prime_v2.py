@@ -27,7 +27,7 @@ from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_prime_v2 import stratified_levels
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
 from .greedy_prime_v2 import PrimeV2DecodesTo
-from .keywords_prime_v2 import check_forward_keywords
+from .keywords_prime_v2 import forward_keywords
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
@@ -141,7 +141,7 @@ class PrimeV2UniformModel(PrimeV2Backbone):
 
         times: None means 0, clean tokens; they are not read where config.time_conditioning is False.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         if times is None and self.config.time_conditioning:
             times = torch.zeros(len(input_ids), dtype=torch.double, device=input_ids.device)
         check_noised(input_ids, times, attention_mask, self.config)
@@ -228,7 +228,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         Raises ValueError for ids and times out of range, over-long or empty input, rows of padding alone, nothing to
         score, times missing where the network needs them, and times with labels.
         """
-        check_forward_keywords(self, kwargs)
+        kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         labels = as_tensor(self, "labels", labels)
         if labels is None:

@@ -157,3 +157,56 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_rows_alone(kind):
         assert found.item() * scored == pytest.approx(total, abs=TOLERANCE * ids.numel() * 10)
 
     check()
+
+
+NOT_MASKS = [float("-inf"), float("inf"), float("nan"), -1.0, 0.5, 2.0, -1e-9, -3.4028234663852886e38, 255.0]
+MASKS = ["attention_mask", "prompt_mask", "target_mask", "loss", "forward", "generate"]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.long, torch.int8]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_mask_of_another_convention_is_refused_and_one_of_zeros_and_ones_means_what_it_says(kind):
+    """Every public function that takes a mask, with one wrong value anywhere in it or none."""
+    model, ids = network(kind), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    times = {"times": torch.full((2,), 0.5)} if kind == "uniform" else {}
+    noise = {"noise_keys": torch.arange(2), "noise_levels": torch.full((2,), 0.5, dtype=torch.double)}
+
+    scored = {"method": model.bound_method, "num_samples": 2}
+
+    @cases(15, 250)
+    @given(
+        st.lists(st.booleans(), min_size=6, max_size=6),
+        st.sampled_from(NOT_MASKS),
+        st.integers(0, 5),
+        st.sampled_from(DTYPES),
+        st.sampled_from(MASKS),
+        st.booleans(),
+    )
+    def check(drawn, value, place, dtype, where, is_wrong):
+        real = torch.tensor(drawn).view(2, 3)
+        real[:, -1] = True  # no row of padding alone, and something to score
+        last = torch.arange(3) == 2  # the targets of an ARM are the last tokens
+        mask = {"prompt_mask": ~real, "target_mask": last.expand(2, 3)}.get(where, real)
+        labels = ids.masked_fill(~real, -100)
+        call = {
+            "attention_mask": lambda each: model.log_likelihood(ids, each, **scored).value,
+            "prompt_mask": lambda each: model.log_likelihood(ids, prompt_mask=each, **scored).value,
+            "target_mask": lambda each: model.decodes_to(ids, real, each).matches,
+            "loss": lambda each: model(ids, each, labels=labels, **noise).loss,
+            "forward": lambda each: model(ids, each, **times).logits[real],
+            "generate": lambda each: model.generate(ids, each, max_new_tokens=2, seed=0),
+        }[where]
+        numbers = mask.to(dtype)
+        if is_wrong:
+            numbers[place // 3, place % 3] = value if dtype.is_floating_point else 2
+        wrong = ((numbers != 0) & (numbers != 1)).any().item()  # float16 rounds the smallest value to 0
+        found = attempt(f"mask of {where} of {kind}", lambda: call(numbers))
+        if isinstance(found, Refusal):
+            assert wrong and "but a mask is bool, or 1 for what counts and 0 for the rest" in found.sentence, found
+            return
+        assert not wrong
+        expected = call(mask)
+        if not is_wrong:
+            assert torch.equal(found, expected)
+
+    check()

@@ -92,7 +92,11 @@ def test_what_peft_and_transformers_pass_without_a_meaning_changes_nothing(model
 
 def test_what_the_model_makes_no_use_of_is_refused_by_its_name(model):
     times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
-    given = {"token_type_ids": torch.zeros_like(IDS), "is_causal": True, "output_router_logits": True}
+    given = {
+        "token_type_ids": torch.zeros_like(IDS),
+        "is_causal": not model.config.causal,
+        "output_router_logits": True,
+    }
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         given |= {"inputs_embeds": torch.zeros(2, 4, 16), "use_cache": True}
     for name, value in given.items():
