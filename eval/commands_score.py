@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,12 @@ class Scoring:
     stride: int | None
     device: str | None
     dtype: str | None
+    keep_sequences: bool = False  # in a record, so that models can be compared sequence by sequence
 
     def options(self) -> dict[str, Any]:
         """Of `score_text`, but for the method, which each model has its own of."""
-        return {"num_samples": self.num_samples, "seed": self.seed, "window": self.window, "stride": self.stride}
+        names = ("num_samples", "seed", "window", "stride", "keep_sequences")
+        return {name: getattr(self, name) for name in names}
 
 
 def run_ppl(
@@ -111,6 +113,7 @@ def run_ppl(
     if len(set(models)) < len(models):
         raise ValueError(f"{next(each for each in models if models.count(each) > 1)} is given twice; once will do")
     results: dict[str, Any]
+    scoring = replace(scoring, keep_sequences=output is not None)
     if isinstance(text, TextSource) and len(models) == 1:
         results = _score_one(models[0], text, scoring)
         scores = [results["evaluation"]]

@@ -63,7 +63,7 @@ def score_blocks(
         text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given: the interval takes in that
             sequences differ in their bytes, where those of each are given
     and with `keep_sequences` nats_of_sequences, the nats of each block to 1e-3, and clusters, of `intervals.Clusters`
-    with the `tokens` of each: models that score the same blocks are compared on them
+    with the `tokens` of each and, where known, the `bytes`: models that score the same blocks are compared on them
     (`prime_v2.eval.compare_report.paired`).
     Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
@@ -199,6 +199,8 @@ def score_windows(
         result["nats_of_sequences"] = [round(float(each), 3) for output in outputs for each in -output.value]
         tokens = [int(each) for each in clusters.sums(lengths)]
         result["clusters"] = clusters.to_json() | {"tokens": tokens}
+        if text_bytes is not None and np.ndim(text_bytes):
+            result["clusters"]["bytes"] = [round(float(each), 3) for each in clusters.sums(text_bytes)]
     return result
 
 

@@ -331,7 +331,7 @@ def test_watch_on_a_terminal_shows_drafts_and_leaves_the_text(model_dir):
 
 def test_ppl_prints_and_records_the_score_of_the_text(model_dir, text_file, tmp_path):
     model, tokenizer = load_model_and_tokenizer(model_dir, "cpu")
-    expected = score_text(model, tokenizer, DOCUMENTS, num_samples=4, seed=1)
+    expected = score_text(model, tokenizer, DOCUMENTS, num_samples=4, seed=1, keep_sequences=True)
     output = tmp_path / "record.json"
     arguments = ["ppl", model_dir, text_file, "--num-samples", 4, "--seed", 1, "--device", "cpu"]
     result = run(*arguments, "--json", "--output", output)
@@ -343,6 +343,8 @@ def test_ppl_prints_and_records_the_score_of_the_text(model_dir, text_file, tmp_
     assert str(tmp_path) not in json.dumps(record["results"])
     assert "exists; give another name" in refused(*arguments, "--output", output)
 
+    short = json.loads(run(*arguments, "--json").stdout)["evaluation"]
+    assert short == {name: expected[name] for name in expected if name not in ("nats_of_sequences", "clusters")}
     plain = run(*arguments).stdout
     half = expected["nats_per_token_interval_95"][1] - expected["nats_per_token"]
     assert f"{expected['nats_per_token']:.4f} ± {half:.4f} nats/token (bound)" in plain

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.eval.cli import app
 from prime_v2.eval.commands_score import render_table
+from prime_v2.eval.compare_report import paired
 from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.perplexity import score_text
 from prime_v2.eval.records import read_record
@@ -239,7 +240,10 @@ def test_a_table_has_each_model_on_the_same_windows_of_each_set(diffusion, arm, 
             )
             row = rows[set_name, name]
             assert {key: row[key] for key in expected} == expected
-            assert all(isinstance(value, float | int | str | bool | list) for value in row.values())
+            assert all(isinstance(row[name], float | int | str | bool | list) for name in expected)
+            assert paired(row, rows[set_name, names[0]])["nats_per_token"] == pytest.approx(
+                row["nats_per_token"] - rows[set_name, names[0]]["nats_per_token"], abs=1e-3
+            )
     assert [each["method"] for each in printed["models"]] == ["subtoken", "causal"]
     assert [each["name"] for each in printed["sets"]] == ["ptb", "arxiv"]
     assert [each["name"] for each in printed["skipped"]] == ["openwebtext", "lambada", "wikitext", "lm1b", "ag_news"]
