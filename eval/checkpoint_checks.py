@@ -44,13 +44,17 @@ def last_whole_checkpoint(trainer: Any, folder: Path) -> str | None:
 
 
 def problem_of(trainer: Any, checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint of this run, a clause that begins with the name of a file; None for nothing."""
+    """What is wrong with a checkpoint of this run, a clause that begins with the name of a file; None for nothing.
+
+    ValueError for one that is right but was written in another way, which is nothing to be set aside.
+    """
     problem = damage(checkpoint)
     if problem is not None:
         return problem
     try:
         for path in sorted(checkpoint.rglob("*.json")):
             read_json(path)
+        _check_author(trainer, checkpoint)
         _check_trainer_state(trainer, checkpoint)
         _check_random_states(checkpoint)
         if isinstance(trainer.train_dataset, StreamedBlocks):
@@ -59,11 +63,21 @@ def problem_of(trainer: Any, checkpoint: Path) -> str | None:
             return None
         check_no_pickles(checkpoint)
         _check_weights(trainer.model, checkpoint)
-        if (checkpoint / "optimizer.json").exists():  # else Trainer's refusal says what it was written by
-            _check_optimizer(trainer, checkpoint)
+        _check_optimizer(trainer, checkpoint)
     except Damaged as error:
         return str(error)
     return None
+
+
+def _check_author(trainer: Any, checkpoint: Path) -> None:
+    """ValueError for a whole checkpoint of others: nothing is wrong with it, but it cannot be continued here."""
+    is_ours = any((checkpoint / f"{name}.json").exists() for name in ("optimizer", "scheduler"))
+    if is_ours == trainer.is_sharded:
+        author = "one process or DDP" if trainer.is_sharded else "FSDP, DeepSpeed or --save_only_model"
+        raise ValueError(
+            f"{checkpoint} was written by {author}: the state of its optimizer cannot be read here; continue it as it "
+            f"was begun"
+        )
 
 
 def _check_trainer_state(trainer: Any, checkpoint: Path) -> None:

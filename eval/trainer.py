@@ -171,12 +171,6 @@ class DiffusionTrainer(Trainer):
             save_state(self.lr_scheduler.state_dict(), Path(output_dir), "scheduler")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and Path(checkpoint, "optimizer.json").exists() == self.is_sharded:
-            author = "one process or DDP" if self.is_sharded else "FSDP, DeepSpeed or --save_only_model"
-            raise ValueError(
-                f"{checkpoint} was written by {author}: the state of its optimizer cannot be read here; continue it "
-                f"as it was begun"
-            )
         if checkpoint is None or self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -95,6 +95,7 @@ TAMPERED = {
     "a pickle beside the weights": lambda c: torch.save({}, c / "training_args.bin"),
     "weights that are text": of_text("model.safetensors", "x" * 100),
     "no weights": lambda c: (c / "model.safetensors").unlink(),
+    "no optimizer": lambda c: (c / "optimizer.json").unlink(),
     "no schedule": lambda c: (c / "scheduler.json").unlink(),
     "no moments": lambda c: (c / "optimizer.safetensors").unlink(),
     "no random states": lambda c: [(c / f"random_0.{end}").unlink() for end in ("json", "safetensors")],

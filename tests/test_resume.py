@@ -133,7 +133,9 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_left_as_it_is(text, b
 
 
 def test_a_checkpoint_without_its_optimizer_is_refused_instead_of_starting_a_new_one(text, broken, capsys):
-    (broken / "checkpoint-4" / "optimizer.json").unlink()
+    for name in ("optimizer", "scheduler"):
+        for path in (broken / "checkpoint-4").glob(f"{name}.*"):
+            path.unlink()
     seal(broken / "checkpoint-4")
     assert train(text, broken) == 2
     (line,) = capsys.readouterr().err.splitlines()
