@@ -320,6 +320,23 @@ def test_a_full_disk_while_the_tokenizer_is_written_is_a_sentence(moment, text, 
     assert train(text, tmp_path / "run") == 0
 
 
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_a_sentence(text, unbroken, tmp_path):
+    """A real refusal of the system: no file may be as large as tokenizer.json, which is the largest by then."""
+    prepared = unbroken / "data"
+    whole = prepared / "tokenizer_of_whole_tokens" / "tokenizer.json"
+    limit = whole.stat().st_size - 100
+    assert max(each.stat().st_size for each in prepared.iterdir() if each.is_file()) < limit
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from prime_v2.eval.training import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--data", str(text), "--output_dir", str(tmp_path / "run"), *OPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert re.search(
+        r"^train.py: error: the prepared text in .* could not be written \(File too large", done.stderr, re.M
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
 # What the samples of a step are
 
 
