@@ -235,7 +235,7 @@ def check_labels(
     if nothing:  # one wait for an accelerator
         check_mask("attention_mask", attention_mask)
         if outside is not None and outside.any():
-            value = noise_levels.to(outside.device)[outside][0].item()  # type: ignore[union-attr]  # given if outside is
+            value = noise_levels.to(outside.device)[outside][0].item()
             raise ValueError(f"noise_levels holds {value}, outside (0, 1); use 0.5")
         raise ValueError("no label to score: every one is -100 or padding; give clean token ids where to score")
     check_ids(ids[scored], config.vocab_size, "labels are predictable tokens")
@@ -268,10 +268,14 @@ def refuse_noise(noise_keys: Any, noise_levels: Any) -> None:
             raise ValueError(f"{name} was given without labels, whose noise it fixes; leave it out")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, numpy's included; bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def whole_number(name: str, value: Any, least: int, most: int | None = None, use: int | None = None) -> int:
     """An integer, numpy's included, of at least `least`; ValueError otherwise, for bool too."""
-    right = isinstance(value, Integral) and not isinstance(value, bool)
-    if not right or value < least or most is not None and value > most:
+    if not is_integer(value) or value < least or most is not None and value > most:
         bounds = f"of at least {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(
             f"{name}={shown(value)} must be an integer {bounds}; use {max(least, 0) if use is None else use}"
@@ -317,6 +321,7 @@ __all__ = [
     "check_mask",
     "check_prepared_mask",
     "check_shapes",
+    "is_integer",
     "checked_seed",
     "mask_faults",
     "refuse_lost_labels",

@@ -28,7 +28,7 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
     """The `generate` of `PrimeV2ForCausalLM`, called as that of the other families is."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # the other families' order of arguments; `inputs` is a keyword here
+    def generate(  # the other families' order of arguments; `inputs` is a keyword here
         self: Any,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

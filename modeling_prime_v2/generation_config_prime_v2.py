@@ -2,14 +2,14 @@
 
 import math
 from functools import cache
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from .checks_prime_v2 import checked_seed, whole_number
+from .checks_prime_v2 import checked_seed, is_integer, whole_number
 from .keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
 
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
@@ -86,7 +86,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
         for name in ("max_new_tokens", "max_length", "max_denoising_steps", "num_return_sequences"):
             value = getattr(self, name)
             if value is not None:
-                whole_number(name, value, 1, use=DEFAULTS.get(name))
+                whole_number(name, value, 1, use=int(DEFAULTS.get(name, 1)))
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -175,7 +175,7 @@ def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[in
     """The ids that one of `SPECIAL_TOKENS` names, [] for None; ValueError for what is no id, or none of the model."""
     several = name == "eos_token_id" and isinstance(value, (list, tuple))
     ids = list(value) if several else [] if value is None else [value]
-    if not all(isinstance(each, Integral) and not isinstance(each, bool) and each >= 0 for each in ids):
+    if not all(is_integer(each) and each >= 0 for each in ids):
         raise ValueError(f"{name}={value!r} must be a token id, an integer of at least 0, or None")
     for token in ids:
         if vocab_size is not None and token >= vocab_size:
