@@ -10,7 +10,10 @@ import pytest
 import torch
 from fuzz_networks import LIMIT, SHAPE, VOCAB_SIZE
 from peft import LoraConfig, get_peft_model
-from transformers import BatchEncoding, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerFast
 
 from prime_v2.eval.families import FAMILIES
 from prime_v2.keywords_prime_v2 import nearest
@@ -428,3 +431,17 @@ def test_numbers_of_numpy_mean_what_they_are(model):
 
 def test_the_limits_that_the_tests_use_hold(model):
     assert model.config.vocab_size == VOCAB_SIZE and model.config.max_position_embeddings == LIMIT
+
+
+def test_what_a_chat_template_gives_is_a_prompt(model):
+    """A BatchEncoding in Transformers 5, of lists or of tensors."""
+    base = WordLevel({"the": 0, "cat": 1, "[UNK]": 2}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(base))
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }} {% endfor %}"
+    messages = [{"role": "user", "content": "the cat"}]
+    options = {"max_new_tokens": 3, "seed": 1}
+    expected = model.generate(torch.tensor([[0, 1]]), **options)
+    for form in ({}, {"return_tensors": "pt"}, {"return_tensors": "np"}):
+        found = model.generate(tokenizer.apply_chat_template(messages, **form), **options)
+        assert torch.equal(found, expected)
