@@ -100,7 +100,7 @@ def tamper(folder: Path, draw: random.Random) -> str:
             checkpoint.write_text("x") if way_of_folder == "a file" else checkpoint.mkdir()
         return f"{checkpoint.name} is {way_of_folder}"
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
-    states = [each for each in files if each.name.startswith(STATES)]
+    states = [each for each in files if each.name.startswith(STATES) and each.suffix in SEALED]
     if not states:
         return "nothing left"
     if draw.randrange(2):
