@@ -37,7 +37,7 @@ class HeadCall(NamedTuple):
     vocab_size: int
 
 
-def plain_weight(layer: nn.Module) -> Tensor | None:
+def plain_weight(layer: Any) -> Tensor | None:
     """The weight of a linear layer or a table of vectors whose call is PyTorch's own; None where something acts on it.
 
     None: another class in its place, hooks, a `forward` of its own (accelerate's offloading), a weight of another
@@ -49,7 +49,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     return layer.weight
 
 
-def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+def linear(layer: Any, inputs: Tensor) -> Tensor:
     """`layer(inputs)`, inputs (..., K) to (..., N), with `product` where it pays."""
     weight = None if torch.compiler.is_compiling() else plain_weight(layer)
     if weight is None or not _onednn_pays(inputs, weight):
@@ -58,7 +58,7 @@ def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
     return result if layer.bias is None else result + layer.bias
 
 
-def head_of(layer: nn.Module, vocab_size: int, shared: Tensor | None = None) -> Tensor | HeadCall:
+def head_of(layer: Any, vocab_size: int, shared: Tensor | None = None) -> Tensor | HeadCall:
     """The head that a linear layer is, its weight (V, D) where it is plain; `shared` (V, D) is added to its rows."""
     weight = plain_weight(layer)
     if weight is not None:
@@ -73,7 +73,7 @@ def apply_head(hidden_states: Tensor, head: Tensor | HeadCall) -> Tensor:
     return product(hidden_states, head) if isinstance(head, Tensor) else head.call(hidden_states)
 
 
-def all_vectors(table: nn.Module, count: int) -> Tensor:
+def all_vectors(table: Any, count: int) -> Tensor:
     """The first `count` vectors of a table, (count, D), differentiable: what ties a head to its embedding.
 
     `forward` is called and not the module: hooks on an embedding are for embedded texts (NEFTune adds noise), while
