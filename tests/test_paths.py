@@ -1,5 +1,6 @@
 """Nothing that is passed on, an export or a record, says where on a machine something lies, or whose it is."""
 
+import json
 import platform
 import socket
 import sys
@@ -94,7 +95,7 @@ def test_no_file_of_an_export_and_no_record_tells_where_or_by_whom_it_was_made(t
         content = path.read_bytes()
         assert [each for each in told if each in content] == [], path.name
 
-    record = make_record("train", {}, seed=0) | training.json.loads((home / "run.json").read_text())
+    record = make_record("train", {}, seed=0) | json.loads((home / "run.json").read_text())
     record["command"] = f"python {home}/train.py --data {text}"
     record["results"]["data"]["source"] = str(text)
     card = write_card(home / "export", record).read_bytes()
