@@ -236,10 +236,16 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.received: int | None = None
         self.received_at = 0.0
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            self.before[number] = signal.signal(number, self._handle)
+
+    def release(self) -> None:
+        """Signals act as before; also where training ended in an error."""
+        while self.before:
+            signal.signal(*self.before.popitem())
 
     def _handle(self, number, frame):
         if self.received is None:
@@ -259,8 +265,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        self.release()
 
 
 class Progress(ProgressCallback):

@@ -187,7 +187,10 @@ def _train(
     prepare_sharding(trainer)
     if last and state.is_main_process:
         print(f"continuing from {last}")
-    trainer.run_from(last)
+    try:
+        trainer.run_from(last)
+    finally:
+        stop.release()
     if stop.received is not None and trainer.state.global_step < training.max_steps:
         if state.is_main_process:
             print(f"stopped at step {trainer.state.global_step}; the same command continues from there")
