@@ -118,6 +118,28 @@ def startup_table(results: Path) -> str:
     return with_origin(["start", "median"], rows, record)
 
 
+def busy_table(results: Path) -> str:
+    """Tokens/s by how threads wait, on an idle and on a busy machine, and as shares of the idle default."""
+    record = read_record(results / "busy_machine.json")
+    rows = []
+    for row in record["results"]["settings"]:
+        name = f"`{row['setting']}`" + (" (what is set)" if row["is_the_choice"] else "")
+        cells = []
+        for condition in ("idle", "busy"):
+            share = row[condition]["of_the_idle_default"]
+            low, high = share["range"]
+            cells += [f"{row[condition]['tokens_per_second']:,.0f}", f"{share['median']:.0%} [{low:.0%}, {high:.0%}]"]
+        rows.append([name, *cells])
+    heads = [
+        "waiting",
+        "idle, tokens/s",
+        "of the idle default [range]",
+        "busy, tokens/s",
+        "of the idle default [range]",
+    ]
+    return with_origin(heads, rows, record)
+
+
 def crash_table(results: Path) -> str:
     """Kills by the phase that they hit, and what became of the runs."""
     record = read_record(results / "crash_test.json")
@@ -175,6 +197,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "end_to_end": end_to_end_table,
     "growth": growth_table,
     "startup": startup_table,
+    "busy_machine": busy_table,
     "crash_test": crash_table,
     "fuzz": fuzz_table,
 }
