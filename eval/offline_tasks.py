@@ -190,6 +190,8 @@ def write_tasks(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give a new one")
+    if not tasks:
+        raise ValueError(f"no task was named; give some of {', '.join(TASKS)}, e.g. --tasks sciq,boolq")
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:
         what = "--split has no other split" if data is None else "--data has no form"

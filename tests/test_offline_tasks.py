@@ -207,6 +207,7 @@ def test_what_is_not_there_is_refused_by_name(own_data, tmp_path):
     assert refusal(["hellaswag"]).startswith("--data has no form of the task hellaswag; the tasks are sciq, ")
     assert refusal(["hellaswag"], data=None).startswith("--split has no other split of the task hellaswag; the tasks")
     assert refusal(["sciq"], "boolq=train") == "--split names boolq, which is not among the tasks sciq"
+    assert refusal([]).startswith("no task was named; give some of ")
     for path in (own_data / "sciq").iterdir():
         path.rename(path.with_name("dev.jsonl"))
     assert refusal(["sciq"]).endswith("/sciq holds none of train.jsonl and validation.jsonl and test.jsonl")
