@@ -9,16 +9,17 @@ from typing import Any
 from transformers import TrainingArguments
 
 from prime_v2.eval.checkpoints import checkpoints_in
+from prime_v2.eval.option_checks import FOLLOWS_EVALUATION
 from prime_v2.eval.training_options import TRAINING_DEFAULTS, RunOptions
 from prime_v2.tokenization.locks import LOCK
 from prime_v2.tokenization.seals import Damaged, read_json
 
 RUN, RECORD = "run.json", Path("results", "train.json")
 
-# Of RunOptions: where things lie and what they are called; changing these continues the same run.
+# Options in RunOptions of where things lie and what they are called; changing these continues the same run.
 MACHINE_OPTIONS = {"record", "config", "data_dir", "label"}
-# Of TrainingArguments, what cannot change the weights beyond the rounding of sums. Everything else is compared, also
-# what a later Transformers adds. docs/training.md has the table.
+# Options in TrainingArguments that cannot change the weights beyond the rounding of sums. Everything else is compared,
+# also what a later Transformers adds. docs/training.md has the table.
 NO_INFLUENCE = {
     # Names, places and hub repositories.
     *("output_dir", "run_name", "project", "report_to", "hub_token", "hub_private_repo", "hub_model_id"),
@@ -39,7 +40,7 @@ NO_INFLUENCE = {
     # Memory for time: what is computed twice is the same both times. (The old and the new name.)
     *("gradient_checkpointing", "activation_checkpointing"),
 }
-# Of those, what does decide it where the schedule follows the evaluations.
+# Those among them that decide the course where the schedule follows the evaluations.
 EVALUATION = {
     "eval_strategy",
     "eval_steps",
@@ -48,7 +49,6 @@ EVALUATION = {
     "metric_for_best_model",
     "greater_is_better",
 }
-FOLLOWS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 class Holds(StrEnum):

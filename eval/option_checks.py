@@ -107,6 +107,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+# Schedules that lower the learning rate by what an evaluation finds, and what one finds: all better where lower.
+FOLLOWS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+MEASURED = ("bound", "perplexity", "bits_per_byte", "nats_per_answer")
+
+
 def kinds_of(options: Any) -> dict[str, tuple[type, ...]]:
     """The types that each field of a dataclass can have."""
     hints = typing.get_type_hints(options)
@@ -166,15 +171,27 @@ def _problem_of(value: Any, rule: Range, whole: bool) -> str | None:
 
 
 def refused_values(training: Any) -> list[str]:
-    """Of `REFUSED`, what has another value, sentences. An option that this Transformers does not have is none."""
+    """A sentence for each option of `REFUSED` that has another value; one that this Transformers lacks has none."""
     problems = []
     for name, (wanted, reason) in REFUSED.items():
         value = getattr(training, name, wanted)
         if value != wanted:
             problems.append(f"--{name} {value} is not supported here ({reason}); leave it at {wanted}")
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in MEASURED:
+        problems.append(f"--metric_for_best_model {metric} is not measured; use one of {', '.join(MEASURED)}")
     if getattr(training.accelerator_config, "split_batches", False):
         problems.append("--accelerator_config split_batches is not supported here; use --global_batch")
     return problems
 
 
-__all__ = ["REFUSED", "RULES", "Range", "check_values", "is_numeric", "kinds_of", "refused_values"]
+__all__ = [
+    "FOLLOWS_EVALUATION",
+    "REFUSED",
+    "RULES",
+    "Range",
+    "check_values",
+    "is_numeric",
+    "kinds_of",
+    "refused_values",
+]

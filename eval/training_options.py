@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from prime_v2.eval.families import FAMILIES, family_named
 from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
-from prime_v2.eval.option_checks import check_values, refused_values
+from prime_v2.eval.option_checks import FOLLOWS_EVALUATION, check_values, refused_values
 from prime_v2.eval.places import check_folder
 from prime_v2.eval.recipes import CONFIGS, find_recipe, recipe_names
 from prime_v2.keywords_prime_v2 import did_you_mean, nearest
@@ -89,7 +89,7 @@ def parse_options(
     Without --config it is the recipe tiny.
     """
     kinds: Any = (RunOptions, TrainingArguments)
-    # Of an abbreviated --config the file would not be read here.
+    # The file of an abbreviated --config would not be read here.
     parser = parser_class(kinds, prog="train.py", description=description, allow_abbrev=False)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of the family's config.")
     known = {action.dest for action in parser._actions} - {"help"}
@@ -130,6 +130,12 @@ def _parsed(parser: HfArgumentParser, kinds: Any, arguments: list[str]) -> tuple
     if problems:
         parser.error("; ".join(problems))
     parser.set_defaults(**{name: value for name, value in values.items() if type(value) is int})
+    follows = values["lr_scheduler_type"] in FOLLOWS_EVALUATION
+    metric = values["metric_for_best_model"] or (
+        "bound" if follows else None
+    )  # by default eval_loss, which is not measured
+    if metric is not None:  # all that is measured is better where it is lower
+        parser.set_defaults(metric_for_best_model=metric, greater_is_better=values["greater_is_better"] or False)
     try:
         run, training, extra, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False

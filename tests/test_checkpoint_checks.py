@@ -158,7 +158,11 @@ def test_looking_changes_neither_trainer_nor_folder(run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_of_every_family_are_whole(family, tmp_path):
-    """And of an optimizer of another form, with the schedule of constant rates."""
-    more = ["--optim", "adafactor", "--lr_scheduler_type", "constant"] if family == "arm" else []
+    """And of an optimizer of another form, with the schedule of constant rates, and those that follow evaluations."""
+    more = {
+        "arm": ["--optim", "adafactor", "--lr_scheduler_type", "constant"],
+        "uniform": ["--lr_scheduler_type", "reduce_lr_on_plateau"],
+        "interpolating": ["--lr_scheduler_type", "greedy"],
+    }.get(family, [])
     trainer = stopped_run(tmp_path / "run", "--family", family, *more)
     assert problem_of(trainer, tmp_path / "run" / "checkpoint-4") is None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prime_v2.tokenization.seals import (
     Damaged,
@@ -116,6 +117,16 @@ def test_a_pickle_is_found_by_its_name_and_by_its_first_bytes(folder):
     (folder / "empty.pt").touch()
     with pytest.raises(Damaged, match="empty.pt is a pickle"):
         check_no_pickles(folder)
+
+
+def test_weights_whose_header_begins_like_a_pickle_are_none(folder):
+    """A safetensors file begins with the length of its header, of which one in 32 has the first byte of pickles."""
+    for padding in range(256):
+        save_file({"x": torch.ones(2)}, folder / "x.safetensors", metadata={"a": "b" * padding})
+        if (folder / "x.safetensors").read_bytes()[0] == 0x80:
+            break
+    assert (folder / "x.safetensors").read_bytes()[0] == 0x80
+    check_no_pickles(folder)
 
 
 def test_what_writers_say_of_a_full_disk_is_a_sentence_and_other_errors_are_left_alone():

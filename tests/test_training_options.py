@@ -36,7 +36,7 @@ def outcome(arguments: list[str], capsys: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_is_taken_in_its_range_alone_and_else_refused_in_a_sentence(name, capsys):
+def test_every_number_is_taken_in_its_range_only_and_else_refused_in_a_sentence(name, capsys):
     """On the command line and in a file; what is taken is a finite number that its rule holds for."""
     rule = RULES.get(name, USUAL)
     whole = float not in {**kinds_of(RunOptions), **kinds_of(TrainingArguments)}[name]
@@ -76,7 +76,7 @@ def test_what_breaks_a_promise_is_refused_whatever_else_is_given(name, capsys):
     wanted, reason = REFUSED[name]
     other = {False: "true", True: "false"}.get(wanted, "2") if not isinstance(wanted, list) else "loss"
     other = {"train_sampling_strategy": "random", "liger_kernel_config": '{"rope":true}'}.get(name, other)
-    if name == "liger_kernel_config":  # of a file alone: the command line makes no dict of it
+    if name == "liger_kernel_config":  # of a file only: the command line makes no dict of it
         return
     assert re.search(f"--{name} .* is not supported here|{name}", outcome([*START, f"--{name}", other], capsys))
 
@@ -99,7 +99,7 @@ def test_an_abbreviated_option_is_no_option(capsys, tmp_path):
 
 
 def test_the_smallest_numbers_that_are_taken_train(tmp_path):
-    """Of each option the lower end of its range, as far as a run of a few steps has room for it."""
+    """Each option is at the lower end of its range, as far as a run of a few steps has room for it."""
     text = write_text(tmp_path / "text.jsonl")
     needed = {"block_size", "bpe_vocab_size", "max_documents", "dev_share", "test_share", "lora", "local_rank"}
     low = [
@@ -155,6 +155,16 @@ def test_a_key_that_a_dependency_adds_to_its_own_settings_is_no_other_course():
 def test_evaluations_decide_the_course_where_the_schedule_follows_them():
     assert not EVALUATION & parsed().keys()
     assert parsed("--lr_scheduler_type", "reduce_lr_on_plateau").keys() >= EVALUATION
+
+
+def test_a_schedule_that_follows_evaluations_follows_the_bound_or_what_is_measured(capsys):
+    """Transformers would look for an eval_loss, and end in a KeyError at the first evaluation."""
+    start = [*START, "--lr_scheduler_type", "greedy"]
+    for more, metric in (([], "bound"), (["--metric_for_best_model", "perplexity"], "perplexity")):
+        _, training, _ = parse_options([*start, *more])
+        assert (training.metric_for_best_model, training.greater_is_better) == (metric, False)
+    sentence = outcome([*start, "--metric_for_best_model", "loss"], capsys)
+    assert "--metric_for_best_model loss is not measured; use one of bound, perplexity" in sentence
 
 
 def test_true_is_not_one():

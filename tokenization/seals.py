@@ -69,7 +69,7 @@ def check_seal(folder: Path, name: str, *, only_listed: bool) -> None:
     found.pop(name, None)
     for each, expected in digests.items():
         if each not in found:
-            raise Damaged(f"{each!r} is missing" if not each.isprintable() else f"{each} is missing")
+            raise Damaged(f"{_shown(each)} is missing")
         if not stat.S_ISREG(os.lstat(found[each]).st_mode):
             raise Damaged(f"{each} is no plain file")
         try:
@@ -83,7 +83,12 @@ def check_seal(folder: Path, name: str, *, only_listed: bool) -> None:
         for each, path in found.items():
             mode = os.lstat(path).st_mode
             if each not in digests and not (stat.S_ISDIR(mode) and any(key.startswith(f"{each}/") for key in digests)):
-                raise Damaged(f"{each!r} is not part of it" if not each.isprintable() else f"{each} is not part of it")
+                raise Damaged(f"{_shown(each)} is not part of it")
+
+
+def _shown(name: str) -> str:
+    """A file's name as a sentence has it: line ends and the like are escaped."""
+    return name if name.isprintable() else repr(name)
 
 
 def read_json(path: Path) -> Any:
@@ -101,10 +106,13 @@ def read_json(path: Path) -> Any:
 
 
 def check_no_pickles(folder: Path) -> None:
-    """`Damaged` for a file that torch.load or pickle would read, by its name or by its first bytes."""
+    """`Damaged` for a file that torch.load or pickle would read, by its name or by its first bytes.
+
+    A .safetensors file is read as nothing else, and begins with a length whose bytes may be those of a pickle.
+    """
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         with open(path, "rb") as file:
-            first = file.read(4)
+            first = b"" if path.suffix == ".safetensors" else file.read(4)
         if path.suffix in PICKLES or first == b"PK\3\4" or first[:1] == b"\x80":
             raise Damaged(f"{path.relative_to(folder).as_posix()} is a pickle")
 
