@@ -143,6 +143,7 @@ def test_whoever_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
     started = time.monotonic()
     with folder_lock(tmp_path, "--out x", wait=True):
         assert time.monotonic() - started > 0.1
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     killer.wait()
     process.wait()
     assert f"--out x is in use by process {process.pid} on " in capsys.readouterr().err

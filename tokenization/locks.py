@@ -107,6 +107,7 @@ def _acquire(path: Path, option: str, wait: bool) -> FolderLock:
             file.close()
             raise Locked(f"{option} is in use{holder}; wait for its end, or give another folder")
         if _is_at(file, path):  # else the one before removed it between our opening and our locking
+            file.seek(0)  # whoever waited has read who held it
             started = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime())
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}) + "\n")
