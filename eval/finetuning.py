@@ -1,7 +1,6 @@
 """Runs that start from a trained folder: its weights, tokenizer and configuration; LoRA; questions with answers."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from prime_v2.eval.families import FAMILY_OF_TYPE
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.records import write_json
 from prime_v2.tokenization.prepare import TextOptions, prepare_text
+from prime_v2.tokenization.seals import Damaged, read_json
 from prime_v2.tokenization.sources import files_change, model_files, model_fingerprint
 from prime_v2.tokenization.supervised import Examples, Supervision, read_splits, render
 
-# The projections of attention and MLP. Embeddings and head are read as matrices and take no adapter.
+# The projections of attention and MLP.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Of the configuration, what a run may change in a trained model: neither its weights nor its codes depend on it.
 TRAINING_FIELDS = {"objective", "loss_weight", "attention_dropout", "whole_token_above"}
@@ -101,12 +101,26 @@ def _same_start(init_from: str, path: Path) -> None:
         if PartialState().is_main_process:
             write_json(path, model_fingerprint(Path(init_from)))
         return
-    change = files_change(json.loads(path.read_text(encoding="utf-8")), model_files(Path(init_from)), Path(init_from))
+    change = files_change({"files": _noted(path, "files")}, model_files(Path(init_from)), Path(init_from))
     if change is not None:
         raise ValueError(
             f"--init_from {init_from} has changed since this run began ({change}); put it back, or use a new "
             f"--output_dir"
         )
+
+
+def _noted(path: Path, key: str) -> Any:
+    """What a file of the run's data/ noted under a key when the run began; ValueError for a file that is damaged."""
+    try:
+        noted = read_json(path)
+        if not isinstance(noted, dict) or not isinstance(noted.get(key), dict):
+            raise Damaged(f"{path.name} is damaged")
+    except Damaged as error:
+        raise ValueError(
+            f"what this run began with cannot be read from {path.parent} ({error}); put a copy of {path.name} back, "
+            f"or use a new --output_dir"
+        ) from None
+    return noted[key]
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -140,7 +154,7 @@ def _questions(run: Any, training: TrainingArguments, tokenizer: Any, path: Path
     }
     state = PartialState()
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != counts:
+        if {split: _noted(path, split) for split in counts} != counts:
             raise ValueError(f"--data {run.data} has changed since this run began; use a new --output_dir")
         return data
     state.wait_for_everyone()  # nobody writes before everybody has looked

@@ -13,10 +13,10 @@ import torch
 
 from prime_v2.config_fields_prime_v2 import flat_json
 from prime_v2.eval.families import FAMILY_OF_TYPE
+from prime_v2.tokenization.seals import PICKLES
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -1,6 +1,7 @@
 """LoRA through peft on every family, and runs of train.py that start from a trained folder."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from prime_v2.eval import training
@@ -249,6 +250,35 @@ def test_other_data_in_the_same_run_is_refused(tuned, base, sums, tmp_path, caps
     copy.write_text(sums.read_text().replace("make", "give"))
     assert training.main(options) == 2
     assert "has changed since this run began; use a new --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["init_from.json", "examples.json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "", "[" * 100_000, '{"files": 1}'], ids=["list", "nothing", "depth", "other"]
+)
+def test_what_a_run_noted_of_its_beginning_is_damaged_in_a_sentence(
+    name, content, tuned, base, sums, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(tuned, tmp_path / "run"))
+    (folder / "results" / "train.json").unlink()
+    options = ["--init_from", str(base), "--data", str(sums), *SUMS, "--output_dir", str(folder), *TINY.split()]
+    (folder / "data" / name).write_text(content)
+    assert training.main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"({name} is damaged); put a copy of {name} back" in line
+
+
+def test_another_model_in_the_folder_that_the_run_began_from_is_refused(base, sums, tmp_path, capsys):
+    copy, folder = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "run"
+    options = ["--init_from", str(copy), "--data", str(sums), *SUMS, "--output_dir", str(folder), *TINY.split()]
+    assert training.main(options) == 0
+    (folder / "results" / "train.json").unlink()
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert training.main(options) == 2
+    assert "has changed since this run began (model.safetensors has another content)" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_the_weights_of_a_folder(text, base, tmp_path):
