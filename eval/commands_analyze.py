@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -60,7 +61,7 @@ def run_analyze(
     names, source = name_arguments(*models)
     results = _analyze(names, TextSource(source, split, text_field, None), options)
     text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
-    print_and_record(text, output, make_record("analysis", results, seed=options.seed))
+    print_and_record(text, output, partial(make_record, "analysis", results, seed=options.seed))
     if figure_dir is not None:
         from prime_v2.eval.analysis_plots import plot_attention, plot_spectra
 

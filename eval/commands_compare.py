@@ -102,7 +102,7 @@ def _finish(
     results = summarise(comparison, trained, allow_mixed)
     record = make_record("compare", results, seed=results["seeds"][0], code=code)
     text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
-    print_and_record(text, output, record)
+    print_and_record(text, output, lambda: record)
     write_json(folder / SUMMARY, record)
     (folder / "README.md").write_text(f"# {comparison.name}\n\n{markdown_text(results)}", encoding="utf-8")
     figures = plot_comparison(results, folder)

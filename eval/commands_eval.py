@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,7 +122,7 @@ def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], 
     model_args = summary["config"].get("model_args")
     seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
     text = json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else render_tasks(written)
-    print_and_record(text, output, make_record("eval", summary, seed=int(seed), command=command))
+    print_and_record(text, output, partial(make_record, "eval", summary, seed=int(seed), command=command))
 
 
 def _write_own_tasks(

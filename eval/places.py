@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,17 @@ def check_folder(path: Path, option: str = "--out") -> None:
     _try(path, above, option)
 
 
-def print_and_record(text: str, output: Path | None, record: dict[str, Any]) -> None:
-    """Print the result, then write its record at `output`, if any: neither failing loses the other."""
+def print_and_record(text: str, output: Path | None, record: Callable[[], dict[str, Any]]) -> None:
+    """Print the result, then write its record at `output`, if any: neither failing loses the other.
+
+    record: called only where there is an `output`: it asks for the commit and the machine, which loads torch.
+    """
     try:
         if text:
             print(text, flush=True)
     finally:
         if output is not None:
-            write_json(output, record)
+            write_json(output, record())
 
 
 def _exists(path: Path, option: str) -> bool:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def run_fit(selection: Selection, as_json: bool, output: Path | None) -> None:
     if not as_json:
         _say(left_out)
     text = "\n\n".join(render_fit(fit) for fit in fits.values())
-    record = make_record(FIT, results, seed=selection.seed, code=code)
+    record = partial(make_record, FIT, results, seed=selection.seed, code=code)
     print_and_record(_json(results) if as_json else text, output, record)
 
 
@@ -130,7 +131,7 @@ def run_plan(selection: Selection, budgets: list[float], as_json: bool, output: 
     if not as_json:
         _say(left_out)
     text = "\n\n".join(render_plan(each) for each in plans)
-    record = make_record("scaling_plan", results, seed=selection.seed, code=code)
+    record = partial(make_record, "scaling_plan", results, seed=selection.seed, code=code)
     print_and_record(_json(results) if as_json else text, output, record)
 
 
@@ -150,7 +151,7 @@ def run_efficiency(
     first, second = fits
     rows = compare(fits, (first, second), budgets or common_budgets(fits[first], fits[second]))
     results = {"family": first, "other": second, "rows": rows}
-    record = make_record("scaling_efficiency", results, seed=selection.seed, code=code)
+    record = partial(make_record, "scaling_efficiency", results, seed=selection.seed, code=code)
     print_and_record(_json(results) if as_json else render_efficiency(results), output, record)
 
 

@@ -95,8 +95,13 @@ def test_a_reader_that_closes_the_pipe_does_not_lose_the_record(tmp_path, monkey
 
     monkeypatch.setattr("builtins.print", closed)
     with pytest.raises(BrokenPipeError):
-        places.print_and_record("numbers", tmp_path / "record.json", {"numbers": 1})
+        places.print_and_record("numbers", tmp_path / "record.json", lambda: {"numbers": 1})
     assert json.loads((tmp_path / "record.json").read_text()) == {"numbers": 1}
+
+
+def test_a_result_without_a_record_asks_for_neither_commit_nor_machine(monkeypatch, capsys):
+    places.print_and_record("numbers", None, lambda: pytest.fail("a record was made"))
+    assert capsys.readouterr().out == "numbers\n"
 
 
 def test_every_result_with_a_record_is_printed_and_written_by_the_one_function():
