@@ -7,15 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.commands_shared import progress_bar, quiet_libraries
-from prime_v2.eval.intervals import UPPER_END
+from prime_v2.eval.intervals import UPPER_END, plus_minus
 from prime_v2.eval.places import print_and_record
 from prime_v2.eval.records import make_record
 from prime_v2.eval.suites import SetOfDocuments, nearest, read_suite, sets_trained_on
 from prime_v2.tokenization.corpus import deduplicate, read_documents, split_of
+from prime_v2.tokenization.round_trip import not_kept
 
 SIDES = ("train", "dev", "test")
 RUN_FILE = "run.json"  # of train.py
@@ -126,7 +128,7 @@ def run_ppl(
         if "tokenizer_loss" in score:
             print(f"no bits per byte: {_lossy(score)}", file=sys.stderr)
     shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
-    print_and_record(shown, output, make_record(name, results, seed=scoring.seed))
+    print_and_record(shown, output, partial(make_record, name, results, seed=scoring.seed))
 
 
 def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def render_score(score: dict[str, Any]) -> str:
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
         ("text", f"{documents}{score['num_tokens']:,} tokens in {score['num_sequences']:,} sequences"),
-        (score["method"], f"{score['nats_per_token']:.4f}{_error(score)} nats/token ({kind})"),
+        (score["method"], f"{score['nats_per_token']:.4f}{plus_minus(score, 4)} nats/token ({kind})"),
     ]
     if score["is_bound"]:
         lines.append(("perplexity", f"{sign} {score['perplexity']:.2f}{_interval(score, 'perplexity', 2)}"))
@@ -283,12 +285,7 @@ def _about_intervals(scores: list[dict[str, Any]]) -> str:
 
 
 def _lossy(score: dict[str, Any]) -> str:
-    return f"the tokenizer does not keep the text: {score['tokenizer_loss']}"
-
-
-def _error(score: dict[str, Any]) -> str:
-    interval = score["nats_per_token_interval_95"]
-    return "" if interval is None else f" ± {interval[1] - score['nats_per_token']:.4f}"
+    return not_kept(score["tokenizer_loss"])
 
 
 def render_table(results: dict[str, Any]) -> str:
@@ -322,7 +319,7 @@ def render_table(results: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any]) -> list[str]:
     sign = "=" if row["is_exact"] else "≤" if row["is_bound"] else " "
-    cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{_error(row)}"]
+    cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{plus_minus(row, 4)}"]
     for name, digits in (("perplexity", 2), ("bits_per_byte", 4)):
         if name not in row:
             cells.append("-")
@@ -367,7 +364,7 @@ def run_entropy(
     }
     shown = f"{results['num_tokens']:,} tokens of {text.source}, vocabulary of {len(counts):,}\n{render_table(rows)}"
     shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
-    print_and_record(shown, output, make_record("entropy", results, seed=shuffle_seed))
+    print_and_record(shown, output, partial(make_record, "entropy", results, seed=shuffle_seed))
 
 
 __all__ = [

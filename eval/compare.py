@@ -27,6 +27,7 @@ from prime_v2.eval.compare_config import Comparison, Run, number
 from prime_v2.eval.compare_report import duration
 from prime_v2.eval.course import Holds, check_folder, course_of
 from prime_v2.eval.flops import count_parameters, measure_flops
+from prime_v2.eval.intervals import plus_minus
 from prime_v2.eval.records import code_version, read_record, write_json
 from prime_v2.eval.trainer import Collator
 from prime_v2.eval.training import make_model, text_options
@@ -346,9 +347,7 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
         done = names.pop(task.name)
         tidy(Path(done.options["output_dir"]), running.keep_models)
         left = clock.left(done, seconds, list(names.values()), running.jobs)
-        interval = bound["nats_per_token_interval_95"]
-        error = "" if interval is None else f" ± {interval[1] - bound['nats_per_token']:.3f}"
-        say(f"{task.name}: {bound['nats_per_token']:.3f}{error} nats/token, {duration(seconds)}{left}")
+        say(f"{task.name}: {bound['nats_per_token']:.3f}{plus_minus(bound)} nats/token, {duration(seconds)}{left}")
 
     tasks = []
     for each in waiting:

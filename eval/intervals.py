@@ -30,6 +30,15 @@ def half_width(stderr: Any, degrees: Any = None, confidence: float = 0.95) -> An
     return 0.0 if stderr is None else t.ppf((1 + confidence) / 2, math.inf if degrees is None else degrees) * stderr
 
 
+def plus_minus(score: dict[str, Any], digits: int = 3, sign: str = "±") -> str:
+    """Half of the 95% interval of nats per token, as " ± 0.032", of a score of any version; "" where it has no error."""
+    if score["stderr"] is None:
+        return ""
+    interval = score.get("nats_per_token_interval_95")
+    half = half_width(score["stderr"]) if interval is None else interval[1] - score["nats_per_token"]
+    return f" {sign} {half:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A ratio of sums with its standard error and degrees of freedom, both None where one cluster is all there is."""
@@ -118,7 +127,7 @@ def _stretches(lengths: np.ndarray) -> Clusters:
 def ratio(numerators: Any, denominators: Any, squares: Any) -> Estimate:
     """sum(numerators) / sum(denominators) over G independent clusters, all (G,), and its jackknifed error.
 
-    squares: in proportion to the clusters' variances, as far as these are known, for the degrees of freedom alone.
+    squares: in proportion to the clusters' variances, as far as these are known; used for the degrees of freedom only.
     The jackknife leaves out a cluster at a time (linearised: Cochran, "Sampling Techniques", 1977, section 6.17), so
     that a cluster that is a large part of the text counts for what it weighs. Its degrees are Satterthwaite's,
     2 E(v)^2 / Var(v) of the variance v for normal residuals (Bell, McCaffrey, Survey Methodology 28, 2002): G - 1 for
@@ -151,4 +160,14 @@ def mean_of(values: Sequence[float]) -> Estimate:
     return ratio(values, np.ones(len(values)), np.ones(len(values)))
 
 
-__all__ = ["NOT_CLUSTERED", "UPPER_END", "Clusters", "Estimate", "cluster", "half_width", "mean_of", "ratio"]
+__all__ = [
+    "NOT_CLUSTERED",
+    "UPPER_END",
+    "Clusters",
+    "Estimate",
+    "cluster",
+    "half_width",
+    "mean_of",
+    "plus_minus",
+    "ratio",
+]

@@ -15,19 +15,12 @@ from typing import Any
 
 from prime_v2.eval.benchmark_tables import TABLES as BENCHMARK_TABLES
 from prime_v2.eval.compare_report import TABLES as COMPARE_TABLES
-from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, half_width
+from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
 from prime_v2.eval.markdown import markdown, origin, with_origin
 from prime_v2.eval.records import read_record
 from prime_v2.eval.scaling_tables import TABLES as SCALING_TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-
-
-def plus_minus(score: dict[str, Any]) -> str:
-    """Half of the 95% interval of nats per token, of a score of any version."""
-    interval = score.get("nats_per_token_interval_95")
-    half = half_width(score["stderr"]) if interval is None else interval[1] - score["nats_per_token"]
-    return f" ± {half:.3f}"
 
 
 def about_intervals(scores: Iterable[dict[str, Any]]) -> str:

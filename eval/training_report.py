@@ -13,7 +13,7 @@ from prime_v2.eval.distributed import whole
 from prime_v2.eval.families import bound_method, label_of
 from prime_v2.eval.finetuning import answers, merge_adapter, scored_ids
 from prime_v2.eval.flops import count_parameters, measure_flops, peak_flops, six_n_d
-from prime_v2.eval.intervals import UPPER_END
+from prime_v2.eval.intervals import UPPER_END, plus_minus
 from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.plots import plot_training
 from prime_v2.eval.records import make_record, write_json
@@ -22,6 +22,7 @@ from prime_v2.eval.windows import Windows
 from prime_v2.hub_card.card import write_card
 from prime_v2.tokenization.packing import PackedBlocks
 from prime_v2.tokenization.prepare import prepared_source
+from prime_v2.tokenization.round_trip import not_kept
 from prime_v2.tokenization.supervised import Examples
 
 
@@ -176,7 +177,7 @@ def final_evaluation(model, tokenizer, run: Any, test: PackedBlocks | Examples, 
 
 
 def _versions_read(run: Any, blocks: PackedBlocks | Examples) -> dict[str, Any]:
-    """Of the source docs, the versions of the packages when the text was prepared of them."""
+    """The versions of the packages whose documentation was read when the text was prepared; {} for other sources."""
     return prepared_source(blocks.path.parent) if run.data == "docs" and isinstance(blocks, PackedBlocks) else {}
 
 
@@ -196,7 +197,8 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
         print(f"  the paper's loss  {_with_error(loss)} nats/token{not_bound}")
     if bound["nats_per_token_interval_95"] is not None:
         draws, end = ("", "") if bound["is_exact"] else (" and draws", f"\n  {UPPER_END}")
-        print(f"  intervals are 95%, over {bound['interval_over']}{draws}{end}")
+        over = bound.get("interval_over", "sequences")  # as records of earlier versions have it
+        print(f"  intervals are 95%, over {over}{draws}{end}")
     if "nats_per_answer" in bound:
         print(f"  an answer         {bound['nats_per_answer']:.2f} nats given its question ({bound['num_sequences']})")
     print()
@@ -212,13 +214,11 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
 def _bits_per_byte(bound: dict[str, Any]) -> str:
     if "bits_per_byte" in bound:
         return f"{bound['bits_per_byte']:.3f} bits/byte"
-    return f"no bits/byte: the tokenizer does not keep the text: {bound['tokenizer_loss']}"
+    return f"no bits/byte: {not_kept(bound['tokenizer_loss'])}"
 
 
 def _with_error(result: dict[str, Any]) -> str:
-    interval = result["nats_per_token_interval_95"]
-    half = "" if interval is None else f" +- {interval[1] - result['nats_per_token']:.4f}"
-    return f"{result['nats_per_token']:.4f}{half}"
+    return f"{result['nats_per_token']:.4f}{plus_minus(result, 4, '+-')}"
 
 
 def finish(

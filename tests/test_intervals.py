@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prime_v2.eval.intervals import STRETCHES, cluster, half_width, mean_of, ratio
+from prime_v2.eval.intervals import STRETCHES, cluster, half_width, mean_of, plus_minus, ratio
 
 LENGTH = 32  # tokens of a sequence
 REPEATS = 2000  # simulated texts: a coverage of 95% varies by 0.5%
@@ -163,6 +163,13 @@ def test_the_half_width_is_students_or_without_degrees_the_normal():
     assert half_width(2.0) == pytest.approx(2 * 1.959964)
     assert half_width(2.0, 4) == pytest.approx(2 * stats.t.ppf(0.975, 4))
     assert half_width(None, 4) == 0
+
+
+def test_the_printed_half_is_that_of_the_interval_and_of_older_records_from_the_error():
+    score = {"nats_per_token": 5.0, "stderr": 0.1, "nats_per_token_interval_95": [4.7, 5.3]}
+    assert plus_minus(score) == " ± 0.300"
+    assert plus_minus({"nats_per_token": 5.0, "stderr": 0.1}, 4, "+-") == " +- 0.1960"
+    assert plus_minus({"nats_per_token": 5.0, "stderr": None, "nats_per_token_interval_95": None}) == ""
 
 
 def test_no_other_file_has_a_97_5_percent_point_of_its_own():

@@ -70,3 +70,14 @@ def test_a_tokenizer_that_does_not_keep_the_text_has_no_bits_per_byte(model, tmp
     shown = capsys.readouterr().out
     assert "no bits/byte: the tokenizer does not keep the text: 'The quick" in shown
     assert "what bounds with 97.5% confidence is the upper end of its interval" in shown
+
+
+def test_the_record_of_an_earlier_version_is_printed_too(model, tmp_path, capsys):
+    """As when the command of a finished run is given again: its intervals took sequences as independent."""
+    tokenizer = make_tokenizer()
+    blocks = packed(tmp_path, tokenizer)
+    bound = score_held_out(model, tokenizer, first_blocks(blocks, 4), bytes_held(blocks), num_samples=1)
+    for name in ("interval_over", "num_clusters", "degrees"):
+        del bound[name]
+    print_summary({"results": {"evaluation": {"bound": bound}, "samples": []}}, tmp_path)
+    assert "intervals are 95%, over sequences and draws" in capsys.readouterr().out

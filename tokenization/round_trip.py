@@ -22,4 +22,9 @@ def first_loss(tokenizer: Any, texts: Sequence[str], encoded: Sequence[Sequence[
     return None
 
 
-__all__ = ["first_loss"]
+def not_kept(loss: str) -> str:
+    """The sentence about such an example."""
+    return f"the tokenizer does not keep the text: {loss}"
+
+
+__all__ = ["first_loss", "not_kept"]
