@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .code_table_prime_v2 import PrimeV2CodeTable
 from .config_fields_prime_v2 import flat_json
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
@@ -242,7 +241,7 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.EmbeddingBag):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, PrimeV2CodeTable):
+        elif type(module).__name__ == "PrimeV2CodeTable":  # a sibling's class may be loaded twice
             init.copy_(module.codes, module.build())
 
     @property
@@ -280,7 +279,7 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
 
         inputs: tensors that a family's layers take beside the hidden states, by position: activation checkpointing
         loses the gradients of what is passed by name. cache: keys and values of earlier tokens. needed (B, L) bool:
-        the last layer ends with these tokens alone.
+        the last layer computes the output of these tokens only.
         """
         kept = {} if cache is None else {CACHE_NAME: cache}
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

@@ -205,7 +205,7 @@ def test_the_installed_script_takes_every_recipe_by_its_name_in_any_folder(insta
 
 @pytest.mark.slow
 def test_the_training_line_of_readme_runs_installed(installed: Path, tmp_path: Path):
-    """`accelerate launch train.py`, cut to a step, in a folder with train.py alone."""
+    """`accelerate launch train.py`, cut to a step, in a folder that holds train.py only."""
     shutil.copy(ROOT / "train.py", tmp_path)
     write_text(tmp_path / "text.jsonl")
     launch = [installed, "-I", "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -254,3 +254,17 @@ def test_every_import_is_a_declared_dependency():
         if not declared & {provider.lower().replace("_", "-") for provider in providers.get(name, [])}
     }
     assert undeclared == set()
+
+
+def test_no_hub_file_asks_for_the_class_of_a_sibling():
+    """A sibling may be loaded twice under two names; its classes are then two, of which `isinstance` knows one."""
+    found = []
+    for path in sorted((ROOT / "modeling_prime_v2").glob("*_prime_v2.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        imports = [each for each in ast.walk(module) if isinstance(each, ast.ImportFrom) and each.level]
+        of_siblings = {alias.asname or alias.name for each in imports for alias in each.names}
+        for call in ast.walk(module):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("isinstance", "issubclass"):
+                named = {each.id for each in ast.walk(call.args[1]) if isinstance(each, ast.Name)}
+                found += [f"{path.name}:{call.lineno}" for _ in named & of_siblings]
+    assert found == []
