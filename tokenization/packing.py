@@ -21,6 +21,7 @@ from prime_v2.random_prime_v2 import Stream, permutation, uniforms
 from prime_v2.tokenization.corpus import Fingerprint
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
+FindLoss = Callable[[list[str], list[list[int]]], str | None]  # of texts and their ids
 
 # Documents of one call of `encode_batch`: enough for a tokenizer to use all cores, few enough to bound memory.
 DOCUMENTS_PER_BATCH = 256
@@ -29,7 +30,14 @@ DOCUMENTS_PER_BATCH = 256
 class _Stream:
     """Documents as one stream of ids with EOS after each; keeps what `pack_blocks` reports about it."""
 
-    def __init__(self, encode_batch: EncodeBatch, block_size: int, eos_token_id: int, vocab_size: int):
+    def __init__(
+        self,
+        encode_batch: EncodeBatch,
+        block_size: int,
+        eos_token_id: int,
+        vocab_size: int,
+        find_loss: FindLoss | None = None,
+    ):
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1 token, e.g. 512")
         if not 0 <= eos_token_id < vocab_size:
@@ -38,6 +46,8 @@ class _Stream:
         self.block_size = block_size
         self.eos_token_id = eos_token_id
         self.vocab_size = vocab_size
+        self.find_loss = find_loss
+        self.loss: str | None = None
         self.rest = np.empty(0, dtype=np.int64)
 
     def blocks(
@@ -62,6 +72,8 @@ class _Stream:
                     f"encode_batch returned ids that span [{stream.min()}, {stream.max()}], outside "
                     f"[0, {self.vocab_size}); use vocab_size={stream.max() + 1} or the tokenizer that belongs to it"
                 )
+            if self.find_loss is not None and self.loss is None:
+                self.loss = self.find_loss(texts, encoded)
             stream, skip = stream[skip:], 0
             kept = len(stream) // self.block_size * self.block_size
             self.rest = stream[kept:]
@@ -102,7 +114,7 @@ def pack_blocks(
     eos_token_id: int,
     vocab_size: int,
     path: str | Path,
-    find_loss: Callable[[list[str], list[list[int]]], str | None] | None = None,
+    find_loss: FindLoss | None = None,
 ) -> "PackedBlocks":
     """Tokenise documents, put EOS after each, cut the stream into blocks and write them to `path` and `path`.json.
 
@@ -114,16 +126,7 @@ def pack_blocks(
     """
     path = Path(path)
     dtype = np.dtype("<u2" if vocab_size <= 65535 else "<u4")
-    loss: str | None = None
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        nonlocal loss
-        ids = encode_batch(texts)
-        if find_loss is not None and loss is None:
-            loss = find_loss(texts, ids)
-        return ids
-
-    stream = _Stream(encode, block_size, eos_token_id, vocab_size)
+    stream = _Stream(encode_batch, block_size, eos_token_id, vocab_size, find_loss)
     fingerprint, kept_bytes, num_blocks = Fingerprint(), _KeptBytes(), 0
 
     def on_document(text: str, num_ids: int) -> None:
@@ -156,7 +159,7 @@ def pack_blocks(
             "fingerprint": fingerprint.hexdigest(),
             "vocab_size": vocab_size,
             "eos_token_id": eos_token_id,
-            **({} if loss is None else {"tokenizer_loss": loss}),
+            **({} if stream.loss is None else {"tokenizer_loss": stream.loss}),
         }
         with open(aside_json, "wb") as file:
             file.write(json.dumps(info, indent=1).encode())
