@@ -31,7 +31,7 @@ def half_width(stderr: Any, degrees: Any = None, confidence: float = 0.95) -> An
 
 
 def plus_minus(score: dict[str, Any], digits: int = 3, sign: str = "±") -> str:
-    """Half of the 95% interval of nats per token, as " ± 0.032", of a score of any version; "" where it has no error."""
+    """Half of the 95% interval of nats per token, as " ± 0.032", of a score of any version; "" without an error."""
     if score["stderr"] is None:
         return ""
     interval = score.get("nats_per_token_interval_95")

@@ -55,7 +55,7 @@ def score_blocks(
             for one sequence
         interval_over: what it covers the choice of: "documents", or "stretches" of a text without several clusters of
             documents
-        monte_carlo_stderr: of the draws alone, the text being fixed; rather too large than too small, and with few
+        monte_carlo_stderr: of the draws only, the text being fixed; rather too large than too small, and with few
             draws it may exceed stderr (`stratified_stderr`); None for one draw
         unigram_entropy: entropy in nats of the token frequencies of these very tokens (plug-in)
     and only where `is_bound`:
@@ -106,7 +106,9 @@ def score_text(
     window, stride = window_and_stride([model.config], window, stride)
     text = encode_documents(tokenizer, documents, model.config.eos_token_id)
     windows = cut_windows(text.ids, window, stride)
-    lengths = [ids.shape[1] if mask is None else int((~mask[0]).sum()) for ids, mask in windows for _ in ids]
+    lengths: list[int] = []
+    for ids, mask in windows:
+        lengths += [ids.shape[1] if mask is None else int((~mask[0]).sum())] * len(ids)
     sizes = [float(each.sum()) for each in text.token_bytes.split(lengths)]
     result = score_windows(
         model,
@@ -261,7 +263,7 @@ def _summary(
         result["perplexity"] = _exp(estimate.value)
         result["perplexity_interval_95"] = estimate.interval(_exp)
         if text_bytes is not None:
-            # Of the bytes of all together each token has the same share.
+            # Bytes of all sequences together are shared equally among the tokens.
             sizes = np.asarray(lengths / num_tokens * text_bytes if np.ndim(text_bytes) == 0 else text_bytes)
             per_byte = clusters.ratio(nats, sizes)
             result["text_bytes"] = round(float(sizes.sum()))

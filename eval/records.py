@@ -30,7 +30,7 @@ def make_record(
 ) -> dict[str, Any]:
     """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line.
 
-    Of paths in them, the last part is kept (`without_places`).
+    Paths in command and results are cut to their last part (`without_places`).
 
     seed: None where nothing is drawn.
 

@@ -63,7 +63,7 @@ def scoring_inputs(
 def as_tensor(model: Any, name: str, value: Any, dims: int = 2) -> Any:
     """A tensor (B, L), or of `dims` axes, on the model's device from lists or an array; tensors and None as they are.
 
-    Of integers, or for masks of anything that `check_mask` looks at.
+    Ids must be integers; masks may be whatever `check_mask` looks at. ValueError for anything else.
     """
     if value is None or isinstance(value, Tensor):
         return value

@@ -79,8 +79,9 @@ def refuse_unknown_fields(config_class: type, given: Mapping[str, Any]) -> None:
 def refuse_misspelt(config_class: type, names: Iterable[str]) -> None:
     """ValueError for a name that is none of a configuration's attributes, but nearly one of its own fields.
 
-    Of what is set on a configuration, or left over of `from_pretrained`. Others are let be: Transformers, accelerate
-    and quantisers keep what they like in configurations, and AutoTokenizer passes its own arguments (pad_token, ...).
+    `names` are set on a configuration, or left over by `from_pretrained`. Names that are near no field are let be:
+    Transformers, accelerate and quantisers keep what they like in configurations, and AutoTokenizer passes its own
+    arguments (pad_token, ...).
     """
     for name in names:
         if not _is_known(config_class, name) and not hasattr(config_class, name):

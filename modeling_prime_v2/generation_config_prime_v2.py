@@ -20,7 +20,7 @@ SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 FLAGS = ("do_sample", "use_cache", "return_dict_in_generate")
 OPTIONS = (*DEFAULTS, "max_length", "seed", "num_return_sequences", *FLAGS[1:], *SPECIAL_TOKENS)
 METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
-# Of autoregressive generation, what changes nothing where that is not Transformers' default.
+# Options of autoregressive generation for which the value that changes nothing is not Transformers' default.
 IDLE = {"top_k": 0, "min_p": 0.0, "guidance_scale": 1.0}
 
 

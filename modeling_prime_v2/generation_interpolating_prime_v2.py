@@ -38,7 +38,7 @@ from .random_prime_v2 import Stream, uniforms
 class PrimeV2InterpolatingGenerationMixin(PrimeV2GenerationMixin):
     """`generate` of `PrimeV2ForInterpolatingDiffusion`: as that of masked diffusion, but for this.
 
-    max_denoising_steps: of the diffusion phase alone; each token that is left to the second phase takes a pass.
+    max_denoising_steps: of the diffusion phase only; each token that is left to the second phase takes a pass.
     do_sample=False: left to right, the most probable id, one token a pass, whatever max_denoising_steps is.
     logits_processor: asked for the tokens that are due in the pass, also with do_sample=False.
     use_cache: keep keys and values of known tokens (prompt and suffix are the first). False computes all of them

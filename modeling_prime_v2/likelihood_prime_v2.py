@@ -226,9 +226,9 @@ def jackknifed(log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     value = log_p.logsumexp(0) - math.log(count)
     if count < 2:
         return value.unsqueeze(0), value, log_p.new_full((), torch.nan), math.nan
-    left = count - (log_p - value).exp()  # K times the mean without draw k, over the mean
+    left = count - (log_p - value).exp()  # K - 1 times the mean without draw k, over the mean
     without = value + (left.clamp(min=torch.finfo(left.dtype).tiny) / (count - 1)).log()
-    # Of the largest, whose share may be all but 1, the difference above is rounding.
+    # The largest may have nearly all of the sum: the difference above would be rounding.
     largest = int(log_p.argmax())
     others = torch.cat([log_p[:largest], log_p[largest + 1 :]])
     without[largest] = others.logsumexp(0) - math.log(count - 1)

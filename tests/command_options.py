@@ -32,7 +32,7 @@ class Parameter:
 
 
 def parameters(group: Any = app, names: tuple[str, ...] = ()) -> Iterator[Parameter]:
-    """Of all commands of a typer app and of the groups in it."""
+    """The parameters of all commands of a typer app and of the groups in it."""
     for inner in group.registered_groups:
         yield from parameters(inner.typer_instance, (*names, inner.typer_instance.info.name))
     for command in group.registered_commands:

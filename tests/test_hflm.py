@@ -23,7 +23,7 @@ OTHERS = [name for name in FAMILIES if name not in CAUSAL]
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[bool, object]:
-    """Of tokens in digits, and of whole ones."""
+    """By whether a token is split into digits."""
     base = train_bpe([TEXT] * 3, 262)
     special = {"special_tokens": {"eos_token": "<|endoftext|>"}}
     return {True: build_tokenizer(base, **special), False: build_tokenizer(base, num_subtokens=1, **special)}

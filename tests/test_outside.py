@@ -29,7 +29,7 @@ from prime_v2 import build_tokenizer
 from prime_v2.eval.families import FAMILIES, bound_method
 from prime_v2.linear_prime_v2 import all_vectors, head_of
 
-# peft reads a property that Transformers has renamed; accelerate names what it keeps on the disk.
+# Of Llama, peft 0.21 reads a property that Transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SHAPE = {

@@ -125,7 +125,6 @@ def test_noise_without_labels_is_refused(model):
             model(IDS, **times, **{name: value})
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_an_adapter_passes_nothing_that_is_refused(model, task_type):
     if task_type is not None and not hasattr(model, "prepare_inputs_for_generation"):

@@ -47,7 +47,7 @@ def _revision(source: str) -> str | None:
     try:
         return datasets.load_dataset_builder(name, config or None).hash
     except Exception:
-        # Of many kinds, by the reason; whoever reads the text itself meets it again, and says it.
+        # Its kind differs by the reason; whoever reads the text itself meets the same error, and says it.
         return None
 
 
@@ -59,7 +59,7 @@ def change_of(stored: dict[str, Any], source: str) -> str | None:
     """
     path = Path(source).expanduser()
     if "versions" in stored:
-        return None  # of packages that are read again, another text is no other choice of the user's
+        return None  # an update of the packages is no other choice of text; `prepare` says that there was one
     if "revision" in stored:
         now = None if stored["revision"] is None else _revision(source)
         return None if now in (None, stored["revision"]) else f"its revision is {now}, not {stored['revision']}"
