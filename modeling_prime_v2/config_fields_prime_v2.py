@@ -81,11 +81,12 @@ def refuse_misspelt(config_class: type, names: Iterable[str]) -> None:
 
     `names` are set on a configuration, or left over by `from_pretrained`. Names that are near no field are let be:
     Transformers, accelerate and quantisers keep what they like in configurations, and AutoTokenizer passes its own
-    arguments (pad_token, ...).
+    arguments (eos_token, ...).
     """
     for name in names:
-        if not _is_known(config_class, name) and not hasattr(config_class, name):
-            near = nearest(name, [each for each in own_fields(config_class) if each.removesuffix("_id") != name])
+        of_tokenizer = name.endswith("_token")  # eos_token is like bos_token_id
+        if not of_tokenizer and not _is_known(config_class, name) and not hasattr(config_class, name):
+            near = nearest(name, own_fields(config_class))
             if near is not None:
                 raise ValueError(f"{name} is no field of {config_class.__name__}; did you mean {near}?")
 

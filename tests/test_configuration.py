@@ -222,7 +222,15 @@ def test_a_fields_name_misspelt_cannot_be_set_later(family):
     config = family.config_class(**SMALL)
     with pytest.raises(ValueError, match="hiden_size is no field of .*; did you mean hidden_size?"):
         config.hiden_size = 8
-    config.pad_token = "a name that Transformers may use"
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token", "bos_token", "cls_token", "mask_token"])
+def test_names_of_a_tokenizers_tokens_are_no_fields_misspelt(family, name, tmp_path):
+    """AutoTokenizer passes them to the configuration."""
+    config = family.config_class(**SMALL)
+    setattr(config, name, "a name that Transformers may use")
+    family.config_class(**SMALL).save_pretrained(tmp_path)
+    assert family.config_class.from_pretrained(tmp_path, **{name: "x"}).vocab_size == 11
 
 
 def test_arguments_of_loading_are_checked_and_not_misspelt(family, tmp_path):
