@@ -92,11 +92,11 @@ class Group(TyperGroup):
         except Exception as error:
             if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
                 status = INTERRUPTED
-                return status if not standalone_mode else sys.exit(status)
             # Typer's own refusals (an unknown option, a value of the wrong kind); where they live differs by version.
-            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+            elif hasattr(error, "format_message") and hasattr(error, "exit_code"):
+                status = self._usage_error(error)
+            else:
                 raise
-            status = self._usage_error(error)
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)

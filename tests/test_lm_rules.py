@@ -1,6 +1,7 @@
 """What the lm-eval model refuses, warns of and notes: perplexities of scores that are no bounds, the demo's model."""
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.eval.cli import app
 from prime_v2.eval.lm import PrimeV2LM
+from prime_v2.eval.lm_settings import ScoreFile
 from prime_v2.eval.plugin import register
 from prime_v2.tokenization.bpe import train_bpe
 
@@ -168,6 +170,18 @@ def test_results_have_the_device_that_was_used_and_a_bounded_bootstrap(folder, q
     )
     assert drawn == [1000] and found["config"]["bootstrap_iters"] == 1000
     assert {score["stderr"] for score in found["scores"] if score["metric"] == "f1"} == {0.5}
+
+
+def test_scores_that_cannot_be_written_are_an_error_in_the_log_and_leave_no_file(tmp_path, monkeypatch, caplog):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scores = ScoreFile(str(tmp_path / "scores.jsonl"), rank=0, world_size=1)
+    scores.add({"task": "x"})
+    monkeypatch.setattr("prime_v2.eval.lm_settings.os.replace", full)
+    scores.write()
+    assert "scores.jsonl could not be written (No space left on device)" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recorded_devices_are_ones_that_the_recorded_machine_has():
