@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 
 from prime_v2.eval.families import FAMILIES, family_named
 from prime_v2.eval.finetuning import TRAINING_FIELDS, check_start
@@ -130,7 +130,10 @@ def _parsed(parser: HfArgumentParser, kinds: Any, arguments: list[str]) -> tuple
     if problems:
         parser.error("; ".join(problems))
     parser.set_defaults(**{name: value for name, value in values.items() if type(value) is int})
-    follows = values["lr_scheduler_type"] in FOLLOWS_EVALUATION
+    kind, given = values["lr_scheduler_type"], values["lr_scheduler_kwargs"]
+    if kind != parser.get_default("lr_scheduler_type") and given == parser.get_default("lr_scheduler_kwargs"):
+        parser.set_defaults(lr_scheduler_kwargs=None)  # those of a recipe are of its own schedule
+    follows = kind in FOLLOWS_EVALUATION
     metric = values["metric_for_best_model"] or (
         "bound" if follows else None
     )  # by default eval_loss, which is not measured
@@ -223,6 +226,18 @@ def _has_it(key: str, but: str) -> str:
     return f" (it belongs to --family {' and '.join(others)})" if others else ""
 
 
+def _schedule_problems(training: TrainingArguments) -> list[str]:
+    """What Transformers says, else only after the preparation, of a schedule with arguments that are not its own."""
+    kind, kwargs = training.to_dict()["lr_scheduler_type"], training.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps = {"num_warmup_steps": 0, "num_training_steps": training.max_steps}
+    try:
+        get_scheduler(kind, optimizer, **steps, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        return [f"--lr_scheduler_type {kind} with {kwargs} is no schedule: {error}"]
+    return []
+
+
 def check_options(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> None:
     """Check everything that can be checked before data and model exist; ValueError with all problems at once."""
     problems = []
@@ -240,6 +255,7 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
         problems.append(f"one process sees {training.n_gpu} GPUs; start one for each with accelerate launch")
     problems += refused_values(training)
     problems += check_start(run)
+    problems += _schedule_problems(training)
     if run.record is not None:
         try:
             check_folder(Path(run.record).parent, "--record")

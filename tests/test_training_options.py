@@ -163,6 +163,9 @@ def test_a_schedule_that_follows_evaluations_follows_the_bound_or_what_is_measur
     for more, metric in (([], "bound"), (["--metric_for_best_model", "perplexity"], "perplexity")):
         _, training, _ = parse_options([*start, *more])
         assert (training.metric_for_best_model, training.greater_is_better) == (metric, False)
+        assert training.lr_scheduler_kwargs is None  # min_lr_rate of the recipe is of its own schedule
+    sentence = outcome([*start, "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'], capsys)
+    assert "--lr_scheduler_type greedy with {'min_lr_rate': 0.1} is no schedule: " in sentence
     sentence = outcome([*start, "--metric_for_best_model", "loss"], capsys)
     assert "--metric_for_best_model loss is not measured; use one of bound, perplexity" in sentence
 
