@@ -228,7 +228,8 @@ def _has_it(key: str, but: str) -> str:
 
 def _schedule_problems(training: TrainingArguments) -> list[str]:
     """What Transformers says, else only after the preparation, of a schedule with arguments that are not its own."""
-    kind, kwargs = training.to_dict()["lr_scheduler_type"], training.lr_scheduler_kwargs
+    kind = training.to_dict()["lr_scheduler_type"]
+    kwargs: Any = training.lr_scheduler_kwargs  # a dictionary or None: text has been read
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     steps = {"num_warmup_steps": 0, "num_training_steps": training.max_steps}
     try:
