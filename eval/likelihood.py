@@ -9,11 +9,13 @@ not on the other questions, their order, the batch or the number of processes.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prime_v2.checks_prime_v2 import checked_flag, checked_seed, whole_number
 from prime_v2.draws_prime_v2 import draw_levels, sequence_key
 from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
@@ -45,14 +47,16 @@ class Settings:
     tokens_per_pass: int = TOKENS_PER_PASS
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 1; use 128")
-        if self.adaptive is not None and not self.adaptive > 0:
+        whole_number("num_samples", self.num_samples, 1, use=128)
+        checked_seed(self.seed)
+        if self.adaptive is not None and (
+            isinstance(self.adaptive, bool) or not isinstance(self.adaptive, Real) or not self.adaptive > 0
+        ):
             raise ValueError(f"adaptive={self.adaptive} must be a positive number of standard errors, or off; use 3")
-        if self.first_draws < 2:
-            raise ValueError(f"first_draws={self.first_draws} must be at least 2, to know an error; use 8")
-        if self.tokens_per_pass < 1:
-            raise ValueError(f"tokens_per_pass={self.tokens_per_pass} must be at least 1; use {TOKENS_PER_PASS}")
+        whole_number("first_draws", self.first_draws, 2, use=8)  # fewer have no standard error
+        whole_number("tokens_per_pass", self.tokens_per_pass, 1, use=TOKENS_PER_PASS)
+        for name in ("common_masks", "exhaustive"):
+            checked_flag(name, getattr(self, name))
 
     def rounds(self) -> list[int]:
         """New draws of each round."""

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from prime_v2.checks_prime_v2 import SEEDS, checked_flag
 from prime_v2.eval.families import bound_method
 from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
 from prime_v2.eval.lm_settings import (
@@ -24,6 +25,7 @@ from prime_v2.eval.lm_settings import (
     ScoreFile,
     check_arguments,
     check_cache,
+    check_shared,
     fingerprint,
     make_scoring,
     snapshot,
@@ -102,6 +104,12 @@ class PrimeV2LM(HFLM):
     ) -> None:
         own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
         check_arguments(kwargs, own)
+        check_shared(kwargs)
+        published = checked_flag("published", published)
+        self.seed = whole_number("seed", seed, SEEDS[0], 0, SEEDS[1])
+        if max_length is not None:
+            max_length = whole_number("max_length", max_length, 2, 512)
+        prefix = kwargs.pop("prefix_token_id", None)
         if pretrained is None and has_demo():
             pretrained = demo_model()
         if pretrained is None:
@@ -120,16 +128,19 @@ class PrimeV2LM(HFLM):
         if accelerator is not None:  # HFLM counts processes on several GPUs alone
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         limit = self.config.max_position_embeddings
-        if max_length is not None and not 1 < int(max_length) <= limit:
-            raise ValueError(f"max_length={max_length} is outside [2, {limit}], what the model takes; use {limit}")
-        self.seed, self.max_denoising_steps = int(seed), max_denoising_steps
+        if max_length is not None:
+            whole_number("max_length", max_length, 2, limit, limit)
+        if prefix is not None:
+            last = self.config.vocab_size - 1
+            self.custom_prefix_token_id = whole_number("prefix_token_id", prefix, 0, min(last, 1), last)
+        self.max_denoising_steps = max_denoising_steps
         if max_denoising_steps is not None:
             self.max_denoising_steps = whole_number("max_denoising_steps", max_denoising_steps, 1, 256)
         self.tokens_per_pass = tokens_of_a_pass(batch_size, tokens_per_pass, self.max_length, self.device.type)
         self.batch_size_per_gpu = max(1, self.tokens_per_pass // self.max_length)  # of HFLM's generate_until
         guidance = {"cfg": cfg, "temperature": temperature, "mask_unit": mask_unit}
         self.scoring = make_scoring(
-            self.config, method, num_samples, self.seed, adaptive, bool(published), guidance, self.tokens_per_pass
+            self.config, method, num_samples, self.seed, adaptive, published, guidance, self.tokens_per_pass
         )
         if published and self.add_bos_token is None:
             self.add_bos_token = False  # as the published script encodes

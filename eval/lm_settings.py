@@ -1,5 +1,6 @@
 """Settings of the lm-eval model: arguments and what they mean, the report of a run, the file of scores, cache keys."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prime_v2 import checks_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.eval.families import FAMILY_OF_TYPE, bound_method, label_of
 from prime_v2.eval.likelihood import QuestionScore, Settings
@@ -51,15 +53,22 @@ def check_arguments(given: dict[str, Any], own: list[str]) -> None:
             )
 
 
-def whole_number(name: str, value: Any, least: int, example: int) -> int:
-    """An integer of at least `least`, also written as text; ValueError otherwise."""
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name}={value} must be an integer of at least {least}; use {example}")
-    return number
+def whole_number(name: str, value: Any, least: int, example: int, most: int | None = None) -> int:
+    """An integer in [least, most], also written as text, which lm-eval passes on; ValueError otherwise."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = int(value)
+    return checks_prime_v2.whole_number(name, value, least, most, use=example)
+
+
+def check_shared(given: dict[str, Any]) -> None:
+    """ValueError for a value of HFLM's flags that is neither True nor False; None is their default."""
+    for name in ("add_bos_token", "enable_thinking", "truncation"):
+        if given.get(name) is not None:
+            checks_prime_v2.checked_flag(name, given[name])
+    template = given.get("chat_template_args")
+    if template is not None and not isinstance(template, dict):
+        raise ValueError(f"chat_template_args={template!r} must be a mapping; use {{'enable_thinking': False}}")
 
 
 def _real_number(name: str, value: Any, example: float) -> float:

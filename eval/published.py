@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from prime_v2.checks_prime_v2 import checked_seed, whole_number
 from prime_v2.draws_prime_v2 import sequence_key
 from prime_v2.linear_prime_v2 import apply_head
 from prime_v2.random_prime_v2 import Stream, hash64, uniforms
@@ -35,8 +36,8 @@ class PublishedSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 1; use 256")
+        whole_number("num_samples", self.num_samples, 1, use=256)
+        checked_seed(self.seed)
         if not self.cfg >= 0:
             raise ValueError(f"cfg={self.cfg} must be 0 (off) or positive; use 0.5")
         if not self.temperature > 0:

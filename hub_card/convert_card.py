@@ -4,6 +4,7 @@ from importlib.resources import files
 from typing import Any
 
 from prime_v2.hub_card.card import TAGS
+from prime_v2.keywords_prime_v2 import refuse_unknown
 
 TEMPLATE = "converted_card.md.jinja"
 
@@ -15,7 +16,7 @@ def render_converted_card(config: dict[str, Any], **facts: Any) -> str:
     number; dropped, rows of the published head that had no token.
     """
     from huggingface_hub import ModelCard, ModelCardData
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, StrictUndefined, meta
 
     data = ModelCardData(
         library_name="transformers",
@@ -27,7 +28,11 @@ def render_converted_card(config: dict[str, Any], **facts: Any) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["count"] = lambda value: f"{value:,}"
-    template = environment.from_string(files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8"))
+    source = files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    refuse_unknown(
+        "render_converted_card", facts, ["model_name", *meta.find_undeclared_variables(environment.parse(source))]
+    )
+    template = environment.from_string(source)
     text = template.render(card_data=data.to_yaml(), digits=config["num_subtokens"], get=config.__getitem__, **facts)
     ModelCard(text)  # raises where the metadata block cannot be read back
     return text

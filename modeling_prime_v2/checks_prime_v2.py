@@ -288,6 +288,13 @@ def checked_seed(seed: Any) -> int:
     return whole_number("seed", seed, *SEEDS)
 
 
+def checked_flag(name: str, value: Any) -> bool:
+    """True or False, numpy's included; ValueError otherwise: text such as "false" would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={shown(value)} must be True or False")
+    return bool(value)
+
+
 def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dict[str, Any]:
     """The keywords of a `log_likelihood` or `decodes_to` whose work `function` does, checked; numbers are Python's.
 
@@ -300,8 +307,7 @@ def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dic
         if name in LEAST:
             checked[name] = whole_number(name, value, LEAST[name])
         elif name in ("exhaustive", "return_draws"):
-            if not isinstance(value, bool | np.bool_):
-                raise ValueError(f"{name}={shown(value)} must be True or False")
+            checked_flag(name, value)
         elif name == "seed":
             checked[name] = checked_seed(value)
         elif name == "keys" and value is not None:
@@ -322,6 +328,7 @@ __all__ = [
     "check_prepared_mask",
     "check_shapes",
     "is_integer",
+    "checked_flag",
     "checked_seed",
     "mask_faults",
     "refuse_lost_labels",

@@ -285,7 +285,20 @@ def test_logits_that_are_not_finite_name_the_request(folder, requests, settings)
         ({"mask_unit": "S"}, "mask_unit=S changes the published score alone"),
         ({"method": "token_objective", "mask_unit": "x"}, "mask_unit='x' is not 1, S, a number of digits"),
         ({"published": True, "method": "chain"}, "published=true is method=token_objective; leave method=chain out"),
-        ({"max_length": 49}, r"max_length=49 is outside \[2, 48\], what the model takes; use 48"),
+        ({"max_length": 49}, r"max_length=49 must be an integer in \[2, 48\]; use 48"),
+        *(
+            ({name: value}, f"{name}={value!r} must be an integer")
+            for name in ("seed", "num_samples", "max_length", "prefix_token_id", "tokens_per_pass", "batch_size")
+            for value in (10.7, True, "1.5")
+        ),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be an integer in"),
+        ({"prefix_token_id": -1}, "prefix_token_id=-1 must be an integer in"),
+        ({"prefix_token_id": 10**6}, "prefix_token_id=1000000 must be an integer in"),
+        *(
+            ({name: "false"}, f"{name}='false' must be True or False")
+            for name in ("published", "add_bos_token", "truncation", "enable_thinking")
+        ),
+        ({"chat_template_args": "x"}, "chat_template_args='x' must be a mapping"),
         ({"device": "cuda:7"}, "device='cuda:7' cannot be used here"),
         ({"dtype": "float31"}, "dtype='float31' is not a floating-point type"),
     ],
@@ -295,6 +308,12 @@ def test_bad_arguments_are_refused(folder, arguments, message, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         PrimeV2LM(**{"pretrained": str(folder), **arguments})
+
+
+def test_integers_may_be_text_as_a_command_line_has_them(folder):
+    lm = PrimeV2LM(str(folder), seed="3", max_length="12", prefix_token_id="1", num_samples="4")
+    assert (lm.seed, lm.max_length, lm.prefix_token_id, lm.scoring.answers.num_samples) == (3, 12, 1, 4)
+    assert PrimeV2LM(str(folder), seed="3").scoring.answers.seed == 3
 
 
 def test_lm_evals_own_defaults_mean_automatic_batches(folder):

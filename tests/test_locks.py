@@ -149,11 +149,28 @@ def test_whoever_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
     assert f"--out x is in use by process {process.pid} on " in capsys.readouterr().err
 
 
-def test_a_file_in_place_of_the_folder_and_a_link_in_place_of_the_lock_are_refused(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused_and_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out x is not a folder"), folder_lock(tmp_path / "file", "--out x"):
         pass
     (tmp_path / LOCK).symlink_to(tmp_path / "file")
-    with pytest.raises(OSError), folder_lock(tmp_path, "--out x"):
+    with pytest.raises(ValueError, match="is a link"), folder_lock(tmp_path, "--out x"):
         pass
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: path.symlink_to(path.parent / "nowhere"), "a link"),
+        (os.mkfifo, "no plain file"),
+    ],
+    ids=["folder", "link", "fifo"],
+)
+def test_what_is_no_file_in_place_of_the_lock_is_refused_in_a_sentence_and_stays(tmp_path, make, what):
+    make(tmp_path / LOCK)
+    message = f"{LOCK} is {what}, where the file .* belongs; move it away"
+    with pytest.raises(ValueError, match=message), folder_lock(tmp_path, "--out x"):
+        pass
+    assert os.path.lexists(tmp_path / LOCK)

@@ -104,7 +104,8 @@ def test_other_mask_units_are_refused(mask_unit):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
         ({"cfg": -1.0}, r"cfg=-1.0 must be 0 \(off\) or positive"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
     ],

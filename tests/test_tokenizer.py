@@ -375,6 +375,10 @@ def test_the_shuffle_options_reach_the_table(bpe):
         ({"shuffle_seed": True}, "shuffle_seed=True must be an integer"),
         ({"shuffle_ratio": 2}, r"shuffle_ratio=2 is outside \[0, 1\]"),
         ({"mask_token": "the"}, "mask_token='the' is already the token .*; use one outside its vocabulary"),
+        ({"num_subtoken": 5}, "build_tokenizer has no argument num_subtoken=5; did you mean num_subtokens"),
+        ({"shuffle_sed": 5}, "build_tokenizer has no argument shuffle_sed=5; did you mean shuffle_seed"),
+        ({"model_max_lenght": 5}, "build_tokenizer has no argument model_max_lenght=5; did you mean model_max_length"),
+        ({"colour": "red"}, "build_tokenizer has no argument colour='red'; leave it out"),
         ({"special_tokens": {"end": "x"}}, "special_tokens has 'end', which is not one of bos_token, "),
     ],
 )

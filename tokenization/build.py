@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prime_v2.code_table_prime_v2 import base_needed, build_code_table, digits_needed
+from prime_v2.keywords_prime_v2 import arguments_of, refuse_unknown
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
 # What a wrapped tokenizer keeps of the one it wraps, besides the vocabulary and the special tokens.
@@ -21,6 +22,23 @@ INHERITED = (
     "clean_up_tokenization_spaces",
     "chat_template",
     "extra_special_tokens",
+)
+# Further names that Transformers' fast tokenizers read. They take them from **kwargs, so no signature lists them, and
+# keep any other name without a word.
+OF_A_TOKENIZER = (
+    *INHERITED,
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "additional_special_tokens",
+    "chat_control_tokens",
+    "model_input_names",
+    "model_specific_special_tokens",
+    "pad_token_type_id",
+    "post_processor",
+    "response_template",
+    "split_special_tokens",
+    "verbose",
 )
 
 
@@ -43,10 +61,12 @@ def build_tokenizer(
         shuffle_seed, shuffle_ratio, shuffle_domain: the index shuffle, see `build_code_table`.
         special_tokens: e.g. `{"eos_token": "<|endoftext|>"}`, over those of the base tokenizer; a token that is not
             in the vocabulary is added to it and counts towards V. Padding uses EOS where there is no `pad_token`.
-        kwargs: passed to PrimeV2Tokenizer (`mask_token`, `chat_template`, `model_max_length`, ...).
+        kwargs: passed to PrimeV2Tokenizer (`mask_token`, `chat_template`, `model_max_length`, ...): special tokens
+            and the names of `OF_A_TOKENIZER`; ValueError for any other.
     """
     backend, special, inherited = _unwrap(base_tokenizer_or_name)
     names = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    refuse_unknown("build_tokenizer", kwargs, [*arguments_of(build_tokenizer), *names, *OF_A_TOKENIZER])
     special.update(special_tokens or {})
     special.update({name: kwargs.pop(name) for name in names if name in kwargs and name != "mask_token"})
     unknown = [name for name in special if name not in names]

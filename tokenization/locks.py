@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -118,7 +119,16 @@ def _acquire(path: Path, option: str, wait: bool) -> FolderLock:
 
 
 def _opened(path: Path, *, create: bool) -> IO[str] | None:
-    flags = os.O_RDWR | (os.O_CREAT if create else 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        kind = None
+    if kind is not None and not stat.S_ISREG(kind):  # opening a pipe could wait for ever
+        if not create:
+            return None
+        what = "a folder" if stat.S_ISDIR(kind) else "a link" if stat.S_ISLNK(kind) else "no plain file"
+        raise ValueError(f"{path} is {what}, where the file that locks its folder belongs; move it away")
+    flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | (os.O_CREAT if create else 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.fdopen(os.open(path, flags, 0o644), "r+", encoding="utf-8", errors="replace")
     except FileNotFoundError:
