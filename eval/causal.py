@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prime_v2.checks_prime_v2 import check_mask
 from prime_v2.likelihood_prime_v2 import NotFiniteError, PrimeV2LogLikelihood
 
 METHOD = "causal"
@@ -92,6 +93,7 @@ class CausalScorer:
         for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
+            check_mask(name, mask)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         scored = real if prompt_mask is None else real & ~prompt_mask.bool()
         if not scored.any(1).all():

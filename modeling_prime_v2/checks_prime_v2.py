@@ -170,6 +170,22 @@ def scored_tokens(
     return scored, ids
 
 
+def divisor(num_items_in_batch: Tensor | int | None, scored: Tensor) -> Tensor | int:
+    """What a loss is divided by: the scored tokens of the optimiser's step, by default those of this batch (B, L).
+
+    ValueError for a number that is not positive and finite; of an accelerator's tensor the value is not looked at.
+    """
+    if num_items_in_batch is None:
+        return scored.sum()
+    seen = not isinstance(num_items_in_batch, Tensor) or num_items_in_batch.device.type == "cpu"
+    if seen and not torch.compiler.is_compiling() and not 0 < float(num_items_in_batch) < float("inf"):
+        raise ValueError(
+            f"num_items_in_batch={shown(num_items_in_batch)} must be a positive number, the scored tokens of the "
+            f"optimiser's step; leave it out to count this batch"
+        )
+    return num_items_in_batch
+
+
 def refuse_lost_labels(num_items_in_batch: Tensor | int | None) -> None:
     """ValueError for a divisor of a loss that came without labels, which Trainer's own losses take away."""
     if num_items_in_batch is not None:
@@ -330,6 +346,7 @@ __all__ = [
     "is_integer",
     "checked_flag",
     "checked_seed",
+    "divisor",
     "mask_faults",
     "refuse_lost_labels",
     "refuse_mask",

@@ -61,7 +61,7 @@ def refuse_unknown_fields(config_class: type, given: Mapping[str, Any]) -> None:
 
     Where a newer version of this package wrote them, that is said.
     """
-    unknown = [name for name in given if not _is_known(config_class, name)]
+    unknown = [name for name in given if not is_known(config_class, name)]
     if not unknown:
         return
     name, made_by = unknown[0], given.get(VERSION_FIELD)
@@ -85,7 +85,7 @@ def refuse_misspelt(config_class: type, names: Iterable[str]) -> None:
     """
     for name in names:
         of_tokenizer = name.endswith("_token")  # eos_token is like bos_token_id
-        if not of_tokenizer and not _is_known(config_class, name) and not hasattr(config_class, name):
+        if not of_tokenizer and not is_known(config_class, name) and not hasattr(config_class, name):
             near = nearest(name, own_fields(config_class))
             if near is not None:
                 raise ValueError(f"{name} is no field of {config_class.__name__}; did you mean {near}?")
@@ -132,7 +132,8 @@ def _deepest(place: Path) -> str:
     return f"a JSON file of {place}"
 
 
-def _is_known(config_class: type, name: str) -> bool:
+def is_known(config_class: type, name: str) -> bool:
+    """Whether a name is a field of a configuration, or Transformers' own."""
     return name.startswith("_") or name == VERSION_FIELD or name in declared_fields(config_class)
 
 
@@ -147,6 +148,7 @@ __all__ = [
     "VERSION",
     "VERSION_FIELD",
     "flat_json",
+    "is_known",
     "refuse_foreign_code",
     "refuse_misspelt",
     "refuse_unknown_fields",

@@ -12,6 +12,7 @@ from .config_fields_prime_v2 import (
     VERSION,
     VERSION_FIELD,
     flat_json,
+    is_known,
     refuse_foreign_code,
     refuse_misspelt,
     refuse_unknown_fields,
@@ -113,12 +114,18 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
             refuse_misspelt(type(self), [name])
         super().__setattr__(name, value)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: no attributes that others have set (pretraining_tp, ...)."""
+        return {name: value for name, value in super().to_diff_dict().items() if is_known(type(self), name)}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         """As in Transformers, of what config.json may hold, and with checked arguments and none misspelt."""
         refuse_foreign_code(config_dict)
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if "use_cache" in unused:  # what training scripts set on every model, and only the ARM declares
+            config.use_cache = unused.pop("use_cache")
         config.validate()
         if wants_unused:
             return config, unused

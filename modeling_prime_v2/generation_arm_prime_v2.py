@@ -112,6 +112,7 @@ def read_options(model: Any, given: dict, generation_config: GenerationConfig | 
     config = vars(generation_config or GenerationConfig())
     options = [*vars(GenerationConfig()), *GenerationConfig._get_default_generation_params(), *METADATA]
     known = [*arguments_of(model.generate), *options, *arguments_of(GenerationMixin.generate), *MODEL_INPUTS]
+    given = {name: value for name, value in given.items() if name != "token_type_ids" or value is not None}
     refuse_unknown("generate", given, known)
     refuse_unknown("generation_config", {name: value for name, value in config.items() if value is not None}, options)
     sources = [given, config, vars(model.generation_config)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from .checks_prime_v2 import checked_seed, is_integer, whole_number
 from .keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
@@ -149,7 +149,12 @@ def _is(value: Any, idle: Any) -> bool:
 
 def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> PrimeV2GenerationConfig:
     """Options of a call: keywords, else `generation_config`, else the model's, else its config's, else `DEFAULTS`."""
-    refuse_unknown("generate", kwargs, [*OPTIONS, *arguments_of(model.generate), *idle_options(), *METADATA])
+    known = [*OPTIONS, *arguments_of(model.generate), *idle_options(), *METADATA]
+    # Values that mean nothing, of arguments of Transformers' own generate.
+    foreign = {*arguments_of(GenerationMixin.generate), "token_type_ids"} - set(known)
+    idle = {name for name, each in kwargs.items() if name in foreign and (each is None or each is False)}
+    kwargs = {name: each for name, each in kwargs.items() if name not in idle}
+    refuse_unknown("generate", kwargs, known)
     merged: dict[str, Any] = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}
     for config in (model.generation_config, generation_config):
         if config is not None:

@@ -112,7 +112,8 @@ def refuse_causal_scoring(model: Any) -> None:
         return
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_model_call" and frame.f_globals.get("__name__") == LM_EVAL:
+        owner = type(frame.f_locals.get("self"))
+        if frame.f_code.co_name == "_model_call" and any(each.__module__ == LM_EVAL for each in owner.__mro__):
             raise ValueError(
                 f"{type(model).__name__} is not causal, so lm-eval's model hf (HFLM) would score its answers "
                 f"wrongly; use --model prime_v2, in Python prime_v2.eval.lm:PrimeV2LM(pretrained=model, tokenizer=...)"

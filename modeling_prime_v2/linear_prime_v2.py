@@ -59,8 +59,8 @@ def linear(layer: Any, inputs: Tensor) -> Tensor:
 
 
 def head_of(layer: Any, vocab_size: int, shared: Tensor | None = None) -> Tensor | HeadCall:
-    """The head that a linear layer is, its weight (V, D) where it is plain; `shared` (V, D) is added to its rows."""
-    weight = plain_weight(layer)
+    """The head that a linear layer is, its weight (V, D) where that is all of it; `shared` (V, D) adds to its rows."""
+    weight = None if getattr(layer, "bias", None) is not None else plain_weight(layer)
     if weight is not None:
         return weight if shared is None else weight + shared
     if shared is None:

@@ -20,6 +20,7 @@ from .checks_prime_v2 import (
     check_length,
     check_mask,
     check_prepared_mask,
+    divisor,
     refuse_lost_labels,
     scored_tokens,
     scoring_inputs,
@@ -41,7 +42,7 @@ class PrimeV2CausalLMOutput(CausalLMOutputWithPast):
     """Output of `PrimeV2ForCausalLM`: Transformers' own, and whether the loss is a bound on -log p(x) per token.
 
     loss: scalar, nats per scored token; logits None with labels. logits (B, L, V): at i for the token at i + 1.
-    loss_per_sequence: (B,) float64, detached, -log p of each row's scored tokens, whose sum is the loss times its
+    loss_per_sequence: (B,) float, detached, -log p of each row's scored tokens, whose sum is the loss times its
         divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
     """
 
@@ -275,9 +276,8 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         outputs = self.model(tokens.inputs, mask, position_ids, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[tokens.rows, tokens.columns]  # (N, D)
         total, nats = token_nats(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
-        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
-        per_sequence.index_add_(0, tokens.rows, nats.double())
-        return total / (scored.sum() if num_items_in_batch is None else num_items_in_batch), per_sequence, outputs
+        per_sequence = nats.new_zeros(len(ids)).index_add_(0, tokens.rows, nats)  # not every accelerator has float64
+        return total / divisor(num_items_in_batch, scored), per_sequence, outputs
 
     def log_likelihood(
         self, input_ids, attention_mask=None, prompt_mask=None, method=METHOD, **kwargs

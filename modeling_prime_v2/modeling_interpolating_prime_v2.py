@@ -13,6 +13,7 @@ from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedMod
 from .checks_prime_v2 import (
     as_tensor,
     check_length,
+    divisor,
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
@@ -205,6 +206,9 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
             known = (input_ids != self.config.mask_token_id).unsqueeze(-1)
             logits = logits.masked_fill(known & other, -torch.inf)
             return PrimeV2InterpolatingOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}=True with labels: this loss takes two passes of other inputs; leave it out")
         loss, each = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
@@ -238,9 +242,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         for term, each in zip(kept, nats, strict=True):
             per_sequence.index_add_(0, term.texts, each[: len(term.texts)] * term.weights)
-        if num_items_in_batch is None:
-            num_items_in_batch = scored.sum()
-        return total / num_items_in_batch, per_sequence
+        return total / divisor(num_items_in_batch, scored), per_sequence
 
     def nats_of_elements(self, parts: list[Elements], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
         """Weighted nats of all queries, differentiable, and the unweighted nats of each row, (R,) float64 a part.

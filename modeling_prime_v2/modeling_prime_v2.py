@@ -14,6 +14,7 @@ from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
 from .checks_prime_v2 import (
     as_tensor,
     check_length,
+    divisor,
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
@@ -229,9 +230,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
         total, nats = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
-        if num_items_in_batch is None:
-            num_items_in_batch = scored.sum()
-        return total / num_items_in_batch, nats * weight, outputs
+        return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
     def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
         """Weighted nats of the tokens that have a hidden unit (the others have none).

@@ -16,6 +16,7 @@ from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedM
 from .checks_prime_v2 import (
     as_tensor,
     check_length,
+    divisor,
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
@@ -235,6 +236,8 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             refuse_noise(noise_keys, noise_levels)
             refuse_lost_labels(num_items_in_batch)
             check_times(times, self.config)
+            if times is not None and not isinstance(times, Tensor):
+                times = torch.as_tensor(times, dtype=torch.double, device=input_ids.device)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
@@ -269,10 +272,8 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         noise = draw_noise(ids, scored, noise_keys, noise_levels, config.vocab_size)
         outputs = self.model(noise.ids, noise.times, attention_mask, position_ids, **kwargs)
         total, nats = self.nats_of_scored(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
-        if num_items_in_batch is None:
-            num_items_in_batch = scored.sum()
         weight = noise.weight if config.loss_weight == "elbo" else 1.0
-        return total / num_items_in_batch, nats * weight, outputs
+        return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
     def nats_of_scored(self, hidden_states, ids, scored, noise: UniformNoise, loss_weight: str = "elbo"):
         """Weighted nats of the scored tokens: `loss_weight` as in the config.

@@ -361,6 +361,28 @@ def test_layers_with_nothing_attached_are_read_and_others_called():
     assert all_vectors(table, 4).tolist() == [[0.0] * 3, [1.0] * 3, [2.0] * 3, [3.0] * 3]
 
 
+@pytest.mark.parametrize("case", UNTIED)
+def test_a_bias_on_the_head_acts_whether_it_is_called_or_not(case):
+    """As set_output_embeddings may bring one."""
+    model, value = network(case), value_of(network(case))
+    model.lm_head.bias = nn.Parameter(torch.linspace(-3, 3, SHAPE["vocab_size"]))
+    found = value_of(model)
+    assert not torch.allclose(found, value, atol=1e-2)
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(value_of(model), found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_what_others_set_on_a_configuration_is_not_saved_with_it(case, tmp_path):
+    """Recipes set pretraining_tp on every model, and load with use_cache=False."""
+    model = network(case)
+    model.config.pretraining_tp = 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, use_cache=False)
+    torch.testing.assert_close(value_of(loaded), value_of(model), rtol=0, atol=1e-6)
+    assert loaded.config.use_cache is False
+
+
 # A plain Trainer
 
 
@@ -385,7 +407,7 @@ def test_a_plain_trainer_predicts_the_nats_of_each_sequence(case, tmp_path):
 
     torch.manual_seed(0)
     predicted = Trainer(model, arguments, compute_metrics=metrics).predict(data)
-    assert predicted.predictions.shape == (5,) and predicted.predictions.dtype == "float64"
+    assert predicted.predictions.shape == (5,) and predicted.predictions.dtype in ("float32", "float64")
     # Trainer's own loss is the mean over batches, weighted by their rows; every row has as many tokens.
     assert predicted.metrics["test_loss"] == pytest.approx(predicted.metrics["test_nats"], rel=1e-5)
 
@@ -397,8 +419,20 @@ def test_the_loss_is_the_sum_of_its_sequences(case):
     labels[1, :5] = -100
     output = model(input_ids=ids, labels=labels)
     assert output.loss_per_sequence.shape == (3,) and not output.loss_per_sequence.requires_grad
-    torch.testing.assert_close(output.loss_per_sequence.sum() / 19, output.loss.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(output.loss_per_sequence.double().sum() / 19, output.loss.double(), rtol=1e-6, atol=0)
     assert model(input_ids=ids, labels=labels, num_items_in_batch=38).loss.item() > 0
+    for wrong in (0, -5, float("nan"), torch.tensor(0)):
+        with pytest.raises(ValueError, match="num_items_in_batch=.* must be a positive number"):
+            model(input_ids=ids, labels=labels, num_items_in_batch=wrong)
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_arguments_of_generate_that_mean_nothing_are_taken(case):
+    model, options = network(case), {"max_new_tokens": 2, "seed": 0}
+    idle = {"synced_gpus": False, "assistant_model": None, "token_type_ids": None, "prefix_allowed_tokens_fn": None}
+    assert torch.equal(model.generate(some_ids(), **options, **idle), model.generate(some_ids(), **options))
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model.generate(some_ids(), token_type_ids=torch.zeros(3, 8, dtype=torch.long), **options)
 
 
 # Pipelines

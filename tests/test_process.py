@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from prime_v2.eval import process
 from prime_v2.eval.process import CHOSEN_BY_USER, SPINS, bound_spinning, quiet_interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,4 +77,3 @@ def test_nothing_but_the_standard_library_is_imported():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == (
         "False False\n"
     )
-    assert process.__all__

@@ -77,6 +77,8 @@ def files_change(stored: dict[str, Any], files: list[Path], root: Path) -> str |
     for name in sorted(known.keys() ^ now.keys()):
         return f"{name} is {'missing' if name in known else 'new'}"
     for name, path in now.items():
+        if not isinstance(known[name], dict):
+            return f"{name} has another content"
         same_times = all(known[name].get(key) == value for key, value in _times_of(path).items())
         if not same_times and _state_of(path)["sha256"] != known[name].get("sha256"):
             return f"{name} has another content"
