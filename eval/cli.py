@@ -153,8 +153,8 @@ PplMethod = Annotated[
         metavar="NAME",
         help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
         "orders: a bound from random orders, slowest; token_objective: the paper's loss, no bound; uniform, "
-        "interpolating: the bounds of these families. A causal model has causal alone, its exact likelihood. A model "
-        "that has not the method asked for keeps its own beside others.",
+        "interpolating: the bounds of these families. A causal model has only causal, its exact likelihood. Beside "
+        "others, a model without the given method keeps its own.",
         show_default="the bound of the order that the model was trained with",
     ),
 ]

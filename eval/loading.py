@@ -232,7 +232,13 @@ def _load_weights(model_class: Any, place: str, dtype: torch.dtype, own: bool) -
 
 def _check_folder(folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}; give the folder of a saved model")
+        from transformers.trainer_utils import get_last_checkpoint
+
+        checkpoint = get_last_checkpoint(str(folder))
+        advice = (
+            "give the folder of a saved model" if checkpoint is None else f"the run is unfinished; give {checkpoint}"
+        )
+        raise ValueError(f"{folder} has no {CONFIG_FILE}; {advice}")
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

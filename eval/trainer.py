@@ -22,9 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from prime_v2.diffusion_prime_v2 import stratified_levels
 from prime_v2.eval.checkpoints import ASIDE, load_state, publish, random_state, save_state, set_random_state, step_of
+from prime_v2.eval.intervals import half_width
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.tokenization.packing import StreamedBlocks, collate
 from prime_v2.tokenization.seals import disk_trouble
@@ -170,6 +172,16 @@ class DiffusionTrainer(Trainer):
             save_state(self.optimizer.state_dict(), Path(output_dir), "optimizer")
             save_state(self.lr_scheduler.state_dict(), Path(output_dir), "scheduler")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As in Transformers, which reads config.json here as that of no model and warns of our mask token, id V."""
+        reader = logging.get_logger("transformers.configuration_utils")
+        level = reader.level
+        reader.setLevel(logging.ERROR)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            reader.setLevel(level)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -281,8 +293,9 @@ class Progress(ProgressCallback):
                 f"{logs['flops_per_second'] / 1e9:,.0f} GFLOP/s"
             )
         elif "eval_bound" in logs:
-            stderr = f" +- {logs['eval_bound_stderr']:.4f}" if "eval_bound_stderr" in logs else ""
+            half = half_width(logs.get("eval_bound_stderr"), logs.get("eval_bound_degrees"))
+            interval = f" +- {half:.4f} (95%)" if half else ""
             bar.write(
-                f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f}{stderr} nats/token "
+                f"step {state.global_step}: held-out bound {logs['eval_bound']:.4f}{interval} nats/token "
                 f"(unigram entropy {logs['eval_unigram_entropy']:.4f})"
             )

@@ -281,7 +281,7 @@ def test_bpe_is_deterministic():
 def test_bpe_of_an_impossible_size_is_refused():
     with pytest.raises(ValueError, match="vocab_size=257 leaves no room for merges .* use at least 258"):
         train_bpe([SENTENCE], 257)
-    with pytest.raises(ValueError, match="fewer than vocab_size=5000; use more text or vocab_size=") as error:
+    with pytest.raises(ValueError, match="fewer than the 5000 of the vocabulary; use more text, or") as error:
         train_bpe([SENTENCE], 5000)
-    size_that_works = int(re.search(r"or vocab_size=(\d+)", str(error.value))[1])
+    size_that_works = int(re.search(r"--bpe_vocab_size (\d+)", str(error.value))[1])
     assert train_bpe([SENTENCE], size_that_works).get_vocab_size() == size_that_works

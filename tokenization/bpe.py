@@ -36,8 +36,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int, eos_token: str = "<|end
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.encode_special_tokens = True
     if tokenizer.get_vocab_size() < vocab_size:
+        most = tokenizer.get_vocab_size()
         raise ValueError(
-            f"the documents have merges for {tokenizer.get_vocab_size()} tokens, fewer than vocab_size={vocab_size}; "
-            f"use more text or vocab_size={tokenizer.get_vocab_size()}"
+            f"the documents have merges for {most} tokens, fewer than the {vocab_size} of the vocabulary; use more "
+            f"text, or a vocabulary of {most} (of train.py: --bpe_vocab_size {most})"
         )
     return tokenizer
