@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prime_v2.config_fields_prime_v2 import read_mapping
 from prime_v2.eval.commands_shared import progress_bar, quiet_libraries
 from prime_v2.eval.intervals import UPPER_END, plus_minus
 from prime_v2.eval.places import print_and_record
@@ -65,7 +66,7 @@ def _shares(run_folder: str | None) -> dict[str, Any]:
 def _run_options(run_folder: str) -> dict[str, Any]:
     """The options that train.py wrote beside a model; none where it did not."""
     path = Path(run_folder) / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_mapping(path) if path.is_file() else {}
 
 
 def counted(documents: Iterator[str], show: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prime_v2.config_fields_prime_v2 import flat_json
+from prime_v2.config_fields_prime_v2 import read_mapping, readable_json
 from prime_v2.eval.families import FAMILY_OF_TYPE
 from prime_v2.tokenization.seals import PICKLES
 
@@ -133,8 +133,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     place = _locate(place)
     if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{place} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model")
-    made_of = _loaded(lambda: get_tokenizer_config(place), place, "a tokenizer")
-    if made_of.get("tokenizer_class") == PrimeV2Tokenizer.__name__:
+    made_by = _loaded(lambda: get_tokenizer_config(place).get("tokenizer_class"), place, "a tokenizer")
+    if made_by == PrimeV2Tokenizer.__name__:
         return _loaded(lambda: PrimeV2Tokenizer.from_pretrained(place), place, "a tokenizer")
     tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False), place, "a tokenizer")
     if not tokenizer.is_fast:
@@ -239,12 +239,7 @@ def _check_folder(folder: Path) -> None:
             "give the folder of a saved model" if checkpoint is None else f"the run is unfinished; give {checkpoint}"
         )
         raise ValueError(f"{folder} has no {CONFIG_FILE}; {advice}")
-    try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON ({error}); save the model again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} is no configuration; save the model again")
+    read_mapping(folder / CONFIG_FILE)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
@@ -258,7 +253,7 @@ def _check_folder(folder: Path) -> None:
 def _loaded(load, place: str, what: str) -> Any:
     """load(), with what missing and damaged files raise turned into a sentence that says what was looked for."""
     try:
-        with flat_json(place):
+        with readable_json(place):
             return load()
     except Exception as error:
         damage = (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError)

@@ -83,6 +83,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; give a record that train.py or prime-v2 wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); give a record that train.py or prime-v2 wrote") from None
+    content = content if isinstance(content, dict) else {}
     missing = [key for key in ("name", "command", "commit", "results") if key not in content]
     if missing:
         raise ValueError(f"{path} is no record: it lacks {', '.join(missing)}")

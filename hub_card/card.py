@@ -1,6 +1,5 @@
 """The model card: a README.md whose every number is read from the record of the run."""
 
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from prime_v2.config_fields_prime_v2 import read_mapping
 from prime_v2.hub_card.files import file_hashes, hub_files
 from prime_v2.hub_card.paths import without_places
 
@@ -45,11 +45,9 @@ def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Pat
     """
     folder, record = Path(model_dir), without_places(record)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_mapping(folder / "config.json")
     except FileNotFoundError:
         raise ValueError(f"{folder} has no config.json; give the folder of a saved model") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}); save the model again") from None
     recorded = look_up(record, "results.config")
     for name in SHAPE:
         if name in config and name in recorded and config[name] != recorded[name]:

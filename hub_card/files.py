@@ -1,11 +1,12 @@
 """The files that loading a model takes, and their hashes."""
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+
+from prime_v2.config_fields_prime_v2 import read_mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -22,12 +23,12 @@ def hub_files(model_dir: str | os.PathLike[str]) -> list[str]:
     folder = Path(model_dir)
     names = {*REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file())}
     if (folder / INDEX).is_file():
-        names |= {INDEX, *_content(folder / INDEX).get("weight_map", {}).values()}
+        names |= {INDEX, *read_mapping(folder / INDEX).get("weight_map", {}).values()}
     else:
         names.add(WEIGHTS)
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            names |= _code(folder, _content(folder / name).get("auto_map", {}))
+            names |= _code(folder, read_mapping(folder / name).get("auto_map", {}))
     outside = sorted(name for name in names if Path(name).name != name)
     if outside:
         raise ValueError(
@@ -46,16 +47,6 @@ def file_hashes(folder: str | os.PathLike[str], names: list[str]) -> dict[str, s
         with open(Path(folder) / name, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
-        raise ValueError(f"{path} is not JSON ({error}); save the model again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no mapping; save the model again")
-    return content
 
 
 def _code(folder: Path, auto_map: dict[str, Any]) -> set[str]:

@@ -8,16 +8,29 @@ from typing import Any
 GENERATED = ("samples",)  # text of a model, which is no text of ours
 # A path from the root, the home folder or a folder above: in quotes, and otherwise up to what ends a word or an item.
 QUOTED_PLACE = re.compile(r"""(["'])((?:~[\w-]*|\.\.)?/[^"'\n]+)\1""")
-PLACE = re.compile(r"""file://\S+|(?<![\w/.:~-])(?:~[\w-]*|\.\.)?/[^\s,"'=;:()\[\]{}]+""")
+# After a short option (-o/home), too, and after a colon, but for the // of an address (https://host).
+PLACE = re.compile(
+    r"""file://\S+|(?:(?<![\w/.~-])|(?<=^-\w)|(?<=[\s"'=,:]-\w))(?!(?<=:)//)(?:~[\w-]*|\.\.)?/[^\s,"'=;:()\[\]{}]+"""
+)
+# What may stand before a path in one word: name= and name:, several times, and a short option.
+BEFORE = re.compile(r"(?:[\w-]+(?:=|:(?!//)))*(?:-\w(?=(?:~[\w-]*|\.\.)?/))?")
 
 
 def without_places(content: Any) -> Any:
     """Strings, lists and dictionaries with the last part of each path that says where something lies on a machine.
 
-    Relative paths below the working folder stay, and so does the text that a model generated.
+    The keys of dictionaries are treated alike. Relative paths below the working folder stay, and so does the text that
+    a model generated.
     """
     if isinstance(content, dict):
-        return {key: each if key in GENERATED else without_places(each) for key, each in content.items()}
+        kept: dict[Any, Any] = {}
+        for key, each in content.items():
+            name, number = without_places(key), 1
+            while name in kept:  # two places whose last parts are equal
+                number += 1
+                name = f"{without_places(key)} ({number})"
+            kept[name] = each if key in GENERATED else without_places(each)
+        return kept
     if isinstance(content, list | tuple):
         return [without_places(each) for each in content]
     if not isinstance(content, str) or "/" not in content:
@@ -32,14 +45,14 @@ def without_places(content: Any) -> Any:
 
 
 def _last_part(text: str) -> str:
-    """A path by its last part; of other text, each path in it. An option with its value is --name=value."""
-    name, sign, value = text.partition("=")
-    if sign and re.fullmatch(r"[\w-]+", name):
-        return f"{name}={_last_part(value)}"
+    """A path by its last part; of other text, each path in it. An option with its value is --name=value or -o/path."""
+    found = BEFORE.match(text)
+    before = found[0] if found else ""
+    text = text[len(before) :]
     if re.match(r"(~[\w-]*|\.\.)?/[^\n,]*$", text):
-        return PurePath(text).name or text
+        return before + (PurePath(text).name or text)
     text = QUOTED_PLACE.sub(lambda found: f"{found[1]}{PurePath(found[2]).name}{found[1]}", text)
-    return PLACE.sub(lambda found: PurePath(found[0]).name or found[0], text)
+    return before + PLACE.sub(lambda found: PurePath(found[0]).name or found[0], text)
 
 
 __all__ = ["without_places"]

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .config_fields_prime_v2 import flat_json
+from .config_fields_prime_v2 import readable_json
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
 from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
@@ -198,7 +198,7 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
         if kwargs.get("_from_pipeline") == "feature-extraction" and cls.backbone_class is not None:
             return cls.backbone_class.from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        with flat_json(place):
+        with readable_json(place):
             loaded: Any = super().from_pretrained(*args, use_safetensors=refuse_pickles(use_safetensors), **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         table = getattr(model, "code_table", None)

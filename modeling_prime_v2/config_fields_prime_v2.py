@@ -39,6 +39,17 @@ UNDECLARED = (
 NOT_READ = ("per_layer_config",)
 # Attention that comes with PyTorch; any other may be downloaded as code, also under a name such as flash_attention_2.
 LOCAL_ATTENTION = ("eager", "sdpa", "flex_attention")
+# JSON files of a model and its tokenizer, which hold mappings; an index of weights does, too.
+MAPPINGS = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "code_table.json",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
@@ -109,27 +120,48 @@ def refuse_foreign_code(content: Mapping[str, Any]) -> None:
                 )
 
 
+def read_mapping(path: Path, advice: str = "save it again") -> dict[str, Any]:
+    """The content of a JSON file that holds a mapping; ValueError, naming the file, for anything else in it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read; {advice}") from None
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{path} is not JSON ({error}); {advice}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {shown(content)}, but must hold a mapping; {advice}")
+    return content
+
+
 @contextmanager
-def flat_json(place: Any) -> Iterator[None]:
-    """ValueError in place of the RecursionError of a JSON file of `place` that is nested thousands of levels deep."""
+def readable_json(place: Any) -> Iterator[None]:
+    """ValueError, naming the file, in place of what readers raise for a JSON file of `place` that holds no mapping.
+
+    `place`: a file, or the folder of a model or tokenizer. What is raised for another reason passes.
+    """
     try:
         yield
-    except RecursionError as error:
-        if "JSON" not in str(error):
+    except (RecursionError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, RecursionError) and "JSON" not in str(error):
             raise
-        raise ValueError(f"{_deepest(Path(str(place)))} is nested too deeply to be read; save it again") from None
+        path = Path(str(place))
+        fault = None
+        for each in [path] if path.is_file() else sorted(filter(_is_read, path.glob("*.json"))):
+            try:
+                read_mapping(each)
+            except ValueError as found:
+                fault = str(found)
+                break
+        if fault is None and isinstance(error, RecursionError):  # of the Hub's cache
+            fault = f"a JSON file of {place} is nested too deeply to be read; save it again"
+        if fault is None:
+            raise
+        raise ValueError(fault) from None
 
 
-def _deepest(place: Path) -> str:
-    """The JSON file of a folder that Python cannot read for its depth; that there is one where it is not found."""
-    for path in [place] if place.is_file() else sorted(place.glob("*.json")):
-        try:
-            json.loads(path.read_bytes())
-        except RecursionError:
-            return str(path)
-        except ValueError:
-            continue
-    return f"a JSON file of {place}"
+def _is_read(path: Path) -> bool:
+    """Whether a file is one that loading reads; others beside it may hold what they like."""
+    return path.is_file() and (path.name in MAPPINGS or path.name.endswith(".index.json"))
 
 
 def is_known(config_class: type, name: str) -> bool:
@@ -147,8 +179,9 @@ def _is_newer(version: Any) -> bool:
 __all__ = [
     "VERSION",
     "VERSION_FIELD",
-    "flat_json",
     "is_known",
+    "read_mapping",
+    "readable_json",
     "refuse_foreign_code",
     "refuse_misspelt",
     "refuse_unknown_fields",

@@ -1,6 +1,7 @@
 """What the configurations of all families share: the shape of the network (`backbone_prime_v2`)."""
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,8 +12,8 @@ from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, di
 from .config_fields_prime_v2 import (
     VERSION,
     VERSION_FIELD,
-    flat_json,
     is_known,
+    read_mapping,
     refuse_foreign_code,
     refuse_misspelt,
     refuse_unknown_fields,
@@ -134,8 +135,7 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        with flat_json(json_file):
-            return super()._dict_from_json_file(json_file)
+        return read_mapping(Path(json_file))
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:

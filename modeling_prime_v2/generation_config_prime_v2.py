@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .checks_prime_v2 import checked_seed, is_integer, whole_number
+from .config_fields_prime_v2 import read_mapping
 from .keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
 
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
@@ -115,6 +117,10 @@ class PrimeV2GenerationConfig(GenerationConfig):
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is outside (0, 1]; use 1.0 to keep every token")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_mapping(Path(json_file))
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is set, the content of generation_config.json."""

@@ -31,6 +31,16 @@ PERSON, HOST = "somebody-of-here", "host-of-here"
         ("/home/me/a.yaml:entry", "a.yaml:entry"),
         ("pretrained=/home/me/run,seed=1", "pretrained=run,seed=1"),
         ("/home/me/a,/home/me/b", "a,b"),
+        ("data_files=test:/home/me/x", "data_files=test:x"),
+        ("data_files=test:/home/me/my x", "data_files=test:my x"),
+        ("a=test:/home/me/x,train:~/y", "a=test:x,train:y"),
+        ("pretrained:/home/me/m", "pretrained:m"),
+        ("seen (pretrained:/home/me/m)", "seen (pretrained:m)"),
+        ("file:/home/me/m", "file:m"),
+        ("-o/home/me/x", "-ox"),
+        ("-o../../me/x", "-ox"),
+        ("it's with -o/home/me/x", "it's with -ox"),
+        ("prime-v2 ppl -o/home/me/x -o '/home/me/x y' '-o/home/me/x y'", "prime-v2 ppl -ox -o 'x y' '-ox y'"),
         ("it's in /home/me/x, there", "it's in x, there"),
         ("python train.py --data /home/me/x --config=/home/me/y.yaml", "python train.py --data x --config=y.yaml"),
         ("prime-v2 ppl '/home/me/my run' '/home/me/my text.txt'", "prime-v2 ppl 'my run' 'my text.txt'"),
@@ -39,11 +49,34 @@ PERSON, HOST = "somebody-of-here", "host-of-here"
 )  # fmt: skip
 def test_of_a_path_the_last_part_is_kept(text, expected):
     assert without_places(text) == expected
-    assert without_places({"a": [text]}) == {"a": [expected]}
+    assert without_places({"a": [text], text: 1}) == {"a": [expected], expected: 1}
+
+
+def test_keys_with_one_last_part_lose_no_entry():
+    assert without_places({"/home/me/a/x": 1, "/home/me/b/x": 2, 3: 4}) == {"x": 1, "x (2)": 2, 3: 4}
 
 
 @pytest.mark.parametrize(
-    "text", ["runs/tiny", "nats/token", "https://host/a/b", "a / b", "/", "and/or", "org/model", "", "a\n\n b  c", "~"]
+    "text",
+    [
+        "runs/tiny",
+        "nats/token",
+        "https://host/a/b",
+        "url=https://host/a/b",
+        "hub:hf://a/b",
+        "1:2",
+        "top-k/all",
+        "a-b/c",
+        "a / b",
+        "/",
+        "and/or",
+        "org/model",
+        "",
+        "a\n\n b  c",
+        "~",
+        "a:" * 5000 + "b/c",
+    ],
+    ids=lambda text: text[:20],
 )
 def test_what_is_no_place_on_a_machine_stays(text):
     assert without_places(text) == text

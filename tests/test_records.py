@@ -55,6 +55,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         (None, "does not exist; give a record"),
         (b"{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
+        (b"3", "is no record: it lacks name, command, commit, results"),
+        (b"null", "is no record: it lacks name"),
         (b'{"name": "x", "results": {}}', "is no record: it lacks command, commit"),
     ],
 )

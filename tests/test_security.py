@@ -20,15 +20,18 @@ from prime_v2 import (
     PrimeV2Tokenizer,
     build_tokenizer,
 )
+from prime_v2.config_fields_prime_v2 import MAPPINGS, readable_json
 from prime_v2.configuration_arm_prime_v2 import PrimeV2ArmConfig
 from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from prime_v2.eval.loading import load_model_and_tokenizer
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.weights_prime_v2 import check_headers
 
 TEXT = ["the quick brown fox jumps over the lazy dog"] * 3
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 TABLE = "code_table.codes"
+JSON_FILES = (*MAPPINGS, "model.safetensors.index.json")
 
 
 @pytest.fixture(scope="module")
@@ -280,20 +283,7 @@ def test_what_the_user_names_himself_is_his_choice(folder):
 
 
 @pytest.mark.parametrize("levels", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "tokenizer.json",
-        "code_table.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "model.safetensors.index.json",
-        "adapter_config.json",
-    ],
-)
+@pytest.mark.parametrize("name", JSON_FILES)
 def test_json_of_any_depth_is_a_sentence(folder, name, levels):
     (folder / name).write_text(levels)
     if "index" in name:
@@ -303,6 +293,40 @@ def test_json_of_any_depth_is_a_sentence(folder, name, levels):
     load = PrimeV2Tokenizer if of_tokenizer else PrimeV2ForMaskedDiffusion
     with pytest.raises(ValueError, match="is nested too deeply to be read"):
         load.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"', '[["a"]]', '{"a":'])
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_of_another_kind_is_a_sentence_that_names_the_file(folder, name, content):
+    (folder / name).write_text(content)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    message = rf"{re.escape(name)} (holds .* must (hold|be) a mapping|is not JSON .*).* save .* again"
+    with pytest.raises(ValueError, match=message):
+        load_model_and_tokenizer(folder)
+    of_tokenizer = "token" in name or name == "code_table.json"
+    load = PrimeV2Tokenizer if of_tokenizer else PrimeV2ForMaskedDiffusion
+    with pytest.raises(ValueError, match=message):
+        load.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "code_table.json"])
+def test_a_command_refuses_json_of_another_kind(folder, name):
+    (folder / name).write_text("[]")
+    assert re.search(f"{name} holds .* a mapping", refused("generate", folder))
+
+
+def test_a_configuration_of_another_kind_is_refused_by_its_class(tmp_path):
+    for load, name in ((PrimeV2Config, "config.json"), (PrimeV2GenerationConfig, "generation_config.json")):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(ValueError, match=f"{name} holds .* a mapping"):
+            load.from_pretrained(tmp_path)
+
+
+def test_an_error_of_another_cause_is_not_laid_to_json_that_is_not_read(folder):
+    (folder / "notes.json").write_text("[]")
+    with pytest.raises(TypeError, match="of another cause"), readable_json(folder):
+        raise TypeError("of another cause")
 
 
 def test_sizes_that_only_one_family_has_are_bounded_too():

@@ -8,6 +8,7 @@ package, since the Hub loads it alone.
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,15 @@ from transformers import TokenizersBackend
 CODE_TABLE_FILE = "code_table.json"
 # Of the table and of the vocabulary that it was made for, in code_table.json; older files lack them.
 CODES_HASH, VOCABULARY_HASH = "codes_sha256", "vocabulary_sha256"
+# Read with a tokenizer, as far as they are there.
+JSON_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    CODE_TABLE_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 
 
 class PrimeV2Tokenizer(TokenizersBackend):
@@ -73,15 +83,20 @@ class PrimeV2Tokenizer(TokenizersBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; ValueError for a JSON file that is nested thousands of levels deep."""
+        """As in Transformers; ValueError for a JSON file that holds no mapping, or one that is nested too deeply."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except RecursionError as error:
-            if "JSON" not in str(error):
+        except (RecursionError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            is_deep = isinstance(error, RecursionError)
+            if is_deep and "JSON" not in str(error):
                 raise
-            raise ValueError(
-                f"a JSON file of {pretrained_model_name_or_path} is nested too deeply to be read; save it again"
-            ) from None
+            place = str(pretrained_model_name_or_path)
+            fault = _json_fault(place)
+            if fault is None and is_deep:  # of the Hub's cache
+                fault = f"a JSON file of {place} is nested too deeply to be read; save it again"
+            if fault is None:
+                raise
+            raise ValueError(fault) from None
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -204,9 +219,32 @@ def read_code_table(path: str | os.PathLike[str] | None) -> dict[str, Any]:
         raise ValueError(f"{CODE_TABLE_FILE} is missing beside the tokenizer; make a tokenizer with build_tokenizer")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} is not JSON ({error}); save the tokenizer again") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'{path} holds {reprlib.repr(content)}; it must be a mapping with "base" and "codes": save the tokenizer '
+            f"again"
+        )
+    return content
+
+
+def _json_fault(place: str) -> str | None:
+    """What is wrong with the first of a folder's JSON files that holds no mapping, as a sentence; None for nothing."""
+    for path in (os.path.join(place, name) for name in JSON_FILES):
+        try:
+            with open(path, "rb") as file:
+                content = json.loads(file.read())
+        except RecursionError:
+            return f"{path} is nested too deeply to be read; save it again"
+        except ValueError as error:
+            return f"{path} is not JSON ({error}); save it again"
+        except OSError:  # not there
+            continue
+        if not isinstance(content, dict):
+            return f"{path} holds {reprlib.repr(content)}, but must hold a mapping; save it again"
+    return None
 
 
 def check_code_table(content: Any) -> tuple[np.ndarray, dict[str, Any]]:
