@@ -49,9 +49,9 @@ class Settings:
     def __post_init__(self):
         whole_number("num_samples", self.num_samples, 1, use=128)
         checked_seed(self.seed)
-        if self.adaptive is not None and (
-            isinstance(self.adaptive, bool) or not isinstance(self.adaptive, Real) or not self.adaptive > 0
-        ):
+        adaptive: Any = self.adaptive
+        is_number = isinstance(adaptive, Real) and not isinstance(adaptive, bool)
+        if adaptive is not None and not (is_number and adaptive > 0):
             raise ValueError(f"adaptive={self.adaptive} must be a positive number of standard errors, or off; use 3")
         whole_number("first_draws", self.first_draws, 2, use=8)  # fewer have no standard error
         whole_number("tokens_per_pass", self.tokens_per_pass, 1, use=TOKENS_PER_PASS)
