@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prime_v2.checks_prime_v2 import checked_seed
 from prime_v2.eval.analysis_inputs import feed, is_causal_model
 from prime_v2.eval.analysis_spectra import Progress, projection_matrices, rounded
 
@@ -112,6 +113,7 @@ def measure_attention(
     Raises ValueError for windows below `MIN_WINDOW` tokens, a masked share outside [0, 1], and a network that gives no
     attention weights, or some that do not add up to 1.
     """
+    checked_seed(seed)
     network = network_of(model)
     num_windows, length = windows.shape
     if num_windows < 1 or length < MIN_WINDOW:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prime_v2.checks_prime_v2 import check_mask
+from prime_v2.checks_prime_v2 import check_mask, checked_seed, whole_number
 from prime_v2.likelihood_prime_v2 import NotFiniteError, PrimeV2LogLikelihood
 
 METHOD = "causal"
@@ -69,8 +69,8 @@ class CausalScorer:
         max_position_embeddings or without a scored token, and logits that are not finite (`NotFiniteError`).
         """
         check_method(method)
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1; use 1, a causal model draws nothing")
+        whole_number("num_samples", num_samples, 1)
+        checked_seed(seed)
         real, scored = self._masks(input_ids, attention_mask, prompt_mask)
         value = torch.zeros(len(input_ids), dtype=torch.double)
         was_training = self.model.training

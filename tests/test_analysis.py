@@ -281,6 +281,8 @@ def test_what_cannot_be_measured_is_refused():
         measure_attention(causal_model(), draw(), 0.5)
     with pytest.raises(ValueError, match="there are 5 windows of 7 tokens; give at least one of 8 tokens"):
         measure_attention(small_model(), draw(length=7), 0.5)
+    with pytest.raises(ValueError, match="seed=1.5 must be an integer"):
+        measure_attention(small_model(), draw(), 0.5, seed=1.5)
     with pytest.raises(ValueError, match="there are 0 windows of 16 tokens"):
         measure_attention(small_model(), draw(0), 0.5)
     with pytest.raises(ValueError, match="token id 12 is not below vocab_size=11; use the model's own tokenizer"):

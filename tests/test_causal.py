@@ -168,7 +168,9 @@ def test_the_model_keeps_its_mode(scorer):
     ("ids", "options", "message"),
     [
         (draw(2, 4), {"method": "token"}, "method='token' is for diffusion models; a causal model has 'causal' alone"),
-        (draw(2, 4), {"num_samples": 0}, "num_samples=0 must be at least 1"),
+        (draw(2, 4), {"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
+        (draw(2, 4), {"num_samples": 1.5}, "num_samples=1.5 must be an integer of at least 1"),
+        (draw(2, 4), {"seed": 1.5}, "seed=1.5 must be an integer"),
         (draw(2, 17), {}, "17 tokens are more than max_position_embeddings=16"),
         (draw(2, 4) + 30, {}, r"the model has ids in \[0, 39\]; use its own tokenizer"),
         (draw(2, 4)[0], {}, r"give \(B, L\) with at least one token"),
