@@ -23,10 +23,11 @@ test: setup ## every test
 test-versions: setup ## every test with the lowest and with the newest dependencies, and the record of it
 	$(BIN)/python benchmarks/versions.py $(VERSIONS_ARGS) -- $(SUITE) $(PYTEST_ARGS)
 
-lint: setup .typings ## style, format, types
+lint: setup .typings ## style, format, types, and that the bounds and pins are the ones tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --package prime_v2
+	$(BIN)/python benchmarks/versions.py --check
 
 format: setup ## rewrite the files as `lint` wants them
 	$(BIN)/ruff check --fix .

@@ -200,4 +200,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "busy_machine": busy_table,
     "crash_test": crash_table,
     "fuzz": fuzz_table,
+    "versions": versions_table,
 }
