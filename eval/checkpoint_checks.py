@@ -1,9 +1,11 @@
 """Whether a checkpoint holds what this run would have written: looked at before anything of it is loaded.
 
 A seal says that files are as they were written, not by whom. So names, shapes and types of all that a run continues
-with are held against the run itself: weights against its model, optimizer and schedule against fresh ones.
+with are held against the run itself: weights against its model, optimizer and schedule against fresh ones; and what
+no step changes, such as the code table, by value.
 """
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,6 +25,7 @@ from prime_v2.tokenization.seals import Damaged, check_no_pickles, read_json
 from prime_v2.weights_prime_v2 import read_header
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+SHARDED_FOLDER = "pytorch_model_fsdp"  # in the names of what Trainer takes for weights of FSDP
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "BOOL": "bool"}
 
 
@@ -92,16 +96,35 @@ def _check_trainer_state(trainer: Any, checkpoint: Path) -> None:
     for name in ("log_history", "stateful_callbacks"):
         if type(getattr(state, name)) is not type(getattr(fresh, name)):
             raise Damaged(f"{TRAINER_STATE_NAME} has {name} of another kind")
-    for entry in state.log_history:
-        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-            raise Damaged(f"{TRAINER_STATE_NAME} has a log_history of another kind")
-        if not all(isinstance(value, int | float | str | None) for value in entry.values()):
-            raise Damaged(f"{TRAINER_STATE_NAME} has a log_history of another kind")
+    if not all(_is_entry(entry) for entry in state.log_history):
+        raise Damaged(f"{TRAINER_STATE_NAME} has a log_history of another kind")
     numbers = ("epoch", "max_steps", "num_train_epochs", "total_flos", "num_input_tokens_seen", "train_batch_size")
     for name in numbers:
         value = getattr(state, name)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise Damaged(f"{TRAINER_STATE_NAME} has {name} of another kind")
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of the history has what the record of the run is made from: its sums and its plot."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return False
+    if not all(isinstance(value, int | float | str | None) for value in entry.values()):
+        return False
+    losses = ("loss", "tokens", "tokens_per_second") if "loss" in entry else ()
+    bounds = ("eval_bound", "tokens") if "eval_bound" in entry else ()
+    # Of a single sequence there is no error; a bound that is not finite is left out of the plot.
+    optional = [entry.get(name) for name in ("eval_bound_stderr", "eval_bound_degrees")]
+    return (
+        all(_is_number(entry.get(name)) and math.isfinite(entry[name]) for name in losses)
+        and all(_is_number(entry.get(name)) for name in bounds)
+        and all(value is None or _is_number(value) for value in optional)
+        and (not losses or entry["tokens_per_second"] > 0)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_random_states(checkpoint: Path) -> None:
@@ -135,25 +158,21 @@ def _check_stream(trainer: Any, checkpoint: Path) -> None:
 
 
 def _check_weights(model: Any, checkpoint: Path) -> None:
-    """The tensors of the model, or of its adapter if it has one: by name, shape and type, and no other."""
+    """The tensors of the model, or of its adapter if it has one: by name, shape and type, and no other; all finite.
+
+    Buffers, such as the code table, are the run's own by value: no step changes them.
+    """
     expected, may_lack = expected_weights(model)
-    is_adapter = hasattr(model, "merge_and_unload")
-    if not is_adapter and (checkpoint / INDEX).exists():
-        index = read_json(checkpoint / INDEX)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(each, str) for each in names.values()):
-            raise Damaged(f"{INDEX} is damaged")
-        files = sorted(set(names.values()))
-    else:
-        files = [ADAPTER if is_adapter else WEIGHTS]
+    files = _weight_files(model, checkpoint)
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
-        if not (checkpoint / file).is_file():
-            raise Damaged(f"{file} is missing")
         try:
-            found |= read_header(str(checkpoint / file))
+            header = read_header(str(checkpoint / file))
         except ValueError:
             raise Damaged(f"{file} is no safetensors file") from None
+        if twice := sorted(found.keys() & header.keys()):
+            raise Damaged(f"{file} holds {twice[0]}, which another file holds too")
+        found |= header
     for name, (shape, dtype) in expected.items():
         if name not in found:
             if name in may_lack:
@@ -165,6 +184,45 @@ def _check_weights(model: Any, checkpoint: Path) -> None:
             raise Damaged(f"{files[0]} has {name} as {found[name][1]} instead of {dtype}")
     if unknown := sorted(found.keys() - expected.keys()):
         raise Damaged(f"{files[0]} holds {unknown[0]}, which this model does not have")
+    buffers = dict(model.named_buffers())
+    for file in files:
+        with safe_open(str(checkpoint / file), framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                tensor = weights.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise Damaged(f"{file} has {name} that is not finite")
+                if name in buffers and not torch.equal(tensor, buffers[name].cpu()):
+                    raise Damaged(f"{file} has {name} with other values than this run")
+
+
+def _weight_files(model: Any, checkpoint: Path) -> list[str]:
+    """The names of the files that Trainer loads the weights from.
+
+    `Damaged` if one is missing, or if there is another that Trainer would take before them or beside them.
+    """
+    is_adapter = hasattr(model, "merge_and_unload")
+    is_split = not is_adapter and not (checkpoint / WEIGHTS).exists() and (checkpoint / INDEX).exists()
+    loaded = ADAPTER if is_adapter else INDEX if is_split else WEIGHTS
+    for path in sorted(checkpoint.rglob("*")):
+        is_weights = path.name in (WEIGHTS, INDEX, ADAPTER) or SHARDED_FOLDER in path.name
+        if is_weights and path != checkpoint / loaded:
+            raise Damaged(f"{path.relative_to(checkpoint).as_posix()} is not part of it")
+    files = [loaded]
+    if is_split:
+        index = read_json(checkpoint / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names or not all(_is_plain(each) for each in names.values()):
+            raise Damaged(f"{INDEX} is damaged")
+        files = sorted(set(names.values()))
+    for file in files:
+        if not (checkpoint / file).is_file():
+            raise Damaged(f"{file} is missing")
+    return files
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether this names a safetensors file in the checkpoint's own folder, with nothing of a path."""
+    return isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name and Path(name).name == name
 
 
 def expected_weights(model: Any) -> tuple[dict[str, tuple[tuple[int, ...], str]], set[str]]:
@@ -203,6 +261,10 @@ def _check_optimizer(trainer: Any, checkpoint: Path) -> None:
     for number, form in expected.items():
         place = f"optimizer.json: state of parameter {number}"
         _same_form(found["state"][number], form, place, values=False)
+        for name in NOT_NEGATIVE & form.keys():
+            moment = found["state"][number][name]
+            if isinstance(moment, Tensor) and (moment < 0).any():
+                raise Damaged(f"{place}: {name} is negative")
         if float(found["state"][number].get("step", step)) != step:
             raise Damaged(f"{place} is of step {float(found['state'][number]['step'])}")
     _same_form(schedule, scheduler.state_dict(), "scheduler.json", values=False)
@@ -240,6 +302,11 @@ def _fresh_state(trainer: Any, parameter: Tensor, group: dict[str, Any]) -> dict
 
 # Options of an optimizer's group that the schedule changes from step to step.
 CHANGING = ("lr",)
+# What an optimizer keeps of squares or magnitudes: a negative one has a root that is no number.
+NOT_NEGATIVE = {
+    *("exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adam, Adafactor
+    *("square_avg", "acc_delta", "sum", "exp_inf"),  # RMSprop, Adadelta, Adagrad, Adamax
+}
 
 
 def _same_keys(found: Any, expected: set, place: str) -> None:

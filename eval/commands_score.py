@@ -60,13 +60,16 @@ def _shares(run_folder: str | None) -> dict[str, Any]:
             f"--split needs {path}, which says what {run_folder} was trained on; give the folder that train.py wrote, "
             f"or leave --split out"
         )
-    return {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
+    shares = {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
+    if not all(isinstance(each, int | float) for each in shares.values()) or isinstance(shares.get("seed"), float):
+        raise ValueError(f"{Path(run_folder) / RUN_FILE} has {shares}, which are no seed and shares; put a copy back")
+    return shares
 
 
 def _run_options(run_folder: str) -> dict[str, Any]:
     """The options that train.py wrote beside a model; none where it did not."""
     path = Path(run_folder) / RUN_FILE
-    return read_mapping(path) if path.is_file() else {}
+    return read_mapping(path, "put a copy of it back, or move it away") if path.is_file() else {}
 
 
 def counted(documents: Iterator[str], show: Any) -> Iterator[str]:

@@ -33,7 +33,7 @@ NO_INFLUENCE = {
     # When the dev split is scored: it draws no random number that training reads (see `EVALUATION`).
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "metric_for_best_model"),
     *("greater_is_better", "per_device_eval_batch_size", "prediction_loss_only"),
-    # How the sequences of a step come to the processes: --global_batch and their numbers are what counts.
+    # How the sequences of a step come to the processes: --global_batch and their numbers count; but see `SPLIT`.
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_timeout", "local_rank", "torch_empty_cache_steps"),
@@ -50,6 +50,10 @@ EVALUATION = {
     "greater_is_better",
 }
 
+# Those among them that say, with --global_batch, which sequences one process passes through the model at once: they
+# decide the course where the model draws random numbers as it trains. The number of processes follows from the three.
+SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
 
 class Holds(StrEnum):
     """What a folder holds, seen from one run."""
@@ -65,8 +69,24 @@ def course_of(run: RunOptions, training: TrainingArguments, model_options: dict[
     of_run = {key: value for key, value in dataclasses.asdict(run).items() if key not in MACHINE_OPTIONS}
     of_training = training.to_dict()
     left_out = NO_INFLUENCE - (EVALUATION if of_training["lr_scheduler_type"] in FOLLOWS_EVALUATION else set())
+    left_out -= SPLIT if draws(run, training, model_options) else set()
     of_training = {key: value for key, value in of_training.items() if key not in left_out}
     return json.loads(json.dumps({**of_run, **of_training, "model": model_options}, default=str))
+
+
+def draws(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any]) -> bool:
+    """Whether the model draws from torch's generator as it trains: dropout and NEFTune; the noise is no such draw.
+
+    Adapters have no dropout of their own, see `finetuning.with_lora`.
+    """
+    dropout = model_options.get("attention_dropout")
+    if dropout is None and run.init_from is not None:
+        try:
+            config = read_json(Path(run.init_from) / "config.json")
+        except Damaged:  # whoever loads the model says it
+            config = None
+        dropout = config.get("attention_dropout") if isinstance(config, dict) else None
+    return bool(dropout) or bool(training.neftune_noise_alpha)
 
 
 def is_new(folder: Path) -> bool:
@@ -104,6 +124,12 @@ def check_folder(folder: Path, course: dict[str, Any]) -> Holds:
             f"{more}; continue it with the version that it was begun with, or use another folder"
         )
     before = found.get(key, defaults(course).get(key))
+    if key in SPLIT:
+        raise ValueError(
+            f"--output_dir {folder} holds a run with {key}={before!r}, not {course[key]!r}{more}; its dropout or "
+            f"NEFTune draws other numbers when a batch is divided in another way: use the same {key} and number of "
+            f"processes to continue it, or another folder"
+        )
     raise ValueError(
         f"--output_dir {folder} holds a run with {key}={before!r}, not {course[key]!r}{more}; use another folder, or "
         f"the same options to continue it"
@@ -114,12 +140,14 @@ def differences(found: dict[str, Any], course: dict[str, Any]) -> list[str]:
     """The options in which a recorded course differs.
 
     One that came with a later version, of ours or of a dependency, has been at its default; one that is gone since
-    differs unless it was off.
+    differs unless it was off. Where several differ, the split of the batches comes last.
     """
     if json.dumps(found, sort_keys=True) == json.dumps(course, sort_keys=True):
         return []
     before = defaults(course)
-    known = [key for key in course if not _same(found, course, key, before)]
+    # A run that has not recorded its split drew nothing; an option that makes it draw differs by itself.
+    compared = [key for key in course if key not in SPLIT] + sorted(SPLIT & course.keys() & found.keys())[::-1]
+    known = [key for key in compared if not _same(found, course, key, before)]
     return known + [key for key in found if key not in {*course, *NO_INFLUENCE, *MACHINE_OPTIONS} and found[key]]
 
 

@@ -15,7 +15,7 @@ from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.records import write_json
 from prime_v2.tokenization.prepare import TextOptions, prepare_text
 from prime_v2.tokenization.seals import Damaged, read_json
-from prime_v2.tokenization.sources import files_change, model_files, model_fingerprint
+from prime_v2.tokenization.sources import files_change, is_fingerprint, model_files, model_fingerprint
 from prime_v2.tokenization.supervised import Examples, Supervision, read_splits, render
 
 # The projections of attention and MLP.
@@ -113,7 +113,8 @@ def _noted(path: Path, key: str) -> Any:
     """What a file of the run's data/ noted under a key when the run began; ValueError for a file that is damaged."""
     try:
         noted = read_json(path)
-        if not isinstance(noted, dict) or not isinstance(noted.get(key), dict):
+        is_right = isinstance(noted, dict) and isinstance(noted.get(key), dict)
+        if not is_right or (key == "files" and not is_fingerprint(noted)):
             raise Damaged(f"{path.name} is damaged")
     except Damaged as error:
         raise ValueError(

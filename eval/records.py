@@ -81,12 +81,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a record that train.py or prime-v2 wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); give a record that train.py or prime-v2 wrote") from None
     content = content if isinstance(content, dict) else {}
     missing = [key for key in ("name", "command", "commit", "results") if key not in content]
     if missing:
         raise ValueError(f"{path} is no record: it lacks {', '.join(missing)}")
+    if not isinstance(content["results"], dict):
+        raise ValueError(f"{path} is no record: its results are no object; give one that train.py or prime-v2 wrote")
     return content
 
 

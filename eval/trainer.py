@@ -194,7 +194,8 @@ class DiffusionTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"random_{self.args.process_index}"
-        # Only dropout draws from it. Of more processes than before, the new ones keep their seed.
+        # Only dropout and NEFTune draw from it (see `course.SPLIT`). Of more processes than before, which there can be
+        # only without them, the new ones keep their seed.
         if checkpoint is not None and Path(checkpoint, f"{name}.json").exists():
             self.random_state = load_state(Path(checkpoint), name)
 

@@ -383,6 +383,11 @@ def test_ppl_reads_the_documents_that_a_run_held_out(broken, text_file):
     assert printed["evaluation"]["num_documents"] == len(held_out)
     assert printed["evaluation"]["text_bytes"] == sum(map(len, held_out))
     assert "must be one of train, dev, test" in refused("ppl", broken, text_file, "--split", "valid")
+    for content in ("3", "[]", "x", "[" * 100_000):
+        (broken / "run.json").write_text(content)
+        assert "put a copy of it back, or move it away" in refused("ppl", broken, text_file, "--split", "test")
+    (broken / "run.json").write_text('{"dev_share": "a"}')
+    assert "which are no seed and shares" in refused("ppl", broken, text_file, "--split", "test")
     (broken / "run.json").unlink()
     assert "which says what" in refused("ppl", broken, text_file, "--split", "test")
 

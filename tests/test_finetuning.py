@@ -254,7 +254,9 @@ def test_other_data_in_the_same_run_is_refused(tuned, base, sums, tmp_path, caps
 
 @pytest.mark.parametrize("name", ["init_from.json", "examples.json"])
 @pytest.mark.parametrize(
-    "content", ["[]", "", "[" * 100_000, '{"files": 1}'], ids=["list", "nothing", "depth", "other"]
+    "content",
+    ["[]", "", "[" * 100_000, '{"files": 1}', '{"files": {"model.safetensors": 3}}'],
+    ids=["list", "nothing", "depth", "other", "file"],
 )
 def test_what_a_run_noted_of_its_beginning_is_damaged_in_a_sentence(
     name, content, tuned, base, sums, tmp_path, capsys

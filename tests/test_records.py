@@ -57,6 +57,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         (b"\xff\xfe", "is not JSON"),
         (b"3", "is no record: it lacks name, command, commit, results"),
         (b"null", "is no record: it lacks name"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"name": "x", "command": "x", "commit": "x", "results": 3}', "is no record: its results"),
         (b'{"name": "x", "results": {}}', "is no record: it lacks command, commit"),
     ],
 )

@@ -172,7 +172,7 @@ def test_an_option_that_a_later_version_added_has_been_at_its_default(tmp_path):
         check_folder(tmp_path, {"seed": 0, "lora": 8})
 
 
-@pytest.mark.parametrize("content", ["[]", "", "[" * 100_000])
+@pytest.mark.parametrize("content", ["[]", "3", "", "[" * 100_000, "9" * 5000])
 def test_options_of_the_run_that_cannot_be_read_are_a_sentence(content, text, broken, capsys):
     (broken / "run.json").write_text(content)
     assert train(text, broken) == 2
@@ -232,6 +232,7 @@ def test_options_without_influence_are_changed_on_the_way_and_the_weights_are_th
         ["--max_grad_norm", "0.1"],
         ["--neftune_noise_alpha", "5"],
         ["--accelerator_config", '{"even_batches": false}'],
+        ["--per_device_train_batch_size", "1"],
     ],
     ids=lambda more: more[0],
 )
@@ -282,6 +283,18 @@ def test_prepared_text_that_is_not_as_it_was_written_is_refused(name, text, brok
     assert train(text, broken) == 2
     found = name.split("/")[-1]
     assert f"is damaged ({found} is not as it was written); put a copy back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source", [None, 3, {}, {"files": 3}, {"files": {"a": 3}}, {"revision": 3}, {"files": {}, "revision": None}]
+)
+def test_a_description_of_the_text_that_is_none_is_refused_though_it_is_sealed(source, own_text, broken, capsys):
+    path = broken / "data" / "text.json"
+    content = json.loads(path.read_text()) | {"source": source}
+    path.write_text(json.dumps([] if source is None else content))
+    write_seal(broken / "data", "complete", ("train", "dev", "test", "train.json", "dev.json", "test.json", *SEALED))
+    assert train(own_text, broken) == 2
+    assert "is damaged (text.json is damaged); put a copy back" in capsys.readouterr().err
 
 
 # What happens to the folder meanwhile

@@ -1,6 +1,7 @@
 """The options of train.py: every number in its range, every option compared, refused or known to change nothing."""
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from tiny_runs import MODEL, TINY, write_text
 from transformers import TrainingArguments
 
 from prime_v2.eval import training
-from prime_v2.eval.course import EVALUATION, MACHINE_OPTIONS, NO_INFLUENCE, course_of, differences
+from prime_v2.eval.course import EVALUATION, MACHINE_OPTIONS, NO_INFLUENCE, course_of, differences, draws
 from prime_v2.eval.option_checks import REFUSED, RULES, USUAL, is_numeric, kinds_of
 from prime_v2.eval.training_options import RunOptions, parse_options
 
@@ -134,6 +135,29 @@ def test_a_new_field_of_transformers_at_its_default_is_no_other_course_and_set_i
     before = {key: value for key, value in course.items() if key != "adam_beta1"}
     assert differences(before, course) == []
     assert differences(before, parsed("--adam_beta1", "0.8")) == ["adam_beta1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "are_compared"),
+    [
+        ([], False),
+        (["--model", "attention_dropout=0.1"], True),
+        (["--model", "attention_dropout=0.0"], False),
+        (["--neftune_noise_alpha", "5"], True),
+    ],
+)
+def test_the_split_of_a_batch_is_compared_where_the_model_draws_as_it_trains(more, are_compared):
+    first = parsed("--global_batch", "8", "--per_device_train_batch_size", "4", *more)
+    second = parsed("--global_batch", "8", "--per_device_train_batch_size", "2", *more)
+    assert bool(differences(first, second)) == are_compared
+
+
+def test_dropout_of_the_model_that_is_tuned_counts_too(tmp_path):
+    training = parse_options(START)[1]
+    for dropout in (0.0, 0.1):
+        (tmp_path / "config.json").write_text(json.dumps({"attention_dropout": dropout}))
+        assert draws(RunOptions(init_from=str(tmp_path)), training, {}) == bool(dropout)
+    assert not draws(RunOptions(init_from=str(tmp_path)), training, {"attention_dropout": 0.0})
 
 
 def test_a_field_that_is_gone_is_another_course_unless_it_was_off():

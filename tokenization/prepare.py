@@ -20,8 +20,8 @@ from prime_v2.tokenization.corpus import deduplicate, docs_versions, read_docume
 from prime_v2.tokenization.locks import folder_lock
 from prime_v2.tokenization.packing import PackedBlocks, pack_blocks
 from prime_v2.tokenization.round_trip import first_loss
-from prime_v2.tokenization.seals import Damaged, check_seal, write_seal, writing
-from prime_v2.tokenization.sources import change_of, fingerprint_of
+from prime_v2.tokenization.seals import Damaged, check_seal, read_json, write_seal, writing
+from prime_v2.tokenization.sources import change_of, fingerprint_of, is_fingerprint
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
@@ -147,15 +147,30 @@ def check_prepared(folder: Path) -> None:
     try:
         check_seal(folder, COMPLETE, only_listed=False)
     except Damaged as error:
-        raise ValueError(
-            f"the prepared text in {folder} is damaged ({error}); put a copy back, or delete the folder to have it "
-            f"prepared again"
-        ) from None
+        raise _damage_of(folder, error) from None
+
+
+def _damage_of(folder: Path, error: Damaged) -> ValueError:
+    return ValueError(
+        f"the prepared text in {folder} is damaged ({error}); put a copy back, or delete the folder to have it "
+        f"prepared again"
+    )
 
 
 def prepared_source(shared: Path) -> dict[str, Any]:
     """The fingerprint of the source that prepared text was made of, see `sources`."""
-    return json.loads((shared / "text.json").read_text(encoding="utf-8"))["source"]
+    return _description(shared)["source"]
+
+
+def _description(shared: Path) -> dict[str, Any]:
+    """What text.json says of prepared text: its options and its source; ValueError for a file that is damaged."""
+    try:
+        found = read_json(shared / "text.json")
+        if not isinstance(found, dict) or not is_fingerprint(found.get("source")):
+            raise Damaged("text.json is damaged")
+    except Damaged as error:
+        raise _damage_of(shared, error) from None
+    return found
 
 
 def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer, shared: Path) -> dict[str, Any]:
@@ -188,7 +203,7 @@ def _vectors(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def _check_same_text(text: TextOptions, shared: Path) -> None:
-    found = json.loads((shared / "text.json").read_text(encoding="utf-8"))
+    found = _description(shared)
     for key, value in vars(text).items():
         if found.get(key) != value and (text.streaming or key not in ("eval_sequences", "test_sequences")):
             raise ValueError(

@@ -101,7 +101,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except Damaged:
+        raise
+    except (ValueError, RecursionError):  # also of a number with more digits than Python reads
         raise Damaged(f"{path.name} is damaged") from None
 
 

@@ -28,6 +28,17 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.is_file() and each.suffix in (".safetensors", ".json"))
 
 
+def is_fingerprint(value: Any) -> bool:
+    """Whether this has the form of what `fingerprint_of` or `model_fingerprint` returns."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((kind, content),) = value.items()
+    if kind == "revision":
+        return isinstance(content, str | None)
+    of_kind = {"versions": str, "files": dict}.get(kind)
+    return of_kind is not None and isinstance(content, dict) and all(isinstance(v, of_kind) for v in content.values())
+
+
 def _state_of(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,4 +96,4 @@ def files_change(stored: dict[str, Any], files: list[Path], root: Path) -> str |
     return None
 
 
-__all__ = ["change_of", "files_change", "model_files", "model_fingerprint", "fingerprint_of"]
+__all__ = ["change_of", "files_change", "fingerprint_of", "is_fingerprint", "model_files", "model_fingerprint"]
