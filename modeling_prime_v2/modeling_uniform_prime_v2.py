@@ -236,8 +236,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             refuse_noise(noise_keys, noise_levels)
             refuse_lost_labels(num_items_in_batch)
             check_times(times, self.config)
-            if times is not None and not isinstance(times, Tensor):
-                times = torch.as_tensor(times, dtype=torch.double, device=input_ids.device)
+            times = times if times is None else torch.as_tensor(times, device=input_ids.device)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
             logits = self.logits(outputs.last_hidden_state)
             return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
