@@ -60,7 +60,7 @@ def _shares(run_folder: str | None) -> dict[str, Any]:
             f"--split needs {path}, which says what {run_folder} was trained on; give the folder that train.py wrote, "
             f"or leave --split out"
         )
-    shares = {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
+    shares: dict[str, Any] = {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
     if not all(isinstance(each, int | float) for each in shares.values()) or isinstance(shares.get("seed"), float):
         raise ValueError(f"{Path(run_folder) / RUN_FILE} has {shares}, which are no seed and shares; put a copy back")
     return shares
