@@ -98,6 +98,8 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         refuse_unknown_fields(type(self), kwargs)
         kwargs[VERSION_FIELD] = VERSION
+        if kwargs.get("num_labels", 0) is None:  # Transformers counts it
+            del kwargs["num_labels"]
         # A field of the families that have it; here mypy cannot see one.
         if self._has_mask_token() and self.mask_token_id is None:  # type: ignore[has-type]
             self.mask_token_id = self.vocab_size

@@ -270,3 +270,7 @@ def test_configurations_of_before_there_was_a_version_load(family, tmp_path):
     del content["prime_v2_version"]
     file.write_text(json.dumps(content))
     assert family.config_class.from_pretrained(tmp_path).to_dict() == family.config_class(**SMALL).to_dict()
+
+
+def test_no_number_of_labels_is_as_if_none_was_given():
+    assert PrimeV2Config(num_labels=None).num_labels == PrimeV2Config().num_labels
