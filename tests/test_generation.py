@@ -356,7 +356,7 @@ def test_a_folder_without_generation_config_loads_and_one_with_a_broken_file_doe
     (tmp_path / "generation_config.json").unlink()
     assert PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path).generate(max_new_tokens=2).shape == (1, 2)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(OSError, match="not a valid JSON file"):
+    with pytest.raises(ValueError, match="generation_config.json is not JSON"):
         PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"top_k": 5}')
     with pytest.raises(ValueError, match="top_k=5 is not an option"):

@@ -168,7 +168,7 @@ def test_more_new_tokens_than_fit_are_refused(lm):
     ("arguments", "message"),
     [
         ({"num_samples": 2.9}, "num_samples=2.9 must be an integer of at least 1; use 128"),
-        ({"num_samples": "many"}, "num_samples=many must be an integer"),
+        ({"num_samples": "many"}, "num_samples='many' must be an integer"),
         ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1; use 32"),
         ({"max_denoising_steps": 0}, "max_denoising_steps=0 must be an integer of at least 1"),
         ({"adaptive": "much"}, "adaptive='much' must be a number; use 3.0"),
