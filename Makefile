@@ -49,10 +49,11 @@ $(VENV):
 	else $(PYTHON) -m venv --clear --without-pip $@ && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; fi
 
 # mypy cannot follow the editable install; these links show it the tree that an installed package has.
+ROOMS := output tokenization hub_card data eval training studies commands
 .PHONY: .typings
 .typings:
 	@rm -rf $@ && mkdir -p $@/prime_v2
-	@cd $@/prime_v2 && ln -s ../../modeling_prime_v2/* ../../tokenization ../../eval ../../hub_card .
+	@cd $@/prime_v2 && ln -s ../../modeling_prime_v2/* $(addprefix ../../,$(ROOMS)) .
 
 clean: ## all that make, the build and the tools wrote; runs/ stays
 	rm -rf $(VENV) .venv-lowest .venv-newest .typings build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from prime_v2.eval.process import CHOSEN_BY_USER, SPINS
+from prime_v2.commands.process import CHOSEN_BY_USER, SPINS
 
 CORES = 2
 DEFAULT, CHOSEN = "default", f"GOMP_SPINCOUNT={SPINS}"
@@ -36,9 +36,9 @@ def serve() -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from prime_v2.eval.trainer import Collator
-    from prime_v2.eval.training import keep_freed_memory, make_model
-    from prime_v2.eval.training_options import parse_options
+    from prime_v2.training.options import parse_options
+    from prime_v2.training.run import keep_freed_memory, make_model
+    from prime_v2.training.trainer import Collator
 
     keep_freed_memory()
     run, training, model_options = parse_options(["--config", "tiny", "--use_cpu", "true", "--bf16", "false"])
@@ -157,7 +157,7 @@ def main() -> int:
         shares = ", ".join(f"{each} {rate:8,.0f} tokens/s ({share['median']:.0%})" for each, rate, share in found)
         print(f"{row['setting']:<24} {shares}{'   <- the choice' if row['is_the_choice'] else ''}")
     if options.output:
-        from prime_v2.eval.records import make_record, write_json
+        from prime_v2.output.records import make_record, write_json
 
         results = {"cores": CORES, "rounds": options.rounds, "seconds": options.seconds, "settings": rows}
         write_json(options.output, make_record("busy_machine", json.loads(json.dumps(results)), seed=0))

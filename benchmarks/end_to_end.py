@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
-from prime_v2.eval.records import make_record, write_json
-from prime_v2.eval.trainer import Collator, DiffusionTrainer
-from prime_v2.tokenization.packing import PackedBlocks, TrainingOrder, pack_blocks
+from prime_v2.data.packing import PackedBlocks, TrainingOrder, pack_blocks
+from prime_v2.output.records import make_record, write_json
+from prime_v2.training.trainer import Collator, DiffusionTrainer
 
 VOCAB_SIZE, NUM_SUBTOKENS = 2048, 11
 

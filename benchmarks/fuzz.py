@@ -20,9 +20,12 @@ from typing import Any
 
 from timing import positive
 
-from prime_v2.eval.records import code_version, make_record, write_json
+from prime_v2.output.records import code_version, make_record, write_json
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    path.stem.removeprefix("test_fuzz_"): path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_fuzz_*.py")
+}
 SUMMARY = re.compile(r"(\d+) (passed|failed|error)")
 
 
@@ -31,16 +34,16 @@ def fuzz(name: str) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
-        command = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile=thorough", f"test_fuzz_{name}.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile=thorough", str(FILES[name])]
         environment = {**os.environ, "PRIME_V2_FUZZ_COUNTS": str(counts)}
-        done = subprocess.run(command, cwd=TESTS, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         by_test = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
     if done.returncode:
         print(done.stdout, file=sys.stderr)
     ended = {outcome: int(number) for number, outcome in SUMMARY.findall(done.stdout.splitlines()[-1])}
     total = {kind: sum(n for test, n in by_test.items() if test.endswith(kind)) for kind in ("answered", "refused")}
     return {
-        "file": f"tests/test_fuzz_{name}.py",
+        "file": FILES[name].as_posix(),
         "cases": sum(total.values()),
         **total,
         "tests_passed": ended.get("passed", 0),
@@ -51,7 +54,7 @@ def fuzz(name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    names = sorted(path.stem.removeprefix("test_fuzz_") for path in TESTS.glob("test_fuzz_*.py"))
+    names = sorted(FILES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--jobs", type=positive, default=1, help="files at once")

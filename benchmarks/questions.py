@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prime_v2.eval.likelihood import Choice
+from prime_v2.eval.answers import Choice
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.offline_tasks import write_tasks
 from prime_v2.random_prime_v2 import permutation

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from questions import TaskQuestions
 
-from prime_v2.eval.likelihood import Choice, QuestionScore, Settings, score_questions
+from prime_v2.eval.answers import Choice, QuestionScore, Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.published import ROWS_PER_BATCH, published_score, published_settings
-from prime_v2.eval.records import code_version, make_record, write_json
+from prime_v2.output.records import code_version, make_record, write_json
 from prime_v2.random_prime_v2 import hash64
 
 Cost = dict[str, Any]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from timing import by_turns, positive
 
-from prime_v2.eval.records import make_record, write_json
+from prime_v2.output.records import make_record, write_json
 
 STARTS = {
     "python": "pass",
@@ -24,7 +24,7 @@ STARTS = {
     "a model file of transformers": "import transformers.models.llama.modeling_llama",
     "prime_v2": "import prime_v2",
     "prime_v2 with its model": "from prime_v2 import PrimeV2ForMaskedDiffusion",
-    "prime-v2 --help": "import sys; sys.argv = ['prime-v2', '--help']; from prime_v2.eval.cli import main; main()",
+    "prime-v2 --help": "import sys; sys.argv[1:] = ['--help']; from prime_v2.commands.main import main; main()",
 }
 # What is added to what.
 ADDED = (

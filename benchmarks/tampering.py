@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from prime_v2.eval.checkpoints import CHECKSUMS, checkpoints_in, seal
+from prime_v2.training.checkpoints import CHECKSUMS, checkpoints_in, seal
 
 JSON_CONTENT = ("", "[]", "null", "0", '"x"', "{}", '{"a": [1]}', "[" * 50_000, '{"$tensor": 1}', "\0")
 

@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py                          # V = 50,257, S = 16, D = 512, 8 layers, L = 512
     python benchmarks/training_step.py --output results/training_step.json \\
-        --cases 50257:16:token 50257:16:subtoken 50257:8:token 50257:1:token 32000:15:token 2048:8:subtoken
+        --cases 50257:16:joint 50257:16:marginal 50257:8:joint 50257:1:joint 32000:15:joint 2048:8:marginal
     python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
-        --cases 32000:15:token --output results/training_step_1b.json       # the 1.1B shape, for a GPU
+        --cases 32000:15:joint --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
 A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the two models
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
@@ -32,9 +32,9 @@ from timing import add_sizes, by_turns, products_alone, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
-from prime_v2.eval.flops import measure_flops, peak_flops
-from prime_v2.eval.records import make_record, write_json
-from prime_v2.eval.training import keep_freed_memory
+from prime_v2.output.records import make_record, write_json
+from prime_v2.training.flops import measure_flops, peak_flops
+from prime_v2.training.run import keep_freed_memory
 
 KINDS = ("prime", "causal")
 
@@ -49,9 +49,9 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(token|subtoken)", text)
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(joint|marginal)", text)
         if not found:
-            raise argparse.ArgumentTypeError(f"{text} is not V:S:token or V:S:subtoken, e.g. 50257:16:token")
+            raise argparse.ArgumentTypeError(f"{text} is not V:S:joint or V:S:marginal, e.g. 50257:16:joint")
         return cls(int(found[1]), int(found[2]), found[3])
 
     def __str__(self) -> str:

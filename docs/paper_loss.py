@@ -26,10 +26,10 @@ from torch import Tensor
 
 from prime_v2.code_table_prime_v2 import build_code_table, digits_needed
 from prime_v2.diffusion_prime_v2 import RevealOrder, is_bound
-from prime_v2.eval.records import make_record, write_json
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
+from prime_v2.output.records import make_record, write_json
 
-PAPERS_LOSS = "token_objective"
+PAPERS_LOSS = "paper_loss"
 METHODS = ("subtoken", "token", "nested", "chain", PAPERS_LOSS)
 VOCAB_SIZE, BASES = 4096, (4096, 64, 16, 8, 4, 2)  # 4096 is a power of each, so every code is used
 SEQUENCE_VOCAB_SIZE, SEQUENCE_LENGTH, SEQUENCE_BASES = 16, 3, (16, 4, 2)
@@ -141,7 +141,7 @@ def expected_nats(entropies: Tensor, order: RevealOrder, objective: str, length:
     nats = torch.zeros(len(hidden), dtype=torch.double)
     for i in range(length):
         hidden_count = hidden[:, i].sum(-1)
-        if objective == "token":  # the joint of the token's digits, once, however many are hidden
+        if objective == "joint":  # the joint of the token's digits, once, however many are hidden
             asked = [(torch.ones(order.num_subtokens, dtype=torch.bool), hidden_count > 0)]
         elif order.kind == "digit":  # the marginal of each hidden digit
             asked = [(row, hidden[:, i, j]) for j, row in enumerate(torch.eye(order.num_subtokens, dtype=torch.bool))]

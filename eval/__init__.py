@@ -1,1 +1,1 @@
-"""Likelihood bounds, perplexity, training and its report, and the command line."""
+"""What is measured: the lm-eval model, likelihood of answers, perplexity, suites and tasks."""

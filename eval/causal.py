@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prime_v2.checks_prime_v2 import check_mask, checked_seed, whole_number
 from prime_v2.likelihood_prime_v2 import NotFiniteError, PrimeV2LogLikelihood
+from prime_v2.validation_inputs_prime_v2 import check_mask, checked_seed, whole_number
 
 METHOD = "causal"
 TOKENS_PER_PASS = 8192

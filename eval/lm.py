@@ -1,7 +1,7 @@
 """The lm-eval model `prime_v2`: `lm_eval --model prime_v2 --model_args pretrained=DIR --tasks sciq,boolq,arc_easy`.
 
 Tokenisation of requests, chat templates, few-shot prompts, caching of answers and the batches of `generate_until` are
-lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.likelihood`, one fixed setting for all tasks (docs/lm_eval.md).
+lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.answers`, one fixed setting for all tasks (docs/lm_eval.md).
 """
 
 import dataclasses
@@ -16,9 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from prime_v2.checks_prime_v2 import SEEDS, checked_flag
-from prime_v2.eval.families import bound_method
-from prime_v2.eval.likelihood import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
+from prime_v2.eval.answers import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
 from prime_v2.eval.lm_settings import (
     DEFAULT_ADAPTIVE,
     Report,
@@ -35,8 +33,10 @@ from prime_v2.eval.lm_settings import (
 from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
 from prime_v2.eval.plugin import demo_model, has_demo
 from prime_v2.eval.published import published_score, published_settings
+from prime_v2.families import bound_method
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.random_prime_v2 import Stream, hash64
+from prime_v2.validation_inputs_prime_v2 import SEEDS, checked_flag
 
 log = logging.getLogger(__name__)
 LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
@@ -63,8 +63,8 @@ class PrimeV2LM(HFLM):
     pretrained: folder or Hub repository (or the model itself, with `tokenizer`). device, dtype: by default CUDA with
         bfloat16 where there is one, else the CPU with float32.
     method: of `log_likelihood`, for answers by default "chain" and for rolling likelihoods the bound of the model's
-        reveal order; "token_objective" is the published score (`prime_v2.eval.published`), which is no likelihood.
-    num_samples, seed, adaptive: see `prime_v2.eval.likelihood.Settings`; adaptive=off draws num_samples always.
+        reveal order; "paper_loss" is the published score (`prime_v2.eval.published`), which is no likelihood.
+    num_samples, seed, adaptive: see `prime_v2.eval.answers.Settings`; adaptive=off draws num_samples always.
     cfg, temperature, mask_unit: of the published score alone. published=true: its settings of each task, which were
         tuned on the test sets.
     batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by
@@ -375,7 +375,7 @@ class PrimeV2LM(HFLM):
             mask[row, : len(choice.ids)] = 1
         context = torch.tensor([choice.num_context for choice in choices]).unsqueeze(1)
         targets = (torch.arange(length) >= context) & mask.bool()
-        result = self.model.decodes_to(ids, mask, targets, tokens_per_pass=self.tokens_per_pass)
+        result = self.model.greedy_matches(ids, mask, targets, tokens_per_pass=self.tokens_per_pass)
         for choice, is_greedy, passes in zip(
             choices, result.matches.tolist(), result.num_forward.tolist(), strict=True
         ):

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prime_v2 import checks_prime_v2
+from prime_v2 import validation_inputs_prime_v2 as validation_inputs_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder
-from prime_v2.eval.families import FAMILY_OF_TYPE, bound_method, label_of
-from prime_v2.eval.likelihood import QuestionScore, Settings
+from prime_v2.eval.answers import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
-from prime_v2.eval.places import check_new_file
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
-from prime_v2.keywords_prime_v2 import did_you_mean
+from prime_v2.families import FAMILY_OF_TYPE, bound_method, label_of
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
+from prime_v2.output.places import check_new_file
+from prime_v2.validation_keywords_prime_v2 import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,14 @@ def whole_number(name: str, value: Any, least: int, example: int, most: int | No
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = int(value)
-    return checks_prime_v2.whole_number(name, value, least, most, use=example)
+    return validation_inputs_prime_v2.whole_number(name, value, least, most, use=example)
 
 
 def check_shared(given: dict[str, Any]) -> None:
     """ValueError for a value of HFLM's flags that is neither True nor False; None is their default."""
     for name in ("add_bos_token", "enable_thinking", "truncation"):
         if given.get(name) is not None:
-            checks_prime_v2.checked_flag(name, given[name])
+            validation_inputs_prime_v2.checked_flag(name, given[name])
     template = given.get("chat_template_args")
     if template is not None and not isinstance(template, dict):
         raise ValueError(f"chat_template_args={template!r} must be a mapping; use {{'enable_thinking': False}}")
@@ -127,18 +127,18 @@ def make_scoring(
     }
     if published:
         _check_published(method, num_samples, given)
-        if "token_objective" not in methods:
+        if "paper_loss" not in methods:
             raise ValueError(f"published=true is for MDM-Prime models, not {label_of(config)}; leave it out")
-        method = "token_objective"
+        method = "paper_loss"
     of_answers = method or (DEFAULT_METHOD if DEFAULT_METHOD in methods else bound_method(config))
     if of_answers in SAMPLED_METHODS:
         RevealOrder.from_config(config, SAMPLED_METHODS[of_answers][0])
-    if of_answers != "token_objective":
+    if of_answers != "paper_loss":
         for name, off in NOT_FOR_BOUNDS.items():
             if given[name] != off:
                 raise ValueError(
                     f"{name}={given[name]} changes the published score alone, and method={of_answers} is a "
-                    f"likelihood; leave it out, or use method=token_objective"
+                    f"likelihood; leave it out, or use method=paper_loss"
                 )
     mask_unit_schedule(given["mask_unit"], getattr(config, "num_subtokens", 1))
     count = None if num_samples is None else whole_number("num_samples", num_samples, 1, DEFAULT_SAMPLES)
@@ -151,14 +151,14 @@ def make_scoring(
         Settings(of_answers, samples, seed, _standard_errors(adaptive), tokens_per_pass=tokens_per_pass),
         method or bound_method(config),
         DEFAULT_ROLLING_SAMPLES if count is None else count,
-        PublishedSettings(samples, seed=seed, **given) if of_answers == "token_objective" else None,
+        PublishedSettings(samples, seed=seed, **given) if of_answers == "paper_loss" else None,
         published,
     )
 
 
 def _check_published(method: str | None, num_samples: Any, given: dict[str, Any]) -> None:
-    if method not in (None, "token_objective"):
-        raise ValueError(f"published=true is method=token_objective; leave method={method} out")
+    if method not in (None, "paper_loss"):
+        raise ValueError(f"published=true is method=paper_loss; leave method={method} out")
     named = [name for name, off in NOT_FOR_BOUNDS.items() if given[name] != off]
     named += ["num_samples"] * (num_samples is not None)
     if named:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prime_v2.config_fields_prime_v2 import read_mapping, readable_json
-from prime_v2.eval.families import FAMILY_OF_TYPE
-from prime_v2.tokenization.seals import PICKLES
+from prime_v2.families import FAMILY_OF_TYPE
+from prime_v2.output.seals import PICKLES
+from prime_v2.validation_config_prime_v2 import read_mapping, readable_json
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -199,7 +199,7 @@ def _check_type(place: str, foreign: bool) -> str:
 def _load_weights(model_class: Any, place: str, dtype: torch.dtype, own: bool) -> Any:
     """A model of this class from its safetensors weights, every tensor of which must be there and fit.
 
-    own: of one of our families, which see to most of that themselves (`weights_prime_v2`).
+    own: of one of our families, which see to most of that themselves (`validation_weights_prime_v2`).
     """
     from safetensors import SafetensorError
 

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from prime_v2.eval.families import rows_of_sequence
 from prime_v2.eval.intervals import Clusters, cluster
 from prime_v2.eval.windows import Windows, cut_windows, encode_documents, window_and_stride
+from prime_v2.families import rows_of_sequence
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
@@ -64,7 +64,7 @@ def score_blocks(
             sequences differ in their bytes, where those of each are given
     and with `keep_sequences` nats_of_sequences, the nats of each block to 1e-3, and clusters, of `intervals.Clusters`
     with the `tokens` of each and, where known, the `bytes`: models that score the same blocks are compared on them
-    (`prime_v2.eval.compare_report.paired`).
+    (`prime_v2.studies.compare.report.paired`).
     Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
     return score_windows(

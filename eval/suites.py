@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.tokenization.corpus import FILE_SUFFIXES, corpus_fingerprint, read_documents
+from prime_v2.data.documents import FILE_SUFFIXES, corpus_fingerprint, read_documents
 
 # Rows of the hub's data sets that only a script reads, as the hub itself has converted them: no script is run.
 CONVERTED = "refs/convert/parquet"
@@ -109,7 +109,7 @@ class SetNotThere(ValueError):
 
 def nearest(option: str, value: str, names: Iterable[str]) -> str:
     """`value`, which must be one of `names`; ValueError that lists them, and says which is near."""
-    from prime_v2.keywords_prime_v2 import did_you_mean
+    from prime_v2.validation_keywords_prime_v2 import did_you_mean
 
     names = list(names)
     if value in names:

@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from prime_v2.config_fields_prime_v2 import read_mapping
 from prime_v2.hub_card.files import file_hashes, hub_files
-from prime_v2.hub_card.paths import without_places
+from prime_v2.output.paths import without_places
+from prime_v2.validation_config_prime_v2 import read_mapping
 
 TEMPLATE = "model_card.md.jinja"
 LICENSE_ID = "apache-2.0"
@@ -95,12 +95,12 @@ def render_card(
 
     check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
     # Of MDM-Prime models alone, and of those the ones that read any set of visible digits.
-    loss, config = look_up(record, "results.evaluation").get("token_objective"), look_up(record, "results.config")
+    loss, config = look_up(record, "results.evaluation").get("paper_loss"), look_up(record, "results.config")
     has_none = config.get("model_type") != "prime_v2" or config.get("subtoken_embedding") == "ancestors"
     if loss is not None:
-        check_score(loss, "results.evaluation.token_objective")
+        check_score(loss, "results.evaluation.paper_loss")
     elif not has_none:
-        raise ValueError("the record has no results.evaluation.token_objective; write the card from a complete record")
+        raise ValueError("the record has no results.evaluation.paper_loss; write the card from a complete record")
     exact = bool(record["results"]["evaluation"]["bound"].get("is_exact"))
     data = ModelCardData(
         license=LICENSE_ID,

@@ -92,7 +92,7 @@ class Sizes:
             "initializer_range": (2 / (5 * self.hidden_size)) ** 0.5,
             "subtoken_embedding": self.embedding,
             "carry_over": False,
-            "objective": "token",
+            "objective": "joint",
             "noise_form": "time",
             "whole_token_above": WHOLE_TOKEN_ABOVE if self.num_subtokens > 1 else None,
         }

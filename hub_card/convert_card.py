@@ -4,7 +4,7 @@ from importlib.resources import files
 from typing import Any
 
 from prime_v2.hub_card.card import TAGS
-from prime_v2.keywords_prime_v2 import refuse_unknown
+from prime_v2.validation_keywords_prime_v2 import refuse_unknown
 
 TEMPLATE = "converted_card.md.jinja"
 

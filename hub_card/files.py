@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from prime_v2.config_fields_prime_v2 import read_mapping
+from prime_v2.validation_config_prime_v2 import read_mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")

@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .config_fields_prime_v2 import readable_json
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
-from .weights_prime_v2 import check_codes, check_headers, refuse_pickles
+from .validation_config_prime_v2 import readable_json
+from .validation_weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
 

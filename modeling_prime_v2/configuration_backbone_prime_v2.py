@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, digits_needed
-from .config_fields_prime_v2 import (
+from .validation_config_prime_v2 import (
     VERSION,
     VERSION_FIELD,
     is_known,

@@ -1,6 +1,6 @@
 """Configuration of an MDM-Prime-v2 network."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -10,11 +10,12 @@ from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
-    "objective": ("token", "subtoken"),
+    "objective": ("joint", "marginal"),
     "loss_weight": ("elbo", "low_variance"),
     "noise_form": ("count", "time"),
     "reveal_order": ("digit", "token", "nested"),
 }
+EARLIER_OBJECTIVES = {"token": "joint", "subtoken": "marginal"}
 
 
 @strict
@@ -29,7 +30,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
         tree_levels: digit counts at which "ancestors" has vectors, the stages' ends among them; None is those ends.
         head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
         carry_over: filter the tokens that contradict a visible digit out of the softmax.
-        objective: "token", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "subtoken", the
+        objective: "joint", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "marginal", the
             negative evidence lower bound of `reveal_order` from the marginals of the digits.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
@@ -46,7 +47,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "ancestors")
 
     carry_over: bool = True
-    objective: str = "token"
+    objective: str = "joint"
     loss_weight: str = "elbo"
     noise_form: str = "count"
     reveal_order: str = "digit"
@@ -55,6 +56,14 @@ class PrimeV2Config(PrimeV2CodedConfig):
     head_ancestors: bool = False
     whole_token_above: int | float | None = None
     mask_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """As in the class above; saved folders may hold the earlier names of `objective`."""
+        saved = config_dict.get("objective")
+        if isinstance(saved, str):
+            config_dict = {**config_dict, "objective": EARLIER_OBJECTIVES.get(saved, saved)}
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.auto_map is None:

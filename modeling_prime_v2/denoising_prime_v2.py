@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from .checks_prime_v2 import check_mask
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import DEFAULTS, PrimeV2GenerationConfig
+from .validation_inputs_prime_v2 import check_mask
 
 DRAW_ELEMENTS = 2**23  # positions x V of float64 that are decided at once, 64 MiB
 

@@ -94,13 +94,13 @@ class Noise:
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:
     """Whether the loss is an upper bound on -log p(x) in expectation over the noise.
 
-    The paper's loss ("token") counts the nats that hidden digits share once, not once per digit, so for S > 1 with
+    The paper's loss ("joint") counts the nats that hidden digits share once, not once per digit, so for S > 1 with
     digits hidden separately it is not (authors' note: chen-hao-chao.github.io/dependency-breaks-validity). Weight 1 is
     not, nor is a process that hides whole tokens at some levels and digits at others.
     """
     if loss_weight != "elbo" or whole_token_above is not None:
         return False
-    return objective == "subtoken" or num_subtokens == 1 or order.kind == "token"
+    return objective == "marginal" or num_subtokens == 1 or order.kind == "token"
 
 
 def stratified_levels(sample_numbers: Tensor, global_batch: int, seed: int) -> Tensor:

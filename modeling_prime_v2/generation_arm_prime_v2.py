@@ -13,12 +13,12 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils import ModelOutput
 
 from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
-from .checks_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .code_table_prime_v2 import check_ids
 from .denoising_prime_v2 import num_new_tokens
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
-from .keywords_prime_v2 import arguments_of, refuse_unknown
 from .likelihood_arm_prime_v2 import evaluating, start_token_id
+from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
+from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 
 # What `generate` passes on to `forward`, and what Transformers' own `generate` reads beside its options.
 MODEL_INPUTS = ("position_ids", "inputs_embeds", *CACHE_NAMES, "tokenizer", "assistant_tokenizer", "trust_remote_code")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from .checks_prime_v2 import checked_seed, is_integer, whole_number
-from .config_fields_prime_v2 import read_mapping
-from .keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
+from .validation_config_prime_v2 import read_mapping
+from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
+from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
 
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
 DEFAULTS = {"max_new_tokens": 256, "max_denoising_steps": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0}

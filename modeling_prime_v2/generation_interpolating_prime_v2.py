@@ -7,7 +7,7 @@ the tokens that the last one revealed and a query for each that is due: keys and
 (`interpolating_prime_v2`), those of queries are dropped.
 
 The deterministic decode (do_sample=False) has no diffusion: every token left to right, the most probable id. It is the
-order of the "chain" likelihood, so one pass with the targets in place tells what it would give (`decodes_to`).
+order of the "chain" likelihood, so one pass with the targets in place tells what it would give (`greedy_matches`).
 """
 
 import time
@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .checks_prime_v2 import check_length
 from .denoising_prime_v2 import (
     DRAW_ELEMENTS,
     Canvas,
     DenoisingProcess,
     to_probabilities,
 )
+from .diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_elements
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, draw_schedule, row_keys
-from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
-from .interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_elements
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import Stream, uniforms
+from .validation_inputs_prime_v2 import check_length
 
 
 class PrimeV2InterpolatingGenerationMixin(PrimeV2GenerationMixin):
@@ -170,13 +170,13 @@ class KnownTokens:
 
 
 @torch.no_grad()
-def decodes_to(
+def greedy_matches(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     target_mask: Tensor,
     tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2DecodesTo:
+) -> PrimeV2GreedyMatches:
     """Whether the deterministic decode fills hidden targets in with exactly the ids that they have.
 
     input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
@@ -199,7 +199,7 @@ def decodes_to(
             matches[rows] = _rows_match(model, texts, rows)
     finally:
         model.train(was_training)
-    return PrimeV2DecodesTo(matches, num_forward)
+    return PrimeV2GreedyMatches(matches, num_forward)
 
 
 def _rows_match(model: Any, texts: Texts, rows: list[int]) -> Tensor:
@@ -225,4 +225,4 @@ def _rows_match(model: Any, texts: Texts, rows: list[int]) -> Tensor:
     return right.cpu()
 
 
-__all__ = ["PrimeV2InterpolatingGenerationMixin", "decodes_to"]
+__all__ = ["PrimeV2InterpolatingGenerationMixin", "greedy_matches"]

@@ -1,4 +1,4 @@
-"""`generate`, and sampling: the ancestral reverse process on sub-tokens (do_sample=False: `greedy_prime_v2`).
+"""`generate`, and sampling: the ancestral reverse process on sub-tokens (do_sample=False: likelihood_greedy_).
 
 For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each of them
 with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .checks_prime_v2 import as_tensor, token_inputs
 from .denoising_prime_v2 import (
     Canvas,
     DenoisingProcess,
@@ -24,8 +23,9 @@ from .denoising_prime_v2 import (
 )
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from .greedy_prime_v2 import GreedyProcess
+from .likelihood_greedy_prime_v2 import GreedyProcess
 from .random_prime_v2 import Stream, hash64, uniforms
+from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
 
 class PrimeV2GenerationMixin:

@@ -22,12 +22,12 @@ from .denoising_prime_v2 import (
     make_canvas,
     to_probabilities,
 )
+from .diffusion_uniform_prime_v2 import reverse_step
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
-from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, most_confident
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, most_confident
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import Stream, hash64, uniforms
-from .uniform_prime_v2 import reverse_step
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
@@ -128,7 +128,7 @@ class GreedyUniformProcess(UniformProcess):
     floor(n m / N) tokens with the most probable proposals hold them, as many as the forward process keeps at that
     time; the others hold the noise that they began with, a function of the row's ids and the position. So a token can
     be revised until the last pass, in which all of them take their proposals. (The most probable *step* would be no
-    decode: for many steps it is to stay at the noise.) Confidence order as in `greedy_prime_v2`.
+    decode: for many steps it is to stay at the noise.) Confidence order as in `likelihood_greedy_prime_v2`.
     """
 
     def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
@@ -161,13 +161,13 @@ class GreedyUniformProcess(UniformProcess):
 
 
 @torch.no_grad()
-def decodes_to(
+def greedy_matches(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     target_mask: Tensor,
     tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2DecodesTo:
+) -> PrimeV2GreedyMatches:
     """Whether the deterministic decode fills targets in with exactly the ids that they have, by running it.
 
     input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
@@ -196,7 +196,7 @@ def decodes_to(
             num_forward[rows] = torch.tensor(process.num_forward)
     finally:
         model.train(was_training)
-    return PrimeV2DecodesTo(matches, num_forward)
+    return PrimeV2GreedyMatches(matches, num_forward)
 
 
 __all__ = ["PrimeV2GenerationConfig", "PrimeV2GenerationOutput", "PrimeV2UniformGenerationMixin"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .chunked_loss_prime_v2 import token_nats
 from .denoising_prime_v2 import DRAW_ELEMENTS
-from .greedy_prime_v2 import PrimeV2DecodesTo, Texts, proposals
-from .head_prime_v2 import token_nats
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
 from .likelihood_prime_v2 import TOKENS_PER_PASS, PrimeV2LogLikelihood, refuse_not_finite, unpadded
 
 METHOD = "causal"
@@ -133,13 +133,13 @@ def _nats(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decodes_to(
+def greedy_matches(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     target_mask: Tensor,
     tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2DecodesTo:
+) -> PrimeV2GreedyMatches:
     """Whether `generate(do_sample=False)` continues what precedes the targets with exactly the ids that they have.
 
     input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
@@ -159,7 +159,7 @@ def decodes_to(
             part, width = torch.tensor(rows, device=model.device), texts.lengths[rows[0]]
             num_forward[rows] = 1
             matches[rows] = _continues(model, texts.ids[part, :width], texts.hidden[part, :width]).cpu()
-    return PrimeV2DecodesTo(matches, num_forward)
+    return PrimeV2GreedyMatches(matches, num_forward)
 
 
 def check_targets_last(targets: Tensor, lengths: list[int]) -> None:
@@ -184,4 +184,4 @@ def _continues(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     return wrong == 0
 
 
-__all__ = ["METHOD", "NextTokens", "decodes_to", "log_likelihood", "next_tokens", "start_token_id"]
+__all__ = ["METHOD", "NextTokens", "greedy_matches", "log_likelihood", "next_tokens", "start_token_id"]

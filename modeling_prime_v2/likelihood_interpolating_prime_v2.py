@@ -17,10 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks_prime_v2 import check_length
 from .code_table_prime_v2 import check_ids
-from .draws_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
-from .interpolating_prime_v2 import (
+from .diffusion_interpolating_prime_v2 import (
     Elements,
     ScoredTexts,
     diffusion_elements,
@@ -29,6 +27,7 @@ from .interpolating_prime_v2 import (
     sequential_elements,
     sequential_share,
 )
+from .draws_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
 from .likelihood_prime_v2 import (
     TOKENS_PER_PASS,
     PrimeV2LogLikelihood,
@@ -40,6 +39,7 @@ from .likelihood_prime_v2 import (
     unpadded,
 )
 from .random_prime_v2 import Stream, hash64
+from .validation_inputs_prime_v2 import check_length
 
 METHODS = ("interpolating", "chain")
 MOST_ENUMERATED = 10  # scored tokens; eleven have 10**8 states

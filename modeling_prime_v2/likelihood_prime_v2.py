@@ -28,14 +28,14 @@ from .draws_prime_v2 import (
 
 # method: (reveal order of the noise, objective)
 SAMPLED_METHODS = {
-    "subtoken": ("digit", "subtoken"),
-    "token": ("token", "subtoken"),
-    "nested": ("nested", "subtoken"),
-    "token_objective": ("digit", "token"),
+    "subtoken": ("digit", "marginal"),
+    "token": ("token", "marginal"),
+    "nested": ("nested", "marginal"),
+    "paper_loss": ("digit", "joint"),
 }
 METHODS = (*SAMPLED_METHODS, "chain", "orders")
 # The bound of the order that a model was trained to reveal its units in.
-BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHODS.items() if objective == "subtoken"}
+BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHODS.items() if objective == "marginal"}
 TOKENS_PER_PASS = 8192  # rows of (sequence x draw) share a forward pass up to this many tokens
 
 
@@ -64,7 +64,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     `num_scored` (B,): tokens scored, the divisor of nats per token. A stderr of 0 says that nothing was drawn: every
     mask was summed over, or the method is "chain".
     `degrees` (B,) float64: effective degrees of freedom behind stderr; the 95% interval is value +- the 97.5% point of
-    Student's t with so many times stderr (`prime_v2.eval.likelihood.interval`). Infinite where nothing was drawn.
+    Student's t with so many times stderr (`prime_v2.eval.answers.interval`). Infinite where nothing was drawn.
     `draws`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; of sequences with
     equal keys they are common random numbers (`paired_difference`).
     `is_exact`: value is the log-likelihood itself, of the decoding order that the method names, and no bound of it.
@@ -105,7 +105,7 @@ def log_likelihood(
         "chain"           exact for decoding left to right, one pass per scored token, no sampling.
         "orders"          bound, -log mean of exp(log p) over `num_samples` random orders of the config's reveal_order,
                           one pass per scored unit and order; tightens as num_samples grows.
-        "token_objective" the paper's training loss, NOT a bound for S > 1: it can exceed the log-likelihood.
+        "paper_loss" the paper's training loss, NOT a bound for S > 1: it can exceed the log-likelihood.
     exhaustive: sum over all masks (all orders) instead of drawing where they are no more than `num_samples`: the
         expectation itself, with standard error 0.
     keys (B,) int64: of the draws, instead of (seed, sequence); sequences with equal keys share their random numbers.
@@ -167,7 +167,7 @@ class _Plan:
                 f"refinement={refinement} of method={method!r} with num_samples={num_samples}: a sampled method takes "
                 f"it, with a multiple of {2 ** (refinement - 1)} draws"
             )
-        kind, self.objective = {"chain": ("token", "token"), "orders": (None, "subtoken"), **SAMPLED_METHODS}[method]
+        kind, self.objective = {"chain": ("token", "joint"), "orders": (None, "marginal"), **SAMPLED_METHODS}[method]
         self.order = RevealOrder.from_config(config, kind)
         self.method, self.num_samples, self.refinement = method, num_samples, refinement
         # As many rows as the draws would be, those of earlier lots included.

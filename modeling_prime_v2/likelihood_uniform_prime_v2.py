@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .diffusion_uniform_prime_v2 import UniformNoise, draw_noise
 from .draws_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
 from .likelihood_prime_v2 import (
     TOKENS_PER_PASS,
@@ -23,7 +24,6 @@ from .likelihood_prime_v2 import (
     unpadded,
 )
 from .random_prime_v2 import Stream, hash64
-from .uniform_prime_v2 import UniformNoise, draw_noise
 
 METHODS = ("uniform",)
 

@@ -14,7 +14,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .checks_prime_v2 import (
+from .chunked_loss_prime_v2 import token_nats
+from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
+from .configuration_arm_prime_v2 import PrimeV2ArmConfig
+from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
+from .likelihood_arm_prime_v2 import METHOD, greedy_matches, log_likelihood, next_tokens, start_token_id
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
+from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .validation_inputs_prime_v2 import (
     as_tensor,
     check_embeds,
     check_length,
@@ -26,15 +34,7 @@ from .checks_prime_v2 import (
     scoring_inputs,
     token_inputs,
 )
-from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
-from .configuration_arm_prime_v2 import PrimeV2ArmConfig
-from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
-from .greedy_prime_v2 import PrimeV2DecodesTo
-from .head_prime_v2 import token_nats
-from .keywords_prime_v2 import forward_keywords
-from .likelihood_arm_prime_v2 import METHOD, decodes_to, log_likelihood, next_tokens, start_token_id
-from .likelihood_prime_v2 import PrimeV2LogLikelihood
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .validation_keywords_prime_v2 import forward_keywords
 
 
 @dataclass
@@ -288,12 +288,12 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         )
         return log_likelihood(self, ids, mask, prompt, method, **options)
 
-    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
-        """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.decodes_to`."""
+    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
+        """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.greedy_matches`."""
         ids, mask, target, options = scoring_inputs(
-            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )
-        return decodes_to(self, ids, mask, target, **options)
+        return greedy_matches(self, ids, mask, target, **options)
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

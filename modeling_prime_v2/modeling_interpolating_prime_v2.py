@@ -10,7 +10,18 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import (
+from .chunked_loss_prime_v2 import token_nats
+from .code_table_prime_v2 import check_ids
+from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
+from .diffusion_interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
+from .diffusion_prime_v2 import stratified_levels
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, greedy_matches
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
+from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
+from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .validation_inputs_prime_v2 import (
     as_tensor,
     check_length,
     divisor,
@@ -20,18 +31,7 @@ from .checks_prime_v2 import (
     scoring_inputs,
     token_inputs,
 )
-from .code_table_prime_v2 import check_ids
-from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
-from .diffusion_prime_v2 import stratified_levels
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, decodes_to
-from .greedy_prime_v2 import PrimeV2DecodesTo
-from .head_prime_v2 import token_nats
-from .interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
-from .keywords_prime_v2 import forward_keywords
-from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
-from .likelihood_prime_v2 import PrimeV2LogLikelihood
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .validation_keywords_prime_v2 import forward_keywords
 
 MASKED_NOTE = "the mask token, the last of them, included"
 
@@ -268,12 +268,12 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         )
         return log_likelihood(self, ids, mask, prompt, method, **options)
 
-    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode fills in exactly the targets: `generation_interpolating_prime_v2`."""
         ids, mask, target, options = scoring_inputs(
-            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )
-        return decodes_to(self, ids, mask, target, **options)
+        return greedy_matches(self, ids, mask, target, **options)
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:

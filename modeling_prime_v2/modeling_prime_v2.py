@@ -11,7 +11,16 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
-from .checks_prime_v2 import (
+from .chunked_loss_prime_v2 import HiddenTokens, hidden_nats
+from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
+from .configuration_prime_v2 import PrimeV2Config
+from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
+from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, greedy_matches
+from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
+from .linear_prime_v2 import HeadCall, apply_head, head_of
+from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
+from .validation_inputs_prime_v2 import (
     as_tensor,
     check_length,
     divisor,
@@ -21,16 +30,7 @@ from .checks_prime_v2 import (
     scoring_inputs,
     token_inputs,
 )
-from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
-from .configuration_prime_v2 import PrimeV2Config
-from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
-from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
-from .greedy_prime_v2 import PrimeV2DecodesTo, decodes_to
-from .head_prime_v2 import HiddenTokens, hidden_nats
-from .keywords_prime_v2 import forward_keywords
-from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
-from .linear_prime_v2 import HeadCall, apply_head, head_of
-from .state_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
+from .validation_keywords_prime_v2 import forward_keywords
 
 
 @dataclass
@@ -242,15 +242,15 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         """
         asked = noise.hidden_count > 0
         splits_tokens = self.config.num_subtokens > 1 and order.kind != "token"
-        if objective == "token" and splits_tokens and not self.config.carry_over:
+        if objective == "joint" and splits_tokens and not self.config.carry_over:
             asked = noise.maskable
         rows, columns = asked.nonzero(as_tuple=True)
         kind, multiplicity, goal = "token", torch.ones_like(rows), None
         if noise.goal is not None:
             kind, goal = "prefix", noise.goal[rows, columns]
-        elif objective == "subtoken" and order.kind == "digit" and self.config.num_subtokens > 1:
+        elif objective == "marginal" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
-        elif objective == "subtoken" and order.kind == "nested":
+        elif objective == "marginal" and order.kind == "nested":
             multiplicity = noise.hidden_count[rows, columns]
             kind, goal = "prefix", order.next_visible(multiplicity)
         tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
@@ -267,12 +267,12 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         )
         return log_likelihood(self, ids, mask, prompt, method, **options)
 
-    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
-        """Whether the deterministic decode fills in exactly the targets: see `greedy_prime_v2.decodes_to`."""
+    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
+        """Whether the deterministic decode fills in exactly the targets: see likelihood_greedy_prime_v2.py."""
         ids, mask, target, options = scoring_inputs(
-            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )
-        return decodes_to(self, ids, mask, target, **options)
+        return greedy_matches(self, ids, mask, target, **options)
 
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:

@@ -13,7 +13,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
-from .checks_prime_v2 import (
+from .code_table_prime_v2 import check_ids
+from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
+from .diffusion_prime_v2 import stratified_levels
+from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
+from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, greedy_matches
+from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
+from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
+from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .validation_inputs_prime_v2 import (
     as_tensor,
     check_length,
     divisor,
@@ -23,15 +31,7 @@ from .checks_prime_v2 import (
     scoring_inputs,
     token_inputs,
 )
-from .code_table_prime_v2 import check_ids
-from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
-from .diffusion_prime_v2 import stratified_levels
-from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, decodes_to
-from .greedy_prime_v2 import PrimeV2DecodesTo
-from .keywords_prime_v2 import forward_keywords
-from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
-from .uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
+from .validation_keywords_prime_v2 import forward_keywords
 
 # Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
 # (DiT, arXiv:2212.09748, whose times are 0..1000).
@@ -296,12 +296,12 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         )
         return log_likelihood(self, ids, mask, prompt, method, **options)
 
-    def decodes_to(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2DecodesTo:
+    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode fills in exactly the targets: see `generation_uniform_prime_v2`."""
         ids, mask, target, options = scoring_inputs(
-            self, decodes_to, kwargs, input_ids, attention_mask, target_mask=target_mask
+            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )
-        return decodes_to(self, ids, mask, target, **options)
+        return greedy_matches(self, ids, mask, target, **options)
 
 
 def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor | None, config) -> None:

@@ -2,7 +2,7 @@
 
 The keys are hashed with the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014). A counter-based draw does not depend on library versions, device, batch composition, number
-of workers or restarts; tests/test_random.py pins the stream.
+of workers or restarts; tests/modeling_prime_v2/test_random.py pins the stream.
 """
 
 from enum import IntEnum, unique
@@ -19,8 +19,8 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 class Stream(IntEnum):
     """Stream numbers: a key of each draw, so that draws for different purposes never share bits.
 
-    All there are, of the package too; tests/test_random.py refuses a draw whose number is from elsewhere. A number
-    never changes: seeds would give other results.
+    All there are, of the package too; tests/modeling_prime_v2/test_random.py refuses a draw whose number is from
+    elsewhere. A number never changes: seeds would give other results.
     """
 
     # Forward process of masked diffusion: level of a training sample, rotation of a step's strata, which units are

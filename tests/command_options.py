@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.eval.cli import app
+from prime_v2.commands.main import app
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import tempfile
 
 from hypothesis import settings
 
-from prime_v2.eval.process import bound_spinning
+from prime_v2.commands.process import bound_spinning
 
 # One thread a process: the networks of the tests are too small to share, and a second thread on a busy machine makes
 # them several times slower.

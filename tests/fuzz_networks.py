@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from prime_v2.eval.families import FAMILIES
+from prime_v2.families import FAMILIES
 
 VOCAB_SIZE, LIMIT = 11, 12
 SHAPE = {

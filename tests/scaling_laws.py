@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prime_v2.eval.scaling import Law
-from prime_v2.eval.scaling_points import Point
+from prime_v2.studies.scaling.fit import Law
+from prime_v2.studies.scaling.points import Point
 
 LAW = Law(1.7, 400.0, 2000.0, 0.34, 0.37)
 FEW_STARTS = (0.2, 0.4, 0.6)  # instead of 64 starts, which none of these points needs

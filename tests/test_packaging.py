@@ -25,13 +25,9 @@ from tiny_runs import MODEL, TINY, write_text
 from prime_v2.eval.plugin import MODEL_CLASS
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {  # where each package's files lie in the checkout
-    "prime_v2": "modeling_prime_v2",
-    "prime_v2/tokenization": "tokenization",
-    "prime_v2/eval": "eval",
-    "prime_v2/hub_card": "hub_card",
-    "prime_v2/configs": "configs",
-}
+ROOMS = ("output", "tokenization", "hub_card", "data", "eval", "training", "studies", "commands", "configs")
+# Where each package's files lie in the checkout.
+FOLDERS = {"prime_v2": "modeling_prime_v2", **{f"prime_v2/{room}": room for room in ROOMS}}
 
 # Prints, as one JSON line, where each module of the installed package was imported from.
 PROBE = """
@@ -39,7 +35,8 @@ import importlib.metadata, importlib.util, json, pkgutil
 import prime_v2
 names = ["prime_v2", *(m.name for m in pkgutil.walk_packages(prime_v2.__path__, "prime_v2."))]
 files = {name: importlib.import_module(name).__file__ for name in names if not name.endswith("__main__")}
-strays = [name for name in ("eval", "hub_card", "modeling_prime_v2", "tokenization") if importlib.util.find_spec(name)]
+rooms = ("eval", "hub_card", "modeling_prime_v2", "studies", "tokenization")
+strays = [name for name in rooms if importlib.util.find_spec(name)]
 (command,) = importlib.metadata.entry_points(group="console_scripts", name="prime-v2")
 print(json.dumps({"files": files, "strays": strays, "command": callable(command.load())}))
 """
@@ -148,7 +145,7 @@ def test_wheel_names_the_command_and_the_model_of_lm_eval(wheel: Path):
     points = ConfigParser()
     points.read_string(text)
     assert {section: dict(points[section]) for section in points.sections()} == {
-        "console_scripts": {"prime-v2": "prime_v2.eval.process:run_command"},
+        "console_scripts": {"prime-v2": "prime_v2.commands.process:run_command"},
         "lm_eval.models": {"prime_v2": MODEL_CLASS},
     }
 
@@ -193,7 +190,7 @@ def test_the_installed_script_takes_every_recipe_by_its_name_in_any_folder(insta
     shutil.copy(ROOT / "train.py", tmp_path)
     assert "--init_from" in run(installed, "-I", "train.py", "--help", cwd=tmp_path)
     code = (
-        "from prime_v2.eval.training_options import parse_options\n"
+        "from prime_v2.training.options import parse_options\n"
         "for given in ([], ['--config', 'configs/published.yaml:prime_v2_154m'], ['--config', 'published:mdm_14m']):\n"
         "    run, training, model = parse_options(given)\n"
         "    print(training.output_dir, model['hidden_size'])\n"
@@ -216,7 +213,7 @@ def test_the_training_line_of_readme_runs_installed(installed: Path, tmp_path: P
 
 
 def test_the_installed_command_plans_the_comparison_of_readme(installed: Path, tmp_path: Path):
-    code = "from prime_v2.eval.cli import app; app(['compare', 'families', '--dry-run', '--json'])"
+    code = "from prime_v2.commands.main import app; app(['compare', 'families', '--dry-run', '--json'])"
     plan = json.loads(run(installed, "-I", "-c", code, cwd=tmp_path))
     assert {"ARM", "MDM"} <= {each["name"] for each in plan["runs"]}
     assert list(tmp_path.iterdir()) == []

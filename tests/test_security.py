@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import refused, run
+from test_main import refused, run
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from prime_v2 import (
@@ -20,13 +20,13 @@ from prime_v2 import (
     PrimeV2Tokenizer,
     build_tokenizer,
 )
-from prime_v2.config_fields_prime_v2 import MAPPINGS, readable_json
 from prime_v2.configuration_arm_prime_v2 import PrimeV2ArmConfig
 from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.tokenization.bpe import train_bpe
-from prime_v2.weights_prime_v2 import check_headers
+from prime_v2.validation_config_prime_v2 import MAPPINGS, readable_json
+from prime_v2.validation_weights_prime_v2 import check_headers
 
 TEXT = ["the quick brown fox jumps over the lazy dog"] * 3
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}

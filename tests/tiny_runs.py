@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from prime_v2.eval import training
-from prime_v2.eval.trainer import DiffusionTrainer
+from prime_v2.training import run as training
+from prime_v2.training.trainer import DiffusionTrainer
 
 TINY = (
     "--bpe_vocab_size 300 --block_size 16 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2 "

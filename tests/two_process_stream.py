@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from tiny_runs import MODEL, TINY
 
-from prime_v2.eval import training
-from prime_v2.tokenization import packing, prepare
-from prime_v2.tokenization.corpus import read_documents
+from prime_v2.data import packing
+from prime_v2.data import preparation as prepare
+from prime_v2.data.documents import read_documents
+from prime_v2.training import run as training
 
 STOP_AT, NAN_AT = 5, 3
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prime_v2.code_table_prime_v2 import base_needed, build_code_table, digits_needed
-from prime_v2.keywords_prime_v2 import arguments_of, refuse_unknown
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
+from prime_v2.validation_keywords_prime_v2 import arguments_of, refuse_unknown
 
 # What a wrapped tokenizer keeps of the one it wraps, besides the vocabulary and the special tokens.
 INHERITED = (

@@ -1,0 +1,1 @@
+"""The command `prime-v2`, one file a sub-command."""

@@ -1,0 +1,284 @@
+"""`prime-v2 analyze`: spectra and attention of one checkpoint, or of two side by side (docs/analysis.md)."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prime_v2.commands.score import RUN_FILE, TextSource, labels_of
+from prime_v2.data.documents import FILE_SUFFIXES, corpus_fingerprint
+from prime_v2.output.places import print_and_record
+from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.records import make_record
+
+DEFAULT_TEXT = "docs"
+MASKED_SHARES = (0.0, 0.5, 0.9)
+FIGURES = {"spectra": "analysis_spectra.png", "attention": "analysis_attention.png"}
+COLUMNS = (  # of the printed table: heading, statistic, format
+    ("first", "first_position_mass", "{:.3f}"),
+    ("top", "top_position_mass", "{:.3f}"),
+    ("top in window", "top_in_window_mass", "{:.3f}"),
+    ("self", "self_mass", "{:.3f}"),
+    ("self ± 1", "neighbour_mass", "{:.3f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("relative", "relative_entropy", "{:.3f}"),
+    ("distance", "mean_distance", "{:.1f}"),
+)
+
+
+@dataclass
+class Analysis:
+    """How `analyze` measures: None for the defaults.
+
+    masked_shares: of masked-diffusion models, default `MASKED_SHARES`; max_windows and window: of text, in tokens, the
+    window being the smallest limit of the models by default; seed: of the masks and the Gaussian reference.
+    """
+
+    masked_shares: list[float] | None
+    max_windows: int
+    window: int | None
+    seed: int
+    device: str | None
+    dtype: str
+
+
+def run_analyze(
+    models: tuple[str, str | None, str | None],
+    split: str | None,
+    text_field: str,
+    options: Analysis,
+    as_json: bool,
+    output: Path | None,
+    figure_dir: Path | None,
+) -> None:
+    """Measure, draw and record; print a table or JSON. models: MODEL_A, MODEL_B and TEXT, see `name_arguments`."""
+    _check_figures(figure_dir)
+    quiet_libraries()
+    names, source = name_arguments(*models)
+    results = _analyze(names, TextSource(source, split, text_field, None), options)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
+    print_and_record(text, output, partial(make_record, "analysis", results, seed=options.seed))
+    if figure_dir is not None:
+        from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
+
+        plot_spectra(results, figure_dir / FIGURES["spectra"])
+        plot_attention(results, figure_dir / FIGURES["attention"])
+
+
+def name_arguments(model_a: str, second: str | None, third: str | None) -> tuple[list[str], str]:
+    """(models, source of text) of the arguments `MODEL_A [MODEL_B] [TEXT]`; without a text, the source docs.
+
+    The second of two is the text if it is docs, a file, a name that ends like one, or a folder of such files that
+    holds no model.
+    """
+    if third is not None:
+        return [model_a, str(second)], third
+    if second is None:
+        return [model_a], DEFAULT_TEXT
+    return ([model_a], second) if _is_text(second) else ([model_a, second], DEFAULT_TEXT)
+
+
+def _is_text(name: str) -> bool:
+    path = Path(name).expanduser()
+    if name != DEFAULT_TEXT and path.is_dir():
+        files = [each for each in path.iterdir() if each.suffix.lower() in FILE_SUFFIXES]
+        return bool(files) and not (path / "config.json").exists()
+    return name == DEFAULT_TEXT or path.is_file() or path.suffix.lower() in FILE_SUFFIXES
+
+
+def _check_figures(folder: Path | None) -> None:
+    """ValueError where one of the figures is there already; called before the work, not after it."""
+    for name in FIGURES.values():
+        if folder is not None and (folder / name).exists():
+            raise ValueError(f"--figure-dir {folder}: {name} exists there; give another folder, or delete it first")
+
+
+def _analyze(names: list[str], text: TextSource, options: Analysis) -> dict[str, Any]:
+    from prime_v2.eval.loading import load_config
+    from prime_v2.studies.analysis.attention import STATISTICS
+    from prime_v2.studies.analysis.inputs import DIFFUSION, check_masked_share
+    from prime_v2.studies.analysis.spectra import gaussian_spectrum
+
+    labels = labels_of(names)
+    configs = [load_config(each) for each in names]
+    has_noise = [each.model_type in DIFFUSION for each in configs]
+    for share in options.masked_shares or []:
+        check_masked_share(share)
+    if options.masked_shares and not any(has_noise):
+        raise ValueError(
+            f"--masked-share {options.masked_shares[0]} is for diffusion models; leave it out for causal ones, "
+            f"which are measured on clean text"
+        )
+    shares = sorted(set(options.masked_shares or MASKED_SHARES))
+    windows, about = _windows(names, configs, text, options)
+    found = [
+        _analyze_model(name, label, each, shares if masked else [None], options)
+        for name, label, each, masked in zip(names, labels, windows, has_noise, strict=True)
+    ]
+    shapes = sorted({(each["rows"], each["columns"]) for model in found for each in model["matrices"]})
+    return {
+        "text": about,
+        "masked_shares": shares if any(has_noise) else None,
+        "seed": options.seed,
+        "statistics": STATISTICS,
+        "models": found,
+        "gaussian": [gaussian_spectrum(*shape, options.seed) for shape in shapes],
+    }
+
+
+def _windows(
+    names: list[str], configs: list[Any], text: TextSource, options: Analysis
+) -> tuple[list[Any], dict[str, Any]]:
+    """Windows (N, L) of each model's own token ids, L common to all; and what a record says of the text.
+
+    Documents are read until they fill `max_windows` windows. A shorter text gives fewer windows, or, where it does not
+    fill one, a single window of all its tokens. What fills no window is left out.
+    """
+    from prime_v2.eval.loading import load_tokenizer
+    from prime_v2.eval.windows import encode_documents, window_and_stride
+    from prime_v2.studies.analysis.attention import MIN_WINDOW
+
+    window, _ = window_and_stride(configs, options.window, None)
+    tokenizers = [load_tokenizer(each) for each in names]
+    # Of the models, the first that train.py wrote says which documents are on a side.
+    run = next((each for each in names if (Path(each) / RUN_FILE).is_file()), names[0])
+    documents = _enough(text.documents("test", run), tokenizers, window * options.max_windows)
+    pairs = zip(tokenizers, configs, strict=True)
+    streams = [encode_documents(each, documents, config.eos_token_id)[0] for each, config in pairs]
+    shortest = min(len(each) for each in streams)
+    if min(window, shortest) < MIN_WINDOW:
+        reason = f"the text has {shortest}" if shortest < MIN_WINDOW else f"window={window}"
+        use = "a longer text" if shortest < MIN_WINDOW else f"--window {MIN_WINDOW}"
+        raise ValueError(f"attention is measured on windows of at least {MIN_WINDOW} tokens, but {reason}; use {use}")
+    window = min(window, shortest)
+    counts = [min(options.max_windows, len(each) // window) for each in streams]
+    windows = [each[: count * window].view(count, window) for each, count in zip(streams, counts, strict=True)]
+    return windows, {
+        "source": text.source,
+        "split": text.split,
+        "num_documents": len(documents),
+        "documents_sha256": corpus_fingerprint(documents),
+        "window": window,
+        "max_windows": options.max_windows,
+    }
+
+
+def _enough(documents: Iterable[str], tokenizers: list[Any], num_tokens: int) -> list[str]:
+    """The first documents that have `num_tokens` tokens for each tokenizer, or all."""
+    kept: list[str] = []
+    counts = [0] * len(tokenizers)
+    with progress_bar("reading documents") as show:
+        for document in documents:
+            kept.append(document)
+            show(len(kept), None)
+            for number, tokenizer in enumerate(tokenizers):
+                counts[number] += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+            if min(counts) >= num_tokens:
+                break
+    return kept
+
+
+def _analyze_model(name: str, label: str, windows: Any, shares: list[Any], options: Analysis) -> dict[str, Any]:
+    """The numbers of one checkpoint, which is loaded and let go here."""
+    from prime_v2.eval.causal import CausalScorer
+    from prime_v2.eval.loading import load_scorer
+    from prime_v2.studies.analysis.attention import measure_attention, network_of
+    from prime_v2.studies.analysis.spectra import analyze_matrices, other_matrices, projection_matrices
+
+    model, tokenizer = load_scorer(name, options.device, options.dtype)
+    if getattr(model.config, "causal", False):  # an ARM of ours, measured as those of Transformers
+        model = CausalScorer(model, tokenizer)
+    network, started = network_of(model), time.monotonic()
+    found = projection_matrices(network)
+    total, done = len(found) + len(shares) * len(windows), 0
+    with progress_bar(f"{label}: matrices, then windows of text") as show:
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            show(done, total)
+
+        matrices = analyze_matrices(network, advance)
+        attention = [measure_attention(model, windows, share, options.seed, progress=advance) for share in shares]
+    return {
+        "name": label,
+        "model_type": model.config.model_type,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seconds": time.monotonic() - started,
+        "has_head": any(each.kind == "head" for each in found),
+        "not_measured": other_matrices(network, found),
+        "matrices": matrices,
+        "attention": attention,
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """Two tables: spectra, means over layers, and attention, means over layers and heads."""
+    text = results["text"]
+    return "\n".join(
+        [
+            "spectra, means over layers; gaussian: a random matrix of the same shape",
+            *_aligned(_spectra_rows(results)),
+            "",
+            f"attention, means over layers and heads, on windows of {text['window']:,} tokens of {text['source']}; "
+            f"uniform: over all positions that a query sees",
+            *_aligned(_attention_rows(results)),
+        ]
+    )
+
+
+def _spectra_rows(results: dict[str, Any]) -> list[list[str]]:
+    from prime_v2.studies.analysis.spectra import KINDS
+
+    rows = [["matrix", "model", "shape", "stable rank", "effective rank", "tail exponent"]]
+    references = {(each["rows"], each["columns"]): each for each in results["gaussian"]}
+    for kind in KINDS:
+        shapes = []
+        for model in results["models"]:
+            found = [each for each in model["matrices"] if each["kind"] == kind]
+            if found:
+                shapes.append((found[0]["rows"], found[0]["columns"]))
+                rows.append([kind, model["name"], *_spectrum_cells(found)])
+        rows += [[kind, "gaussian", *_spectrum_cells([references[shape]])] for shape in sorted(set(shapes))]
+    return rows
+
+
+def _spectrum_cells(found: list[dict[str, Any]]) -> list[str]:
+    exponents = [each["tail"]["exponent"] for each in found if each["tail"]]
+    cells = [f"{found[0]['rows']} x {found[0]['columns']}"]
+    for name in ("stable_rank", "effective_rank"):
+        values = [each[name] for each in found if each[name] is not None]
+        cells.append(f"{fmean(values):.1f}" if values else "-")
+    return [*cells, f"{fmean(exponents):.2f}" if exponents else "-"]
+
+
+def _attention_rows(results: dict[str, Any]) -> list[list[str]]:
+    rows = [["masked", "model", "windows", *(heading for heading, _, _ in COLUMNS)]]
+    references: dict[str, dict[str, float]] = {}
+    kinds = {model["name"]: model["model_type"] for model in results["models"]}
+    states = [(state, model["name"]) for model in results["models"] for state in model["attention"]]
+    for state, name in sorted(states, key=lambda each: each[0]["masked_share"] or 0.0):
+        means = {each: fmean(map(fmean, state["statistics"][each]["mean"])) for _, each, _ in COLUMNS}
+        share = state["masked_share"]
+        shown = [form.format(means[each]) for _, each, form in COLUMNS]
+        rows.append(["causal" if share is None else f"{share:g}", name, str(state["num_windows"]), *shown])
+        kind = "uniform, causal" if share is None else "uniform"
+        if kinds[name] == "prime_v2_interpolating":  # whose queries see what is known
+            kind += f", {share:g} masked"
+        references[kind] = state["uniform"]
+    for name, each in references.items():
+        rows.append(["", name, "", *(form.format(each[statistic]) for _, statistic, form in COLUMNS)])
+    return rows
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+__all__ = ["Analysis", "FIGURES", "MASKED_SHARES", "name_arguments", "render", "run_analyze"]

@@ -1,0 +1,163 @@
+"""`prime-v2 compare`: families of models, budgets and sizes side by side, each run trained alike (docs/compare.md)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prime_v2.commands.base import FOLDER, MANY, Json, Output
+
+if TYPE_CHECKING:
+    from prime_v2.studies.compare.config import Comparison
+    from prime_v2.studies.compare.run import PlannedRun
+
+SUMMARY = "summary.json"  # the record in the output folder
+SHORT_HELP = "Train families of models at equal FLOPs and compare them."
+
+
+def compare(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe of configs/compare/, e.g. families.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the runs.", show_default="runs/compare/CONFIG", callback=FOLDER),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, sizes, FLOPs and the time they will take; train nothing.")
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=MANY, metavar="N", help="Runs at once, which share the threads.")
+    ] = 1,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help='What starts a run, e.g. "accelerate launch --num_processes 8".',
+            show_default="this Python",
+        ),
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models/--drop-models", help="Whether the weights of finished runs stay.")
+    ] = True,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Compare runs of different code versions all the same.")
+    ] = False,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Train every run of CONFIG at equal FLOPs and set their bounds side by side, with paired differences.
+
+    \b
+    prime-v2 compare families --dry-run
+    prime-v2 compare families --output results/compare_families.json
+    prime-v2 compare mine.yaml --launcher "accelerate launch --num_processes 8"
+
+    The same command continues where it was stopped. Tables, figures and a record are written to DIR.
+    """
+    from prime_v2.output.progress import quiet_libraries
+    from prime_v2.output.records import code_version
+    from prime_v2.studies.compare.children import Stopped
+    from prime_v2.studies.compare.config import read_comparison
+    from prime_v2.studies.compare.run import Running, check_out, plan, run_comparison, with_times_of_records
+
+    quiet_libraries()
+    comparison, code = read_comparison(config), code_version()
+    folder = out or Path("runs") / "compare" / comparison.name
+    if dry_run:
+        if output is not None:
+            raise ValueError("--output needs results, which --dry-run makes none of; leave one of them out")
+        check_out(folder, comparison)
+        _print_plan(comparison, with_times_of_records(plan(comparison, folder, measure=True)), as_json)
+        return
+    try:
+        trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed))
+    except Stopped as stopped:
+        done = sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
+        print(
+            f"{stopped}; {done} of {len(comparison.runs)} runs are finished, the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(128 + stopped.number) from None
+    _finish(comparison, trained, folder, code, allow_mixed, as_json, output)
+
+
+def _finish(
+    comparison: "Comparison",
+    trained: Any,
+    folder: Path,
+    code: dict[str, Any],
+    allow_mixed: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Write tables, figures and record, and print the tables or JSON."""
+    from prime_v2.output.places import print_and_record
+    from prime_v2.output.records import make_record, write_json
+    from prime_v2.studies.compare.plots import plot_comparison
+    from prime_v2.studies.compare.report import markdown_text, render, summarise
+
+    results = summarise(comparison, trained, allow_mixed)
+    record = make_record("compare", results, seed=results["seeds"][0], code=code)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
+    print_and_record(text, output, lambda: record)
+    write_json(folder / SUMMARY, record)
+    (folder / "README.md").write_text(f"# {comparison.name}\n\n{markdown_text(results)}", encoding="utf-8")
+    figures = plot_comparison(results, folder)
+    if not as_json:
+        print(f"\n{folder}/: {SUMMARY}, README.md, {', '.join(each.name for each in figures)}")
+
+
+def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: bool) -> None:
+    """The runs with what they cost and where they are."""
+    from prime_v2.studies.compare.config import number
+    from prime_v2.studies.compare.report import aligned, duration, quantity
+    from prime_v2.studies.compare.run import state_of
+
+    rows: list[dict[str, Any]] = []
+    for each in planned:
+        state = state_of(each)
+        rows.append(
+            {
+                "name": each.run.name,
+                "shape": each.run.shape,
+                "budget": each.run.budget,
+                "seed": each.run.seed,
+                "parameters": each.cost.parameters,
+                "parameters_non_embedding": each.cost.non_embedding,
+                "tokens": each.tokens,
+                "steps": each.steps,
+                "flops_6nd": each.cost.flops("6nd") * each.tokens,
+                "flops_measured": each.cost.flops("measured") * each.tokens,
+                "seconds": each.seconds,
+                "state": state,
+            }
+        )
+    left = sum(row["seconds"] for row in rows if row["state"] != "finished")
+    if as_json:
+        print(json.dumps({"count": comparison.count, "runs": rows, "seconds_left": left}, allow_nan=False))
+        return
+    heads = ["run", "size", "budget", "seed", "N", "D", "steps", "FLOPs, 6ND", "measured", "time", "state"]
+    lines = [
+        [
+            row["name"],
+            row["shape"] or "–",
+            number(row["budget"]),
+            str(row["seed"]),
+            quantity(row["parameters_non_embedding"]),
+            quantity(row["tokens"]),
+            f"{row['steps']:,}",
+            f"{row['flops_6nd']:.2e}",
+            f"{row['flops_measured']:.2e}",
+            duration(row["seconds"]),
+            row["state"],
+        ]
+        for row in rows
+    ]
+    print(aligned(heads, lines))
+    print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
+
+
+__all__ = ["SHORT_HELP", "compare"]

@@ -1,0 +1,291 @@
+"""`prime-v2 eval`, which is lm-eval's own command line with the model registered, and `prime-v2 tasks`."""
+
+import argparse
+import io
+import json
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prime_v2.eval.offline_tasks import WrittenTask, expand_tasks, parse_splits, tasks_in, write_tasks
+from prime_v2.eval.plugin import MODEL_NAME, demo_model, has_demo, register
+from prime_v2.output.places import print_and_record
+from prime_v2.output.progress import quiet_libraries
+from prime_v2.output.records import command_line, make_record
+
+# lm-eval's other sub-commands, passed on as they are.
+PASSED_ON = ("ls", "validate")
+# lm-eval's 100,000 take minutes for a metric without a formula, such as f1; 1,000 know a standard error to 2%.
+BOOTSTRAP_ITERS = 1000
+SPLIT_FIELDS = ("test_split", "validation_split")
+
+
+@dataclass
+class EvalArguments:
+    """What `prime-v2 eval` has to know of lm-eval's arguments; `rest` is passed on unread."""
+
+    model: str | None
+    tasks: list[str]
+    include_path: str | None
+    rest: list[str]
+
+    def for_lm_eval(self) -> list[str]:
+        """The command line of lm-eval."""
+        known = {"--model": self.model, "--tasks": ",".join(self.tasks), "--include_path": self.include_path}
+        return ["run", *(part for key, value in known.items() if value for part in (key, value)), *self.rest]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
+    """`[MODEL] LM_EVAL_OPTIONS`: MODEL becomes `pretrained=MODEL`, --model is prime_v2, names of groups their tasks.
+
+    Where no model is named it is that of `make demo`, if there is one. Raises ValueError when there is no model or no
+    task. With --config, which may name them, neither is asked for.
+    """
+    arguments = list(arguments)
+    if arguments[:1] == ["run"]:
+        del arguments[0]
+    place = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "-M")
+    parser.add_argument("--tasks", "-t", nargs="+", action="extend", default=[])
+    parser.add_argument("--include_path")
+    parser.add_argument("--config", "-C")
+    known, rest = parser.parse_known_args(arguments)
+    if known.config is not None:
+        rest = ["--config", known.config, *rest]
+    model = known.model or (None if known.config is not None else MODEL_NAME)
+    is_named = _names_a_model(rest)
+    if place is not None and is_named:
+        raise ValueError(f"{place} and pretrained= name a model each; leave one out")
+    needs_model = place is None and model == MODEL_NAME and not is_named and known.config is None
+    if needs_model and not has_demo():
+        raise ValueError(
+            "no model was named; give its folder or Hub name first, as in prime-v2 eval MODEL --tasks sciq, "
+            "or add --model_args pretrained=MODEL"
+        )
+    tasks = expand_tasks(name for each in known.tasks for name in each.split(",") if name)
+    if not tasks and known.config is None:
+        raise ValueError("no task was named; add --tasks sciq,boolq,arc_easy, or --tasks paper for the paper's eight")
+    if needs_model:
+        place = demo_model()
+    if place is not None:
+        rest = ["--model_args", json.dumps({"pretrained": place}), *rest]
+    return EvalArguments(model, tasks, known.include_path, rest)
+
+
+def _names_a_model(arguments: Sequence[str]) -> bool:
+    """Whether --model_args has `pretrained`, as key=value or in JSON."""
+    values: list[str] = []
+    inside = False
+    for each in arguments:
+        name, sign, value = each.partition("=")
+        if each.startswith("-"):
+            inside = name in ("--model_args", "-a")
+            values += [value] * (inside and bool(sign))
+        elif inside:
+            values.append(each)
+    return any(re.search(r"""(^|[\s,{"'])pretrained["']?\s*[=:]""", value) for value in values)
+
+
+def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], as_json: bool, output: Path | None):
+    """Evaluate by lm-eval and print its table, and perhaps record the numbers.
+
+    arguments: `[MODEL] LM_EVAL_OPTIONS`. data: JSONL folders to read instead of the Hub's data sets. split: items as
+    in `parse_splits`. Raises ValueError for what is wrong with any of them, before the work where it can be known.
+    """
+    is_passed_on = bool(arguments) and arguments[0] in PASSED_ON
+    if is_passed_on or "-h" in arguments:
+        call_lm_eval(arguments if is_passed_on else ["run", "-h"])
+        return
+    command = command_line()
+    parsed = parse_arguments(arguments)
+    with tempfile.TemporaryDirectory(prefix="prime_v2_tasks_") as folder:
+        written = _write_own_tasks(parsed, data, split, Path(folder) / "tasks")
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            results = call_lm_eval(parsed.for_lm_eval())
+    if results is None:  # a process other than the first of several
+        return
+    summary = summarise(results, None if data is None else data.resolve().name)
+    model_args = summary["config"].get("model_args")
+    seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
+    text = json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else render_tasks(written)
+    print_and_record(text, output, partial(make_record, "eval", summary, seed=int(seed), command=command))
+
+
+def _write_own_tasks(
+    parsed: EvalArguments, data: Path | None, split: Sequence[str], folder: Path
+) -> list[WrittenTask]:
+    """Task files for --data and --split, and `parsed.include_path` set to their folder; none without those options."""
+    if data is None and not split:
+        return []
+    option = "--split" if data is None else "--data"
+    if parsed.include_path is not None:
+        raise ValueError(f"{option} and --include_path both say where the tasks are; leave one out")
+    if not parsed.tasks:
+        raise ValueError(f"{option} needs --tasks on the command line")
+    written = write_tasks(folder, parsed.tasks, parse_splits(split), data)
+    parsed.include_path = str(folder)
+    return written
+
+
+def call_lm_eval(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run lm-eval's command line with `prime_v2` registered; what its `simple_evaluate` returned, if it was called.
+
+    Its log is shown from warnings up, unless LMEVAL_LOG_LEVEL says otherwise. Raises ValueError for arguments that it
+    refuses.
+    """
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    quiet_libraries()
+    setup_logging(logging.WARNING)
+    # Each of our own task files would be reported as overriding lm-eval's, which is what it is for.
+    logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
+    register()
+    complaint = io.StringIO()
+    with _command_line(["lm_eval", *arguments]), _kept_results() as kept:
+        command = HarnessCLI()
+        try:
+            with redirect_stderr(complaint):
+                parsed = command.parse_args()
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            raise ValueError(complaint.getvalue().split("error: ")[-1]) from None
+        command.execute(parsed)
+    return kept[0] if kept else None
+
+
+@contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    """lm-eval reads its arguments from sys.argv and changes it."""
+    kept, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+@contextmanager
+def _kept_results() -> Iterator[list[dict[str, Any]]]:
+    """The results of `lm_eval.simple_evaluate`, which lm-eval's command prints but does not return.
+
+    Meanwhile lm-eval draws `BOOTSTRAP_ITERS` bootstrap samples, the results hold the device that was used, and the
+    model may refuse the tasks (`check_tasks`) before anything is scored.
+    """
+    import lm_eval
+    from lm_eval import evaluator
+
+    evaluate: Callable[..., dict[str, Any] | None] = lm_eval.simple_evaluate
+    evaluate_tasks: Callable[..., Any] = evaluator.evaluate
+    kept: list[dict[str, Any]] = []
+    devices: list[str] = []
+
+    def evaluate_and_keep(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        results = evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
+        if results is not None:
+            results["config"]["device"] = devices[0]
+            kept.append(results)
+        return results
+
+    def check_and_evaluate(lm: Any, task_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        check = getattr(lm, "check_tasks", None)
+        if check is not None:
+            check(task_dict.get("tasks", {}))
+        devices[:] = [str(getattr(lm, "device", None))]  # lm-eval notes what was asked for, by default cuda:0
+        return evaluate_tasks(lm, task_dict, *args, **kwargs)
+
+    lm_eval.simple_evaluate, evaluator.evaluate = evaluate_and_keep, check_and_evaluate
+    try:
+        yield kept
+    finally:
+        lm_eval.simple_evaluate, evaluator.evaluate = evaluate, evaluate_tasks
+
+
+def summarise(results: dict[str, Any], data: str | None) -> dict[str, Any]:
+    """lm-eval's results, JSON-ready: a row for each task, metric and filter, and the configuration of the run.
+
+    data: name of the folder that the questions were read from; None is the Hub. A number that is not finite is None,
+    as is a standard error that lm-eval did not compute. `config` holds the model's own report of its likelihoods.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    scores = []
+    for task, metrics in results["results"].items():
+        config = results["configs"].get(task, {})
+        about = config.get("metadata") or {}
+        split = about.get("scored_split") or next((config[key] for key in SPLIT_FIELDS if config.get(key)), None)
+        count = results["n-samples"].get(task, {})
+        for key, value in metrics.items():
+            metric, comma, name_of_filter = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{name_of_filter}")
+            scores.append(
+                {
+                    "task": task,
+                    "version": results["versions"].get(task),
+                    "metric": metric,
+                    "filter": name_of_filter,
+                    "value": value,
+                    "stderr": None if stderr == "N/A" else stderr,
+                    "n": count.get("effective"),
+                    "n_in_split": count.get("original"),
+                    "num_fewshot": results["n-shot"].get(task),
+                    "scored_split": split,
+                    "data_sha256": about.get("data_sha256"),
+                }
+            )
+    config = dict(results["config"])
+    if isinstance(config.get("model_args"), dict):
+        config["model_args"] = {key: _shown(value) for key, value in config["model_args"].items()}
+    summary = {
+        "scores": scores,
+        "data": data or "hub",
+        "lm_eval": version("lm_eval"),
+        "chat_template": bool(results.get("chat_template")),
+        "config": config,
+    }
+    return json.loads(json.dumps(summary, default=handle_non_serializable), parse_constant=lambda _: None)
+
+
+def _shown(value: Any) -> Any:
+    """A model argument for a record: of a path, the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def run_tasks(data: Path, out: Path, tasks: str | None, split: Sequence[str], as_json: bool) -> None:
+    """Write task files for `lm_eval --include_path OUT` and print what each will score."""
+    splits = parse_splits(split)
+    names = tasks_in(data, splits) if tasks is None else expand_tasks(name for name in tasks.split(",") if name)
+    written = write_tasks(out, names, splits, data)
+    print(json.dumps([asdict(each) for each in written]) if as_json else render_tasks(written))
+
+
+def render_tasks(written: Sequence[WrittenTask]) -> str:
+    """A line for each task: its scored split, the number of questions, where few-shot examples would come from."""
+    width = max((len(each.task) for each in written), default=0)
+    lines = []
+    for each in written:
+        count = "" if each.num_questions is None else f"{each.num_questions:,} questions, "
+        same = " (without the question itself)" if each.fewshot_split == each.scored_split else ""
+        lines.append(
+            f"{each.task:<{width}}  {each.scored_split}: {count}few-shot examples from {each.fewshot_split}{same}"
+        )
+    return "\n".join(lines)
+
+
+__all__ = ["call_lm_eval", "parse_arguments", "render_tasks", "run_eval", "run_tasks", "summarise"]

@@ -1,0 +1,1 @@
+"""From documents to the rows a model is trained on: readers, splits, packing, supervised examples."""

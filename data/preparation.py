@@ -1,0 +1,259 @@
+"""From a source of text to a tokenizer and packed splits in a run's folder."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from prime_v2.code_table_prime_v2 import digits_needed
+from prime_v2.data.documents import deduplicate, docs_versions, read_documents, split_of
+from prime_v2.data.packing import PackedBlocks, pack_blocks
+from prime_v2.data.sources import change_of, fingerprint_of, is_fingerprint
+from prime_v2.output.locks import folder_lock
+from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal, writing
+from prime_v2.tokenization.bpe import train_bpe
+from prime_v2.tokenization.build import build_tokenizer, recode_tokenizer
+from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
+from prime_v2.tokenization.round_trip import first_loss
+from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
+
+EOS_TOKEN = "<|endoftext|>"
+WHOLE_TOKENS = "tokenizer_of_whole_tokens"  # folder of the tokenizer before its tokens are split into digits
+COMPLETE = "complete"  # the seal, written last: without it a folder of prepared text does not count
+SEALED = (WHOLE_TOKENS, "text.json")  # beside the splits
+CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
+MAX_CODE_BLOCKS = 2**17  # of the training text, so many blocks are read to make codes from it
+# Of a streamed data set, so many documents per wanted block are read for the dev and test splits.
+DOCUMENTS_PER_EVAL_BLOCK = 4
+
+
+@dataclass
+class TextOptions:
+    """Where the text comes from and how it is cut: the options of train.py of the same names."""
+
+    data: str
+    data_split: str
+    text_field: str
+    streaming: bool
+    max_documents: int | None
+    tokenizer: str
+    bpe_vocab_size: int
+    block_size: int
+    dev_share: float
+    test_share: float
+    eval_sequences: int
+    test_sequences: int
+    seed: int
+
+
+def documents_of(text: TextOptions, split: str) -> Iterator[str]:
+    """Documents of one split (train, dev, test), decided by each document's content and the seed, without repeats.
+
+    A stream is not deduplicated, since the digests of a hub-scale set would fill the memory; equal documents are on
+    the same side of the split all the same.
+    """
+    documents: Iterable[str] = read_documents(
+        text.data,
+        text_field=text.text_field,
+        split=text.data_split,
+        streaming=text.streaming,
+        max_documents=text.max_documents,
+    )
+    chosen = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
+    documents = documents if text.streaming else deduplicate(documents)
+    return (document for document in documents if chosen(document) == split)
+
+
+def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """list of texts to list of ids; text that spells a special token stays plain text."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    return encode
+
+
+def prepare_text(
+    text: TextOptions,
+    code_options: dict[str, Any],
+    folder: Path,
+    shared: Path | None = None,
+    codes: str = "shuffle",
+) -> tuple[PrimeV2Tokenizer, dict[str, PackedBlocks]]:
+    """Tokenizer and packed splits of a run: made by the first process, read by all, not made twice.
+
+    code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). folder: the run's own, which keeps
+    its tokenizer. shared: folder of the splits, by default the run's own; runs with other digits can share it.
+    codes: "shuffle", or what they are made from: "similarity" or "frequency" in the training text, or an .npy file of
+    vectors (V, K) of the tokens.
+    Returns the tokenizer and the splits train (not when streaming), dev and test. Text that is there already is read
+    against its checksums, and its source against the fingerprint that was taken before it was read. Raises ValueError
+    for a bad source, see `read_documents`, `pack_blocks`, for a shared folder that was made of other text, and for
+    damage.
+    """
+    splits = ("dev", "test") if text.streaming else ("train", "dev", "test")
+    shared = shared or folder
+    with PartialState().main_process_first(), writing(f"the prepared text in {shared}"):
+        if PartialState().is_main_process:
+            _make_or_check(text, shared, splits)
+            _recode_or_check(codes, code_options, folder / "tokenizer", shared)
+    return PrimeV2Tokenizer.from_pretrained(folder / "tokenizer"), {
+        each: PackedBlocks(shared / each) for each in splits
+    }
+
+
+def _make_or_check(text: TextOptions, shared: Path, splits: tuple[str, ...]) -> None:
+    if not (shared / COMPLETE).exists():
+        with folder_lock(shared, f"the folder of prepared text {shared}", wait=True):
+            if not (shared / COMPLETE).exists():  # another run that shares the text may have made it meanwhile
+                _make(text, shared, splits)
+                return
+    check_prepared(shared)
+    _check_same_text(text, shared)
+    source = prepared_source(shared)
+    if source.get("versions") not in (None, docs_versions()):
+        # Packages are updated for other reasons, and what was read of them is kept.
+        print(
+            f"the installed packages have changed since the text in {shared} was prepared of their documentation; it "
+            f"stays as it is",
+            file=sys.stderr,
+        )
+    change = change_of(source, text.data)
+    if change is not None:
+        raise ValueError(
+            f"--data {text.data} has changed since the text in {shared} was prepared of it ({change}); put it back, "
+            f"or use another folder"
+        )
+
+
+def _recode_or_check(codes: str, code_options: dict[str, Any], folder: Path, shared: Path) -> None:
+    if (folder / COMPLETE).exists():
+        check_prepared(folder)
+        return
+    whole = PrimeV2Tokenizer.from_pretrained(shared / WHOLE_TOKENS)
+    recode_tokenizer(whole, **_codes(codes, code_options, whole, shared)).save_pretrained(folder)
+    write_seal(folder, COMPLETE)
+
+
+def check_prepared(folder: Path) -> None:
+    """ValueError unless all that was prepared in a folder is as it was written; it is read from end to end."""
+    try:
+        check_seal(folder, COMPLETE, only_listed=False)
+    except Damaged as error:
+        raise _damage_of(folder, error) from None
+
+
+def _damage_of(folder: Path, error: Damaged) -> ValueError:
+    return ValueError(
+        f"the prepared text in {folder} is damaged ({error}); put a copy back, or delete the folder to have it "
+        f"prepared again"
+    )
+
+
+def prepared_source(shared: Path) -> dict[str, Any]:
+    """The fingerprint of the source that prepared text was made of, see `sources`."""
+    return _description(shared)["source"]
+
+
+def _description(shared: Path) -> dict[str, Any]:
+    """What text.json says of prepared text: its options and its source; ValueError for a file that is damaged."""
+    try:
+        found = read_json(shared / "text.json")
+        if not isinstance(found, dict) or not is_fingerprint(found.get("source")):
+            raise Damaged("text.json is damaged")
+    except Damaged as error:
+        raise _damage_of(shared, error) from None
+    return found
+
+
+def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer, shared: Path) -> dict[str, Any]:
+    """Arguments of `recode_tokenizer`; ValueError for codes that there are not, and a shuffle beside made codes."""
+    if codes == "shuffle":
+        return code_options
+    unused = [name for name in code_options if name.startswith("shuffle")]
+    if unused:
+        raise ValueError(f"--codes {codes} makes the table from text, so {unused[0]} has no effect; leave it out")
+    vocab_size, base = len(tokenizer.code_table), code_options.get("base") or 2
+    num_subtokens = code_options.get("num_subtokens") or digits_needed(vocab_size, base)
+    if codes in SOURCES:
+        train = PackedBlocks(shared / "train")
+        blocks = np.stack([train[i] for i in range(min(len(train), MAX_CODE_BLOCKS))])
+        table = codes_from_text(codes, blocks, vocab_size, base, num_subtokens)
+    else:
+        table = tree_codes(_vectors(Path(codes), vocab_size), base, num_subtokens)
+    return {"base": base, "codes": table}
+
+
+def _vectors(path: Path, vocab_size: int) -> np.ndarray:
+    if path.suffix != ".npy" or not path.is_file():
+        raise ValueError(f"--codes {path} is neither shuffle, {', '.join(SOURCES)} nor an .npy file; use similarity")
+    vectors = np.load(path, allow_pickle=False)
+    if vectors.ndim != 2 or len(vectors) != vocab_size or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"--codes {path} holds {vectors.shape}, but must hold a finite vector for each of {vocab_size}"
+        )
+    return vectors.astype(np.float64)
+
+
+def _check_same_text(text: TextOptions, shared: Path) -> None:
+    found = _description(shared)
+    for key, value in vars(text).items():
+        if found.get(key) != value and (text.streaming or key not in ("eval_sequences", "test_sequences")):
+            raise ValueError(
+                f"--data_dir {shared} holds text with {key}={found.get(key)!r}, not {value!r}; use another folder"
+            )
+
+
+def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
+    fingerprint = fingerprint_of(text.data)  # before it is read, so that a change meanwhile is seen later
+    source = text
+    if text.data == "docs":  # parsed once, then read for each split
+        source = _cached_docs(text, folder / "docs.jsonl")
+    if text.tokenizer == "bpe":
+        bpe = train_bpe(documents_of(source, "train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
+        tokenizer = build_tokenizer(
+            bpe, num_subtokens=1, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size
+        )
+    elif (Path(text.tokenizer) / "code_table.json").is_file():  # a PrimeV2Tokenizer, e.g. of a trained model
+        tokenizer = recode_tokenizer(PrimeV2Tokenizer.from_pretrained(text.tokenizer), num_subtokens=1)
+    else:
+        tokenizer = build_tokenizer(text.tokenizer, num_subtokens=1)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {text.tokenizer} has no EOS token to put between documents; use one that has")
+    limits = {"dev": text.eval_sequences, "test": text.test_sequences} if text.streaming else {}
+    for split in splits:
+        documents = documents_of(source, split)
+        if split in limits:
+            documents = islice(documents, DOCUMENTS_PER_EVAL_BLOCK * limits[split])
+        try:
+            pack_blocks(
+                documents,
+                encode_batch(tokenizer),
+                block_size=text.block_size,
+                eos_token_id=tokenizer.eos_token_id,
+                vocab_size=tokenizer.code_table.shape[0],
+                path=folder / split,
+                # The bytes of what is measured count only where the tokens hold them.
+                find_loss=None if split == "train" else partial(first_loss, tokenizer),
+            )
+        except ValueError as error:
+            shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
+            raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
+    tokenizer.save_pretrained(folder / WHOLE_TOKENS)
+    content = {**vars(text), "source": fingerprint}
+    (folder / "text.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
+
+
+def _cached_docs(text: TextOptions, path: Path) -> TextOptions:
+    with open(path, "w", encoding="utf-8") as file:
+        for document in read_documents("docs", max_documents=text.max_documents):
+            file.write(json.dumps({"text": document}) + "\n")
+    return TextOptions(**{**vars(text), "data": str(path), "text_field": "text"})

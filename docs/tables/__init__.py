@@ -1,0 +1,1 @@
+"""Tables of README.md and docs/, generated from the records in results/."""

@@ -1,0 +1,1 @@
+"""Attention and spectra of trained networks (docs/analysis.md)."""

@@ -1,0 +1,435 @@
+"""The results of a comparison: a row for each run, differences to the baseline, and tables (docs/compare.md).
+
+Differences are paired: two runs of one seed are scored on the same sequences with the same draws, so what these share
+drops out. Over several seeds, a mean and its error are taken of the seeds' values, each of which has a test text, a
+tokenizer, a data order, weights and noise of its own.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
+from prime_v2.output.markdown import markdown
+from prime_v2.output.records import read_record
+from prime_v2.studies.compare.config import COMMON, Comparison, Run, number
+
+Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
+BOUND_FIELDS = (
+    "method", "is_bound", "is_exact", "nats_per_token", "nats_per_token_interval_95", "stderr", "degrees",
+    "num_clusters", "interval_over", "monte_carlo_stderr", "num_tokens", "num_sequences", "num_samples",
+    "unigram_entropy", "perplexity", "perplexity_interval_95", "text_bytes", "bits_per_byte",
+    "bits_per_byte_interval_95",
+)  # fmt: skip
+TRAINING_FIELDS = (
+    "parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds", "device",
+)  # fmt: skip
+FLOPS_OF_COUNT = {"6nd": "flops_6nd", "measured": "flops_measured"}
+
+
+def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What `bound` is above `other`, in nats per token; both as `score_windows` gives them with `keep_sequences`.
+
+    Keys: nats_per_token, stderr over the clusters of sequences that share documents, interval_95 (Student t); the last
+    two are None for one cluster. ValueError unless both are of the same sequences.
+    """
+    nats, others = bound["nats_of_sequences"], other["nats_of_sequences"]
+    if len(nats) != len(others):
+        raise ValueError(f"{len(nats)} sequences cannot be paired with {len(others)}; score the same ones")
+    clusters = bound.get("clusters")
+    if clusters is None or clusters != other.get("clusters"):
+        raise ValueError(
+            "the records do not say alike which sequences share documents; evaluate both with this version"
+        )
+    sums, start = [], 0
+    for count in clusters["sequences"]:
+        sums.append(sum(nats[start : start + count]) - sum(others[start : start + count]))
+        start += count
+    return _as_json(ratio(sums, clusters["tokens"], clusters["squares"]))
+
+
+def over_seeds(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One estimate from those of several seeds (`nats_per_token`, `stderr`): their mean, its error, the interval.
+
+    The error is that of the spread between seeds, which holds that of the test text and the draws, since each seed has
+    its own; the interval is Student's. A single estimate keeps its error and its interval.
+    """
+    if len(estimates) > 1:
+        return _as_json(mean_of([each["nats_per_token"] for each in estimates]))
+    (only,) = estimates
+    interval = only["interval_95"] if "interval_95" in only else only["nats_per_token_interval_95"]
+    return {"nats_per_token": only["nats_per_token"], "stderr": only["stderr"], "interval_95": interval}
+
+
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    return {"nats_per_token": estimate.value, "stderr": estimate.stderr, "interval_95": estimate.interval()}
+
+
+def check_one_experiment(trained: Sequence[Trained], allow_mixed: bool) -> None:
+    """ValueError unless the records are of one commit (or allow_mixed) and those of a seed of one text and order."""
+    first_run, first = trained[0]
+    firsts: dict[int, Trained] = {}
+    for run, record in trained:
+        if record["commit"] != first["commit"] and not allow_mixed:
+            raise ValueError(
+                f"the runs are of different code: {first_run} of commit {first['commit'][:12]}, {run} of "
+                f"{record['commit'][:12]}; train them with one, or add --allow-mixed"
+            )
+        other_run, other = firsts.setdefault(run.seed, (run, record))
+        mine, theirs = (_identity(each) for each in (record, other))
+        for name, value in mine.items():
+            if value != theirs[name]:
+                raise ValueError(
+                    f"{run} and {other_run} differ in data order: {name} is {value} and {theirs[name]}; train them "
+                    f"again in a new folder"
+                )
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What decides which text a run reads in which order under which noise, and where it is scored."""
+    results = record["results"]
+    found = {name: results["options"].get(name) for name in (*COMMON, "seed")}
+    prints = results["data"]["fingerprints"]
+    found |= {f"the fingerprint of {split}": str(prints.get(split))[:12] for split in ("train", "dev", "test")}
+    bound = results["evaluation"]["bound"]
+    return found | {"the number of scored sequences": bound["num_sequences"], "that of tokens": bound["num_tokens"]}
+
+
+def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: bool = False) -> dict[str, Any]:
+    """The results of a comparison, JSON-ready; ValueError for records that cannot stand side by side.
+
+    rows: one for each run; groups: one for each name, shape and budget, over the seeds; best: for each name and budget
+    the shape with the lowest dev bound, where there are several shapes.
+    """
+    check_one_experiment(trained, allow_mixed)
+    scores = {run: record["results"]["evaluation"]["bound"] for run, record in trained}
+    baselines = {(run.shape, run.budget, run.seed): run for run in scores if run.name == comparison.baseline}
+    rows = []
+    for run, record in trained:
+        other = baselines.get((run.shape, run.budget, run.seed))
+        rows.append(_row(run, record, comparison.count, _difference(scores, run, other)))
+    groups = [_group(rows, key) for key in dict.fromkeys((row["name"], row["shape"], row["budget"]) for row in rows)]
+    return {
+        "comparison": comparison.name,
+        "count": comparison.count,
+        "baseline": comparison.baseline,
+        **{f"{name}s": comparison.values(name) for name in ("name", "shape", "budget", "seed")},
+        "commits": sorted({_commit(record) for _, record in trained}),
+        "data": {str(run.seed): record["results"]["data"] for run, record in trained},
+        "rows": rows,
+        "groups": groups,
+        "best": _best(comparison, rows, scores) if len(comparison.values("shape")) > 1 else [],
+    }
+
+
+def _difference(scores: dict[Run, dict[str, Any]], run: Run, other: Run | None) -> dict[str, Any] | None:
+    if other is None or other == run:
+        return None
+    return paired(scores[run], scores[other])
+
+
+def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any] | None) -> dict[str, Any]:
+    """A run in the summary. Its parts training, evaluation, options, data and config are as in the run's record."""
+    results = record["results"]
+    training, evaluation = results["training"], results["evaluation"]
+    loss = evaluation.get("paper_loss")
+    flops_per_token = training[FLOPS_OF_COUNT[count]] / training["tokens"]
+    return {
+        "name": run.name,
+        "family": results["family"],
+        "shape": run.shape,
+        "budget": run.budget,
+        "seed": run.seed,
+        "folder": run.folder,
+        "command": record["command"],
+        "commit": record["commit"],
+        "uncommitted_changes": record["uncommitted_changes"],
+        "time_utc": record["time_utc"],
+        "config": results["config"],
+        "options": results["options"],
+        "data": {"fingerprints": results["data"]["fingerprints"]},
+        "training": {name: training[name] for name in TRAINING_FIELDS},
+        "evaluation": {
+            "bound": _without_sequences(evaluation["bound"]),
+            "paper_loss": None if loss is None else _without_sequences(loss),
+        },
+        "difference": difference,
+        "curve": [
+            {
+                "tokens": entry["tokens"],
+                "flops": entry["tokens"] * flops_per_token,
+                "bound": entry["eval_bound"],
+                "stderr": entry.get("eval_bound_stderr"),
+                "degrees": entry.get("eval_bound_degrees"),
+            }
+            for entry in results["history"]
+            if "eval_bound" in entry
+        ],
+        "dev_unigram_entropy": next(
+            (entry["eval_unigram_entropy"] for entry in results["history"] if "eval_unigram_entropy" in entry), None
+        ),
+    }
+
+
+def _without_sequences(scored: dict[str, Any]) -> dict[str, Any]:
+    return {name: scored[name] for name in BOUND_FIELDS if name in scored}
+
+
+def _commit(record: dict[str, Any]) -> str:
+    return record["commit"] + (" with uncommitted changes" if record["uncommitted_changes"] else "")
+
+
+def _group(rows: Sequence[dict[str, Any]], key: tuple[str, str, float]) -> dict[str, Any]:
+    """The runs of one name, shape and budget, over their seeds."""
+    chosen = [row for row in rows if (row["name"], row["shape"], row["budget"]) == key]
+    first = chosen[0]
+    bounds = [row["evaluation"]["bound"] for row in chosen]
+    losses = [row["evaluation"]["paper_loss"] for row in chosen]
+    differences = [row["difference"] for row in chosen]
+    name, shape, budget = key
+    return {
+        "name": name,
+        "family": first["family"],
+        "shape": shape,
+        "budget": budget,
+        "seeds": [row["seed"] for row in chosen],
+        **{field: fmean(row["training"][field] for row in chosen) for field in TRAINING_FIELDS if field != "device"},
+        "bound": over_seeds(bounds) | {name: bounds[0][name] for name in ("is_bound", "is_exact", "method")},
+        "unigram_entropy": fmean(each["unigram_entropy"] for each in bounds),
+        "paper_loss": None if losses[0] is None else over_seeds(losses) | {"is_bound": losses[0]["is_bound"]},
+        "difference": None if None in differences else over_seeds(differences),
+    }
+
+
+def _best(
+    comparison: Comparison, rows: Sequence[dict[str, Any]], scores: dict[Run, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """For each name and budget the shape whose last dev bound is the lowest, over the seeds, and its test bound."""
+    runs = {(run.name, run.shape, run.budget, run.seed): run for run in scores}
+    last: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["curve"]:
+            found = last.setdefault((row["name"], row["budget"]), {}).setdefault(row["shape"], [])
+            found.append(row["curve"][-1]["bound"])
+    shapes = {key: min(found, key=lambda shape: fmean(found[shape])) for key, found in last.items()}
+    best = []
+    for (name, budget), shape in shapes.items():
+        group = _group(rows, (name, shape, budget))
+        other = shapes.get((comparison.baseline, budget))
+        group["difference"] = None
+        if name != comparison.baseline and other is not None:
+            pairs = [
+                _difference(scores, runs[name, shape, budget, seed], runs[comparison.baseline, other, budget, seed])
+                for seed in group["seeds"]
+            ]
+            group["difference"] = over_seeds(pairs)
+        sizes = [row["training"]["parameters_non_embedding"] for row in rows if row["name"] == name]
+        best.append(group | {"at_the_edge": group["parameters_non_embedding"] in (min(sizes), max(sizes))})
+    return best
+
+
+def score_table(
+    results: dict[str, Any], groups: Sequence[dict[str, Any]] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """(headings, lines) of the bounds of all groups: perplexity of bounds alone, the paper's loss with its label."""
+    groups = results["groups"] if groups is None else groups
+    heads = ["nats/token ± 95%", "perplexity", "paper's loss", f"minus {results['baseline']} ± 95%"]
+    lines = []
+    for group in groups:
+        bound, loss, difference = group["bound"], group["paper_loss"], group["difference"]
+        sign = "=" if bound["is_exact"] else "≤"
+        label = "–"
+        if loss is not None:
+            label = f"{_with_interval(loss)} ({'the same bound' if loss['is_bound'] else 'no bound'})"
+        delta = "–" if difference is None else _with_interval(difference, "+.3f")
+        lines.append([f"{sign} {_with_interval(bound)}", f"{sign} {_perplexity(bound)}", label, delta])
+    return _labelled(results, groups, heads, lines)
+
+
+def cost_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(headings, lines) of what the runs of all groups cost, mean over the seeds."""
+    heads = ["N", "D", "steps", "FLOPs, 6ND", "FLOPs, measured", "time"]
+    lines = [
+        [
+            quantity(group["parameters_non_embedding"]),
+            quantity(group["tokens"]),
+            f"{group['steps']:,.0f}",
+            f"{group['flops_6nd']:.2e}",
+            f"{group['flops_measured']:.2e}",
+            duration(group["seconds"]),
+        ]
+        for group in results["groups"]
+    ]
+    return _labelled(results, results["groups"], heads, lines)
+
+
+def whole_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(headings, lines) with the columns of both tables, for `prime_v2.output.markdown.markdown`."""
+    scores, costs = score_table(results), cost_table(results)
+    shared = len(scores[0]) - 4  # the columns that name a group
+    lines = [first + second[shared:] for first, second in zip(scores[1], costs[1], strict=True)]
+    return scores[0] + costs[0][shared:], lines
+
+
+def _labelled(
+    results: dict[str, Any], groups: Sequence[dict[str, Any]], heads: list[str], lines: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns in front that name the groups, as far as these differ."""
+    columns: list[tuple[str, list[str]]] = [("run", [group["name"] for group in groups])]
+    if any(group["family"] != group["name"] for group in groups):
+        columns.append(("family", [group["family"] for group in groups]))
+    if len(results["shapes"]) > 1:
+        columns.append(("size", [group["shape"] for group in groups]))
+    if len(results["budgets"]) > 1:
+        columns.append(("budget", [number(group["budget"]) for group in groups]))
+    names = [head for head, _ in columns]
+    labels = zip(*(cells for _, cells in columns), strict=True)
+    return names + heads, [[*label, *line] for label, line in zip(labels, lines, strict=True)]
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """Sentences below the tables: what the signs and intervals mean, and on which text."""
+    seeds = len(results["seeds"])
+    bound = results["rows"][0]["evaluation"]["bound"]
+    entropy = fmean(group["unigram_entropy"] for group in results["groups"])
+    over = bound.get("interval_over", "sequences")
+    intervals = (
+        f"over {seeds} seeds (Student t), each with its own text, tokenizer, order, weights and noise"
+        if seeds > 1
+        else f"over {over} and draws; one seed, so another training run may differ by more"
+    )
+    found = [
+        f"Test split, {bound['num_tokens']:,} tokens; their unigram entropy is {entropy:.3f} nats/token. = exact, ≤ "
+        f"bound; intervals are 95%, {intervals}. {UPPER_END}",
+        f"Differences to {results['baseline']} are of the same sequences; below zero is better. Budgets count "
+        f"{'6 N D' if results['count'] == '6nd' else 'measured FLOPs'}, N without embedding and head.",
+    ]
+    if "interval_over" not in bound and seeds == 1:
+        found.append(NOT_CLUSTERED)
+    if any(group["paper_loss"] and not group["paper_loss"]["is_bound"] for group in results["groups"]):
+        found.append("The paper's loss is no bound on the likelihood: it says nothing about which run is better.")
+    read = [row["training"]["tokens"] / results["data"][str(row["seed"])]["train_tokens"] for row in results["rows"]]
+    if max(read) > 1:
+        found.append(
+            f"{sum(each > 1 for each in read)} of {len(read)} runs read the training text more than once, up to "
+            f"{max(read):.1f} times."
+        )
+    if len(results["commits"]) > 1:
+        found.append(
+            f"The runs are of {len(results['commits'])} versions of the code: {', '.join(results['commits'])}."
+        )
+    return found
+
+
+def render(results: dict[str, Any]) -> str:
+    """Tables and notes as plain text."""
+    parts = [aligned(*score_table(results)), aligned(*cost_table(results))]
+    if results["best"]:
+        edge = [f"{each['name']} at {number(each['budget'])}" for each in results["best"] if each["at_the_edge"]]
+        parts.append("the size with the lowest dev bound:\n" + aligned(*score_table(results, results["best"])))
+        if edge:
+            parts.append(f"At the edge of the sizes, so a better one may lie beyond: {', '.join(edge)}.")
+    return "\n\n".join([*parts, "\n".join(notes(results))])
+
+
+def markdown_text(results: dict[str, Any]) -> str:
+    """Tables and notes as Markdown."""
+    parts = [markdown(*whole_table(results))]
+    if results["best"]:
+        parts.append("The size with the lowest dev bound:\n\n" + markdown(*score_table(results, results["best"])))
+    return "\n".join([*parts, "\n".join(notes(results)) + "\n"])
+
+
+def record_table(path: Path) -> str:
+    """Tables, notes and origin of a record of `prime-v2 compare`, as Markdown."""
+    record = read_record(path)
+    return f"{markdown_text(record['results'])}\n{_origin(record)}"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
+    seeds = ", ".join(map(str, record["results"]["seeds"]))
+    plural = "" if len(record["results"]["seeds"]) == 1 else "s"
+    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seed{plural} {seeds}).\n"
+
+
+def aligned(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns of text, two spaces apart."""
+    lines = [heads, *lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _with_interval(estimate: dict[str, Any], form: str = ".3f") -> str:
+    interval = estimate["interval_95"]
+    value = f"{estimate['nats_per_token']:{form}}"
+    return value if interval is None else f"{value} ± {(interval[1] - interval[0]) / 2:.3f}"
+
+
+def _perplexity(bound: dict[str, Any]) -> str:
+    assert bound["is_bound"], "a perplexity is of a bound alone"
+    value, *ends = (math.exp(min(each, 700.0)) for each in (bound["nats_per_token"], *(bound["interval_95"] or ())))
+    digits = 0 if value >= 100 else 1
+    return f"{value:,.{digits}f}" + (f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "")
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def quantity(value: float) -> str:
+    """A count of parameters or tokens: 786 K, 2.10 M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.0f}"
+
+
+def best_table(path: Path) -> str:
+    """A line a run and a column a budget: the bound of the size with the lowest dev bound, and that size."""
+    record = read_record(path)
+    results = record["results"]
+    found = {(each["name"], each["budget"]): each for each in results["best"]}
+    lines = [
+        [name, *(_best_cell(found.get((name, budget))) for budget in results["budgets"])] for name in results["names"]
+    ]
+    heads = ["run", *(f"{number(budget)} FLOPs" for budget in results["budgets"])]
+    return f"{markdown(heads, lines)}\n" + "\n".join(notes(results)) + f"\n\n{_origin(record)}"
+
+
+def _best_cell(best: dict[str, Any] | None) -> str:
+    if best is None:
+        return "–"
+    return f"{'=' if best['bound']['is_exact'] else '≤'} {_with_interval(best['bound'])} ({best['shape']})"
+
+
+def _record_of(name: str, results: Path) -> str:
+    return record_table(results / f"compare_{name}.json")
+
+
+def _isoflop(results: Path) -> str:
+    return best_table(results / "compare_isoflop.json")
+
+
+RECORDED = ("families", "isoflop", "levers", "levers_seeds", "winners")
+TABLES: dict[str, Callable[[Path], str]] = {
+    **{
+        f"compare_{name}": partial(_record_of, name)
+        for name in ("families", "isoflop", "levers", "levers_seeds", "winners")
+    },
+    "isoflop": _isoflop,
+}
+
+__all__ = [
+    "TABLES", "best_table", "check_one_experiment", "cost_table", "duration", "markdown_text", "notes", "over_seeds",
+    "paired", "quantity", "record_table", "render", "score_table", "summarise", "whole_table",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Scaling laws from published points and from recorded runs (docs/scaling.md)."""

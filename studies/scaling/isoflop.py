@@ -1,0 +1,235 @@
+"""Scaling laws by approach 2 of Hoffmann et al. (arXiv:2203.15556): at each budget a parabola of the loss in log N.
+
+Its minimum is the best size N* of that budget C, with D* = C / (k N*) and the loss L*; straight lines through log N*,
+log D* and log L* against log C are the power laws. Nothing is assumed about the form of L(N, D).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prime_v2.studies.scaling.fit import LEVELS, percentile_interval, resample
+
+SAME_BUDGET = 0.1  # of log C: runs within it of the smallest of a budget are of that budget
+MIN_SIZES = 3  # of a parabola
+MIN_SIZES_FOR_INTERVALS = 4
+REACH = 10.0  # how far outside its sizes, as a factor, a budget's minimum may lie
+NO_SAMPLES = np.empty((0, 2))
+POWER_LAWS = {"parameters": "N*", "tokens": "D*", "loss": "L*"}
+
+
+@dataclass
+class Parabola:
+    """loss = c0 + c1 u + c2 u^2 with u = log(N / centre), at one budget, by least squares.
+
+    parameters, tokens, loss: of its minimum; None where it has none (c2 <= 0) within REACH of the sizes. inside:
+    whether that minimum lies within the sizes of the budget. Intervals are 95%, over resampled points, or None.
+    """
+
+    flops: float
+    sizes: int
+    range: tuple[float, float]
+    centre: float
+    coefficients: tuple[float, float, float]
+    parameters: float | None
+    tokens: float | None
+    loss: float | None
+    parameters_interval_95: list[float] | None = None
+    tokens_interval_95: list[float] | None = None
+    loss_interval_95: list[float] | None = None
+
+    @property
+    def inside(self) -> bool:
+        return self.parameters is not None and self.range[0] <= self.parameters <= self.range[1]
+
+    def at(self, parameters: np.ndarray) -> np.ndarray:
+        """The loss of the parabola at N."""
+        u = np.log(parameters / self.centre)
+        c0, c1, c2 = self.coefficients
+        return c0 + c1 * u + c2 * u**2
+
+
+@dataclass
+class PowerLaw:
+    """value = exp(log_coefficient) C^exponent. Fields are floats, or arrays (R,) for many laws.
+
+    replicates (R, 2): log_coefficient and exponent of bootstrap samples; R = 0 where there are no intervals.
+    """
+
+    log_coefficient: Any
+    exponent: Any
+    replicates: np.ndarray
+
+    def at(self, flops: Any) -> Any:
+        return np.exp(self.log_coefficient + self.exponent * np.log(flops))
+
+    def interval(self, of: Callable[["PowerLaw"], Any]) -> list[float | None] | None:
+        """95% percentile interval of a number computed from the law; None without samples."""
+        return percentile_interval(of(self.resampled())) if len(self.replicates) else None
+
+    def resampled(self) -> "PowerLaw":
+        """The laws of all bootstrap samples at once, fields of shape (R,)."""
+        log_coefficient, exponent = self.replicates.T
+        return PowerLaw(log_coefficient, exponent, NO_SAMPLES)
+
+    # Of the loss, a frontier (studies/scaling/fit.py): it has no floor, and reaches every loss.
+    frontier = at
+
+    def flops_for(self, loss: Any) -> Any:
+        """C at which the value is `loss`; infinity for a law that does not fall."""
+        with np.errstate(divide="ignore", over="ignore"):
+            flops = np.exp((np.log(loss) - self.log_coefficient) / self.exponent)
+        return np.where(self.exponent < 0, flops, np.inf)
+
+
+@dataclass
+class IsoFlop:
+    """The parabolas of a family and, by the keys of POWER_LAWS, the power laws through their minima (or none)."""
+
+    parabolas: list[Parabola]
+    power_laws: dict[str, PowerLaw]
+    notes: list[str] = field(default_factory=list)
+
+
+def group_budgets(flops: Sequence[float] | np.ndarray) -> list[np.ndarray]:
+    """Places of the points (n,) of each budget, from the smallest budget to the largest."""
+    values = np.log(np.asarray(flops, dtype=float))
+    groups: list[list[int]] = []
+    for i in np.argsort(values, kind="stable"):
+        if groups and values[i] - values[groups[-1][0]] <= SAME_BUDGET:
+            groups[-1].append(int(i))
+        else:
+            groups.append([int(i)])
+    return [np.array(sorted(group)) for group in groups]
+
+
+def fit_isoflop(
+    flops: Sequence[float] | np.ndarray,
+    parameters: Sequence[float] | np.ndarray,
+    loss: Sequence[float] | np.ndarray,
+    *,
+    k: float = 6.0,
+    bootstrap: int = 1000,
+    rng: np.random.Generator | None = None,
+) -> IsoFlop:
+    """Fit a parabola to each budget that has three sizes, and power laws through two minima or more.
+
+    flops, parameters, loss (n,). bootstrap: samples drawn from `rng`, at each budget from its own points.
+    Raises ValueError when no budget has three sizes.
+    """
+    budgets, sizes, losses = (np.asarray(each, dtype=float) for each in (flops, parameters, loss))
+    rng = rng or np.random.default_rng(0)
+    parabolas, samples, notes = [], [], []
+    for group in group_budgets(budgets):
+        budget = float(np.median(budgets[group]))
+        distinct = len(set(sizes[group]))
+        if distinct < MIN_SIZES:
+            notes.append(f"{budget:.3g} FLOPs left out: {distinct} sizes, and a parabola needs {MIN_SIZES}")
+            continue
+        parabola, drawn = _fit_budget(budget, sizes[group], losses[group], k, bootstrap, rng)
+        notes += _notes(parabola, drawn)
+        parabolas.append(parabola)
+        samples.append(drawn)
+    if not parabolas:
+        raise ValueError(
+            f"no budget has {MIN_SIZES} sizes, which a parabola needs; train {MIN_SIZES} sizes at equal FLOPs (within "
+            f"{SAME_BUDGET:.0%}), or fit approach 3 alone"
+        )
+    found = IsoFlop(parabolas, {}, notes)
+    _fit_power_laws(found, samples)
+    return found
+
+
+def _fit_budget(
+    flops: float, sizes: np.ndarray, losses: np.ndarray, k: float, bootstrap: int, rng: np.random.Generator
+) -> tuple[Parabola, np.ndarray]:
+    """The parabola of one budget and the minima of its bootstrap samples: (R, 3) N*, D*, L*, nan where there is none.
+
+    Without samples (too few sizes, or bootstrap 0) the minima are (0, 3).
+    """
+    centre = _centre(sizes)
+    columns = np.vander(np.log(sizes / centre), 3, increasing=True)  # (n, 3)
+    coefficients = np.linalg.lstsq(columns, losses, rcond=None)[0]
+    minimum = _minima(coefficients[None], sizes, flops, k)[0]
+    has_one = bool(np.isfinite(minimum[0]))
+    parabola = Parabola(
+        flops=flops,
+        sizes=len(set(sizes)),
+        range=(float(sizes.min()), float(sizes.max())),
+        centre=centre,
+        coefficients=(float(coefficients[0]), float(coefficients[1]), float(coefficients[2])),
+        parameters=float(minimum[0]) if has_one else None,
+        tokens=float(minimum[1]) if has_one else None,
+        loss=float(minimum[2]) if has_one else None,
+    )
+    if not bootstrap or parabola.sizes < MIN_SIZES_FOR_INTERVALS:
+        return parabola, np.empty((0, 3))
+    places = np.unique(sizes, return_inverse=True)[1]
+    weights = resample(places, bootstrap, MIN_SIZES, rng)  # (R, n)
+    gram = np.einsum("rn,ni,nj->rij", weights, columns, columns)
+    drawn = np.linalg.solve(gram, np.einsum("rn,ni,n->ri", weights, columns, losses)[..., None])[..., 0]
+    minima = _minima(drawn, sizes, flops, k)
+    if has_one and np.isnan(minima[:, 0]).mean() <= LEVELS[0]:
+        for i, name in enumerate(POWER_LAWS):
+            ends = np.nanquantile(minima[:, i], LEVELS)
+            setattr(parabola, f"{name}_interval_95", [float(end) for end in ends])
+    return parabola, minima
+
+
+def _minima(coefficients: np.ndarray, sizes: np.ndarray, flops: float, k: float) -> np.ndarray:
+    """(R, 3) coefficients to (R, 3) N*, D*, L* of the minimum; nan where there is none within REACH of the sizes."""
+    c0, c1, c2 = coefficients.T
+    centre = _centre(sizes)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        best = centre * np.exp(-c1 / (2 * c2))
+        found = np.stack([best, flops / (k * best), c0 - c1**2 / (4 * c2)], axis=1)
+    near = (best >= sizes.min() / REACH) & (best <= sizes.max() * REACH) & (found[:, 2] > 0)
+    return np.where((near & (c2 > 0))[:, None], found, np.nan)
+
+
+def _centre(sizes: np.ndarray) -> float:
+    return float(np.exp(np.log(sizes).mean()))
+
+
+def _notes(parabola: Parabola, minima: np.ndarray) -> list[str]:
+    name = f"the best size at {parabola.flops:.3g} FLOPs"
+    if parabola.parameters is None:
+        return [f"{name} is not identified by these points: the parabola has no minimum near the sizes"]
+    notes = []
+    if not parabola.inside:
+        notes.append(
+            f"{name} lies outside the sizes trained, {parabola.range[0]:.3g} to {parabola.range[1]:.3g}: extrapolated"
+        )
+    lost = np.isnan(minima[:, 0]).mean() if len(minima) else 0.0
+    if lost > LEVELS[0]:
+        notes.append(f"{name} is not identified by these points: no minimum in {lost:.0%} of the samples")
+    return notes
+
+
+def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
+    """Least-squares lines through the logs of the minima that exist; a budget without samples keeps its minimum."""
+    kept = [(each, drawn) for each, drawn in zip(found.parabolas, samples, strict=True) if each.parameters is not None]
+    if len(kept) < 2:
+        found.notes.append("no power laws: they need the minima of two budgets")
+        return
+    log_flops = np.log([each.flops for each, _ in kept])
+    rows = max(len(drawn) for _, drawn in kept)
+    for i, name in enumerate(POWER_LAWS):
+        values = np.log([getattr(each, name) for each, _ in kept])
+        exponent, start = np.polyfit(log_flops, values, 1)
+        columns = [
+            np.log(drawn[:, i]) if len(drawn) else np.full(rows, values[j]) for j, (_, drawn) in enumerate(kept)
+        ]
+        drawn = np.stack(columns)  # (budgets, R)
+        drawn = drawn[:, np.isfinite(drawn).all(0)]
+        replicates = NO_SAMPLES
+        if drawn.shape[1] and drawn.shape[1] >= (1 - LEVELS[0]) * rows:
+            replicates = np.polyfit(log_flops, drawn, 1).T[:, ::-1]
+        elif rows:
+            found.notes.append(f"no interval for the power law of {POWER_LAWS[name]}: samples without a minimum")
+        found.power_laws[name] = PowerLaw(float(start), float(exponent), replicates)
+
+
+__all__ = ["POWER_LAWS", "IsoFlop", "Parabola", "PowerLaw", "fit_isoflop", "group_budgets"]

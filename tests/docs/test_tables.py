@@ -1,0 +1,46 @@
+"""The tables of the README come from the records, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.tables.write import TABLES, main, rewrite
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = (
+    "paper_loss",
+    "lm_eval",
+    "scaling",
+    "compare",
+    "findings",
+    "benchmarks",
+    "training",
+    "security",
+    "dependencies",
+)
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+
+
+def test_the_tables_of_readme_and_docs_are_those_of_the_records(capsys):
+    assert main(["--check", "--results", str(ROOT / "results"), *map(str, PAGES)]) == 0
+    assert set(re.findall(r"<!-- table: (\w+) -->", "".join(page.read_text() for page in PAGES))) == set(TABLES)
+
+
+def test_a_changed_number_is_found_and_mended(tmp_path, capsys):
+    text = (ROOT / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| MDM (`num_subtokens=1`)"))
+    page = tmp_path / "README.md"
+    page.write_text(text.replace(row, row.replace("±", "+-")))
+    options = ["--results", str(ROOT / "results"), str(page)]
+    assert main(["--check", *options]) == 1
+    assert "out of date" in capsys.readouterr().out
+    assert main(options) == 0
+    assert page.read_text() == text
+
+
+def test_an_unknown_table_and_a_missing_record_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no table losses; there are training"):
+        rewrite("<!-- table: losses -->\n<!-- end of table -->", ROOT / "results")
+    with pytest.raises(ValueError, match="tiny.json does not exist"):
+        rewrite("<!-- table: training -->\n<!-- end of table -->", tmp_path)

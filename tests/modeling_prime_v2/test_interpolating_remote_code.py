@@ -1,0 +1,127 @@
+"""A saved interpolating model in an environment that has transformers and torch, but not this package."""
+
+import json
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from interpolating_networks import small_model
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow  # a second process imports torch and transformers
+
+# Loads FOLDER in every way, saves it to AGAIN, loads that; writes tensors to OUT and a line of JSON to stdout.
+SCRIPT = """
+import importlib.util, json, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+folder, again, out = sys.argv[1:]
+trust = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **trust)
+model = AutoModel.from_pretrained(folder, **trust)
+masked_lm = AutoModelForMaskedLM.from_pretrained(folder, **trust)
+fresh = AutoModel.from_config(config, **trust)
+masked_lm.save_pretrained(again)
+model_again = AutoModel.from_pretrained(again, **trust)
+
+ids = torch.arange(12).view(2, 6) % 11
+noise = {"noise_keys": torch.arange(2), "noise_levels": torch.tensor([0.3, 0.7], dtype=torch.double)}
+target = torch.arange(6).expand(2, -1) > 2
+tensors = {}
+for name, each in {"model": model, "masked_lm": masked_lm, "again": model_again}.items():
+    tensors[f"{name}_loss"] = each(ids, labels=ids, **noise).loss.detach()
+    tensors[f"{name}_likelihood"] = each.log_likelihood(ids, num_samples=4).value
+    tensors[f"{name}_generated"] = each.generate(ids[:, :4], max_new_tokens=6, seed=3)
+    tensors[f"{name}_greedy"] = each.generate(ids[:, :4], max_new_tokens=6, do_sample=False)
+    tensors[f"{name}_decodes"] = each.greedy_matches(ids, None, target).matches
+save_file({name: each.clone().contiguous() for name, each in tensors.items()}, out)
+print(json.dumps({
+    "package": importlib.util.find_spec("prime_v2") is not None,
+    "classes": [type(each).__name__ for each in (config, model, masked_lm, fresh, model_again)],
+    "bases": [base.__name__ for base in type(model).__bases__],
+    "can_generate": model.can_generate(),
+    "alpha_0": config.alpha_0,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """Python of a new environment that sees this one's packages by a path file, which leaves editable installs out."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, symlinks=True)
+    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site_packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sorted(paths)))
+    return home / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model = small_model(alpha_0=0.4, eos_token_id=7)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def found(bare_python, saved, tmp_path_factory):
+    """(what the script printed, the tensors that it wrote, the folder that it saved)."""
+    work = tmp_path_factory.mktemp("work")
+    again, out = work / "again", work / "out.safetensors"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [bare_python, "-I", "-c", SCRIPT, saved[0], again, out],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), load_file(out), again
+
+
+def test_every_auto_class_gives_the_right_class(found):
+    printed, _, _ = found
+    model = "PrimeV2ForInterpolatingDiffusion"
+    assert not printed["package"]
+    assert printed["classes"] == ["PrimeV2InterpolatingConfig", model, model, model, model]
+    assert printed["can_generate"] and printed["alpha_0"] == 0.4
+    # Transformers gives a remote class that it takes for autoregressive a second, unfit generate().
+    assert printed["bases"] == ["PrimeV2PreTrainedModel", "PrimeV2InterpolatingGenerationMixin"]
+
+
+def test_loss_likelihood_and_samples_are_those_of_this_process(found, saved):
+    _, tensors, _ = found
+    model, ids = saved[1], torch.arange(12).view(2, 6) % 11
+    noise = {"noise_keys": torch.arange(2), "noise_levels": torch.tensor([0.3, 0.7], dtype=torch.double)}
+    expected = {
+        "loss": model(ids, labels=ids, **noise).loss.detach(),
+        "likelihood": model.log_likelihood(ids, num_samples=4).value,
+        "generated": model.generate(ids[:, :4], max_new_tokens=6, seed=3),
+        "greedy": model.generate(ids[:, :4], max_new_tokens=6, do_sample=False),
+        "decodes": model.greedy_matches(ids, None, torch.arange(6).expand(2, -1) > 2).matches,
+    }
+    for name in ("model", "masked_lm", "again"):
+        for what, value in expected.items():
+            # The same machine and library: up to a float32 sum in another order.
+            torch.testing.assert_close(tensors[f"{name}_{what}"], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_saved_there_is_complete(found, saved):
+    """The same files and the same map of classes, so that it can be passed on."""
+    _, _, again = found
+    names = [sorted(path.name for path in folder.iterdir() if path.is_file()) for folder in (saved[0], again)]
+    assert names[0] == names[1]
+    assert "modeling_prime_v2.py" not in names[0], "of this family and what all share alone"
+    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (saved[0], again)]
+    assert maps[0] == maps[1]
+    for path in again.glob("*.py"):
+        assert path.read_bytes() == (saved[0] / path.name).read_bytes()

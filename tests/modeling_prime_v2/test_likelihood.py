@@ -1,0 +1,348 @@
+"""`log_likelihood` against enumerated expectations; what it does not depend on; what it refuses."""
+
+import pytest
+import torch
+from enumeration import all_sequences, count_form, nats_of_all_masks, small_model
+
+from prime_v2 import draws_prime_v2
+from prime_v2.diffusion_prime_v2 import RevealOrder
+from prime_v2.likelihood_prime_v2 import METHODS, SAMPLED_METHODS, paired_difference, stratified_stderr
+
+# float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times n/k.
+NETWORK = {"rtol": 1e-5, "atol": 1e-5}
+NESTED = {"reveal_order": "nested", "stage_digits": [1, 3]}
+
+
+def padded(rows: list[torch.Tensor], side: str, length: int, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention_mask) of rows (L_i,) padded to `length` on one side."""
+    ids, mask = torch.full((len(rows), length), fill), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        part = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, part], mask[i, part] = row, 1
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def model():
+    """5 tokens in 3 digits; two of its eight codes name no token."""
+    return small_model(seed=2, vocab_size=5, num_subtokens=3, **NESTED)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return all_sequences(5, 2)[[3, 7, 11, 24]]
+
+
+# Values
+
+
+@pytest.mark.parametrize("method", SAMPLED_METHODS)
+def test_monte_carlo_agrees_with_the_enumerated_expectation(model, ids, method):
+    """4 standard errors, 16 comparisons: a false alarm for one choice of the seed in 1,000; the seed is fixed."""
+    kind, objective = SAMPLED_METHODS[method]
+    order = RevealOrder.from_config(model.config, kind)
+    exact = -count_form(*nats_of_all_masks(model, ids, order, objective))
+    result = model.log_likelihood(ids, method=method, num_samples=2000, exhaustive=False)
+    assert ((result.value - exact).abs() < 4 * result.stderr).all()
+    assert (result.stderr > 0).all()
+    assert (result.stderr < 0.1).all(), "of some 4 nats"
+    assert result.is_bound == (method != "paper_loss")
+    assert result.num_forward.tolist() == [2000] * 4
+    assert result.num_scored.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("method", ["subtoken", "token"])
+def test_standard_errors_are_calibrated(model, ids, method):
+    """Root mean square of z over 240 independent (seed, sequence) pairs. It varies by 1 / sqrt(480) = 4.6%; 32 draws
+    spread over few levels give a stderr that is itself off by some 15%, upwards where the levels differ in mean."""
+    order = RevealOrder.from_config(model.config, SAMPLED_METHODS[method][0])
+    exact = -count_form(*nats_of_all_masks(model, ids, order, "subtoken"))
+    z = []
+    for seed in range(60):
+        result = model.log_likelihood(ids, method=method, num_samples=32, seed=seed, exhaustive=False)
+        z.append((result.value - exact) / result.stderr)
+    rms = float(torch.stack(z).square().mean().sqrt())
+    assert 0.7 < rms < 1.3
+
+
+def test_stratified_standard_error_of_known_numbers():
+    draws = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.double)
+    # Halves of the squared differences 2, 0.5, 8; the strata's variances are 2, their means 1.25 and 4.25, and 8.
+    assert stratified_stderr(draws).item() == pytest.approx(15.5**0.5 / 4, abs=1e-12)
+    assert stratified_stderr(draws[:2]).item() == pytest.approx(4**0.5 / 2, abs=1e-12)
+    assert stratified_stderr(draws[:1]).isnan()
+
+
+def test_draws_are_stratified_over_the_number_of_hidden_units():
+    """As many draws as units, here 6 digits: each number of them is hidden once."""
+    for seed in range(20):
+        ids, scored = torch.tensor([3, 1, 4]), torch.tensor([True, False, True])
+        (rows,) = draws_prime_v2.sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, torch.tensor(seed))
+        assert rows.noise.hidden_count.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("first", [1, 3, 8])
+def test_further_lots_of_draws_fill_the_other_halves_of_the_strata(first):
+    for seed in range(20):
+        key, levels = torch.tensor(seed), draws_prime_v2.draw_levels(torch.tensor(seed), first)
+        for lot in range(1, 5):
+            new = draws_prime_v2.draw_levels(key, first * 2 ** (lot - 1), lot)
+            assert len(new) == len(levels)
+            levels = torch.cat([levels, new]).sort().values
+            assert (levels * len(levels)).floor().tolist() == list(range(len(levels)))
+
+
+def test_each_lot_of_draws_is_uniform():
+    """Kolmogorov-Smirnov distance of 4,000 levels of the second lot; above 0.031 one time in 1,000, seeds fixed."""
+    levels = torch.cat([draws_prime_v2.draw_levels(torch.tensor(seed), 4, 2) for seed in range(1000)]).sort().values
+    assert (levels - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.031
+
+
+def test_two_lots_together_estimate_the_same_value(model, ids):
+    order = RevealOrder.from_config(model.config, "digit")
+    exact = -count_form(*nats_of_all_masks(model, ids, order, "subtoken"))
+    keys, options = torch.arange(4), {"exhaustive": False, "return_draws": True}
+    first = model.log_likelihood(ids, num_samples=1000, keys=keys, **options)
+    second = model.log_likelihood(ids, num_samples=1000, keys=keys, refinement=1, **options)
+    assert not torch.equal(first.draws[0], second.draws[0])
+    for row in range(4):
+        mean = torch.cat([first.draws[row], second.draws[row]]).mean()
+        assert abs(mean - exact[row]) < 4 * first.stderr[row]
+    with pytest.raises(
+        ValueError, match="refinement=2 of method='subtoken' with num_samples=3: .* multiple of 2 draws"
+    ):
+        model.log_likelihood(ids, num_samples=3, refinement=2)
+
+
+@pytest.mark.parametrize("method", SAMPLED_METHODS)
+def test_the_prompt_is_given_and_not_scored(model, method):
+    """Monte Carlo with a prompt in the middle against masks of the scored tokens alone."""
+    ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
+    kind, objective = SAMPLED_METHODS[method]
+    order = RevealOrder.from_config(model.config, kind)
+    nats, counts = masks_with_prompt(model, ids, 1, order, objective)
+    result = model.log_likelihood(ids, prompt_mask=prompt, method=method, num_samples=2000, exhaustive=False)
+    exact = -float(count_form(nats, counts))
+    assert abs(result.value.item() - exact) < 4 * result.stderr.item()  # false alarm 6e-5, for a fresh seed
+    assert result.num_scored.item() == 2
+
+
+def masks_with_prompt(model, ids, given: int, order, objective):
+    """`nats_of_all_masks` over the tokens other than `given`: all masks, but those that hide it are left out."""
+    nats, counts = nats_of_all_masks(model, ids, order, objective)
+    units = ids.shape[1] * order.units_per_token
+    columns = torch.arange(units) // order.units_per_token == given
+    masks = torch.cartesian_prod(*[torch.tensor([False, True])] * units)[1:]
+    kept = ~(masks & columns).any(1)
+    return nats[:, kept], counts[kept]
+
+
+def test_chain_is_the_sum_of_the_log_probabilities_left_to_right(model):
+    """Each from the model's logits with the tokens to the left clean and the rest masked."""
+    ids, mask = torch.tensor([[3, 1, 4, 0]]), 5
+    expected = 0.0
+    for i in range(4):
+        seen = ids.clone()
+        seen[:, i:] = mask
+        expected += model(seen).logits[0, i].log_softmax(-1)[ids[0, i]].item()
+    result = model.log_likelihood(ids, method="chain")
+    assert result.value.item() == pytest.approx(expected, abs=1e-5)  # as NETWORK
+    assert result.num_forward.item() == 4
+    assert result.stderr.item() == 0
+
+
+def test_chain_with_a_prompt_scores_the_rest_given_all_of_it(model):
+    ids, prompt, mask = torch.tensor([[3, 1, 4, 0]]), torch.tensor([[1, 0, 0, 1]]), 5
+    first = model(torch.tensor([[3, mask, mask, 0]])).logits[0, 1].log_softmax(-1)[1]
+    second = model(torch.tensor([[3, 1, mask, 0]])).logits[0, 2].log_softmax(-1)[4]
+    result = model.log_likelihood(ids, prompt_mask=prompt, method="chain")
+    assert result.value.item() == pytest.approx((first + second).item(), abs=1e-5)  # as NETWORK
+
+
+def test_the_chain_of_a_network_is_a_law_on_sequences(model):
+    total = model.log_likelihood(all_sequences(5, 3), method="chain").value.exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-4)  # 125 float32 products of three softmaxes
+
+
+# Every mask instead of draws
+
+
+@pytest.mark.parametrize("method", SAMPLED_METHODS)
+def test_few_units_are_summed_over_and_not_drawn(model, ids, method):
+    kind, objective = SAMPLED_METHODS[method]
+    order = RevealOrder.from_config(model.config, kind)
+    exact = -count_form(*nats_of_all_masks(model, ids, order, objective))
+    num_masks = {"digit": 2**6, "token": 2**2, "nested": 3**2}[kind] - 1
+    result = model.log_likelihood(ids, method=method, num_samples=num_masks)
+    torch.testing.assert_close(result.value, exact, **NETWORK)
+    assert result.stderr.tolist() == [0] * 4
+    assert result.num_forward.tolist() == [num_masks] * 4
+    drawn = model.log_likelihood(ids, method=method, num_samples=num_masks - 1)
+    assert (drawn.stderr > 0).all()
+
+
+def test_every_mask_of_the_tokens_outside_the_prompt(model):
+    ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
+    order = RevealOrder("digit", 3)
+    exact = -float(count_form(*masks_with_prompt(model, ids, 1, order, "subtoken")))
+    result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=63)
+    assert result.value.item() == pytest.approx(exact, abs=1e-5)  # as NETWORK
+    assert result.stderr.item() == 0
+
+
+# Common random numbers
+
+
+def test_equal_keys_share_their_masks(model):
+    """Two sequences that differ in one token only: their draws move together, the difference is far surer."""
+    ids = torch.tensor([[3, 1, 4, 2], [3, 1, 0, 2]])
+    keys = torch.tensor([7, 7])
+    common = model.log_likelihood(ids, num_samples=256, keys=keys, return_draws=True)
+    difference, stderr = paired_difference(*common.draws)
+    assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
+    apart = model.log_likelihood(ids, num_samples=256, return_draws=True)
+    unpaired = float(apart.stderr.square().sum().sqrt())
+    assert stderr < 0.8 * unpaired
+    assert paired_difference(*apart.draws)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 256 draws is 5% off
+
+
+def test_the_standard_error_of_a_difference_is_calibrated(model):
+    """Root mean square of z over 150 keys; it varies by 1 / sqrt(300) = 6%."""
+    ids = torch.tensor([[3, 1], [4, 1]])
+    exact = model.log_likelihood(ids, num_samples=63).value
+    z = []
+    for key in range(150):
+        result = model.log_likelihood(
+            ids, num_samples=32, keys=torch.tensor([key, key]), exhaustive=False, return_draws=True
+        )
+        difference, stderr = paired_difference(*result.draws)
+        z.append((difference - float(exact[0] - exact[1])) / stderr)
+    assert 0.75 < torch.tensor(z).square().mean().sqrt() < 1.25
+
+
+def test_a_summed_value_has_no_error_of_its_own_in_a_difference():
+    drawn, summed = torch.tensor([1.0, 3.0], dtype=torch.double), torch.tensor([5.0], dtype=torch.double)
+    assert paired_difference(drawn, summed) == (-3.0, float(stratified_stderr(drawn)))
+    assert paired_difference(summed, summed + 1) == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mean_of_the_draws_is_the_value(model, ids, method):
+    result = model.log_likelihood(ids, method=method, num_samples=5, return_draws=True)
+    means = torch.stack([each.mean() for each in result.draws])
+    torch.testing.assert_close(means, result.value)
+    assert model.log_likelihood(ids, method=method, num_samples=5).draws is None
+
+
+# What a value does not depend on
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Sequences of different lengths with a prompt of their own."""
+    lengths = [3, 7, 1, 5, 7, 2]
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(5, (length,), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_batch_and_order_change_no_value(model, rows, method):
+    alone = [model.log_likelihood(row[None], method=method, num_samples=8) for row in rows]
+    value = torch.cat([each.value for each in alone])
+    stderr = torch.cat([each.stderr for each in alone])
+    for side in ("left", "right"):
+        batch, mask = padded(rows, side, 9, fill=4)
+        result = model.log_likelihood(batch, mask, method=method, num_samples=8)
+        torch.testing.assert_close(result.value, value, **NETWORK)
+        torch.testing.assert_close(result.stderr, stderr, **NETWORK)
+        assert result.num_scored.tolist() == [len(row) for row in rows]
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    shuffled = model.log_likelihood(batch[order], mask[order], method=method, num_samples=8)
+    torch.testing.assert_close(shuffled.value, value[order], **NETWORK)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 7, 20, 64])
+@pytest.mark.parametrize("method", ["subtoken", "chain"])
+def test_the_size_of_a_forward_pass_changes_no_value(model, rows, method, tokens_per_pass, monkeypatch):
+    batch, mask = padded(rows, "right", 8)
+    whole = model.log_likelihood(batch, mask, method=method, num_samples=5)
+    sizes = []
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda states, *rest: sizes.append(states.shape[:2].numel()) or forward(states, *rest)
+    )
+    pieces = model.log_likelihood(batch, mask, method=method, num_samples=5, tokens_per_pass=tokens_per_pass)
+    torch.testing.assert_close(pieces.value, whole.value, **NETWORK)
+    torch.testing.assert_close(pieces.stderr, whole.stderr, **NETWORK)
+    assert torch.equal(pieces.num_forward, whole.num_forward)
+    assert max(sizes) <= max(tokens_per_pass, 7), "one row at least, of 7 tokens"
+
+
+def test_a_seed_gives_its_draws_and_another_others(model, ids):
+    first, again, other = (model.log_likelihood(ids, num_samples=4, seed=seed).value for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first != other).all()
+
+
+def test_what_is_scored_takes_part_in_the_draws(model):
+    """Otherwise a prompt's likelihood and its continuation's would share noise by accident."""
+    ids = torch.tensor([[3, 1, 4]])
+    keys = {
+        int(draws_prime_v2.sequence_key(ids[0], torch.tensor(scored), 0))
+        for scored in ([True, True, True], [False, True, True], [True, True, False])
+    }
+    assert len(keys) == 3
+
+
+def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
+    model = small_model(vocab_size=5, attention_dropout=0.5)
+    expected = model.log_likelihood(ids, num_samples=4).value
+    model.train()
+    assert torch.equal(model.log_likelihood(ids, num_samples=4).value, expected)
+    assert model.training
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "nelbo"}, "method='nelbo' is not one of subtoken, token, nested, paper_loss, chain"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
+        ({"input_ids": torch.tensor([[1, 5]])}, r"token ids span \[1, 5\], but a likelihood .* ids in \[0, 4\]"),
+        ({"input_ids": torch.tensor([[-1, 2]])}, r"token ids span \[-1, 2\]"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids has shape \(0, 4\); give \(B, L\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids has shape \(2, 0\); give \(B, L\)"),
+        (
+            {"input_ids": torch.zeros(1, 33, dtype=torch.long)},
+            "33 tokens, but max_position_embeddings=32; cut it to 32",
+        ),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), but input_ids \(2, 2\)"),
+        ({"prompt_mask": torch.ones(2, 1)}, r"prompt_mask has shape \(2, 1\), but input_ids \(2, 2\)"),
+        ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, "row 1 has no token to score .* drop that row"),
+        ({"prompt_mask": torch.tensor([[1, 1], [0, 0]])}, "row 0 has no token to score .* drop that row"),
+        ({"input_ids": torch.tensor([[0.5, 1.0]])}, "token ids must be integers, not torch.float32"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(model, arguments, message):
+    arguments = {"input_ids": torch.tensor([[1, 2], [3, 4]]), **arguments}
+    with pytest.raises(ValueError, match=message):
+        model.log_likelihood(**arguments)
+
+
+def test_nested_needs_a_config_with_stages(ids):
+    with pytest.raises(ValueError, match="nested reveal order needs a config with stage_digits"):
+        small_model(vocab_size=5).log_likelihood(ids, method="nested")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_that_is_not_finite_gives_an_error_and_no_number(ids, method, value):
+    model = small_model(vocab_size=5, num_subtokens=3, **NESTED)
+    with torch.no_grad():
+        model.model.norm.weight[0] = value
+    with pytest.raises(ValueError, match="log-likelihood of row 0 is .*: the network's logits are not finite"):
+        model.log_likelihood(ids, method=method, num_samples=4)

@@ -1,0 +1,85 @@
+"""Records: what stands behind a number, and that a crash tears no file."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from prime_v2.output.records import command_line, make_record, read_record, write_json
+
+
+def test_record_says_what_made_the_numbers(tmp_path):
+    record = make_record("ppl", {"nats": 1.5}, seed=7, command="prime-v2 ppl a b")
+    assert record["results"] == {"nats": 1.5}
+    assert (record["name"], record["seed"], record["command"]) == ("ppl", 7, "prime-v2 ppl a b")
+    assert {"python", "torch", "transformers", "prime-v2"} <= set(record["versions"])
+    assert record["machine"]["cores"] >= 1
+    assert record["machine"]["threads"] >= 1
+    assert record["time_utc"].endswith("Z")
+    assert isinstance(record["uncommitted_changes"], bool)
+    path = write_json(tmp_path / "new" / "record.json", record)
+    assert read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/some/place/bin/prime-v2", "ppl", "a b"], "prime-v2 ppl 'a b'"),
+        (["/some/place/train.py", "--seed", "1"], "python train.py --seed 1"),
+    ],
+)
+def test_command_line_leaves_the_programs_folder_out(monkeypatch, argv, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_line() == expected
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "record.json", {"kept": True})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"nats": float("nan")})
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"kept": False})
+    assert json.loads(path.read_text()) == {"kept": True}
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; give a record"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"3", "is no record: it lacks name, command, commit, results"),
+        (b"null", "is no record: it lacks name"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"name": "x", "command": "x", "commit": "x", "results": 3}', "is no record: its results"),
+        (b'{"name": "x", "results": {}}', "is no record: it lacks command, commit"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path, content, message):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+
+
+def test_a_record_with_earlier_names_reads_with_the_present_ones(tmp_path):
+    loss = {"method": "token_objective", "nats_per_token": 5.5}
+    results = {
+        "config": {"objective": "subtoken"},
+        "rows": [{"objective": "token"}],
+        "evaluation": {"token_objective": loss},
+    }
+    path = write_json(tmp_path / "old.json", {"name": "train", "command": "", "commit": "", "results": results})
+    assert read_record(path)["results"] == {
+        "config": {"objective": "marginal"},
+        "rows": [{"objective": "joint"}],
+        "evaluation": {"paper_loss": {"method": "paper_loss", "nats_per_token": 5.5}},
+    }

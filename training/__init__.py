@@ -1,0 +1,1 @@
+"""A training run: options, trainer, checkpoints, sharding, fine-tuning and its report."""
