@@ -144,7 +144,7 @@ def _check_random_states(checkpoint: Path) -> None:
             random.Random().setstate(state["python"])
             np.random.RandomState().set_state(state["numpy"])
             torch.Generator().set_state(state["torch"])
-        except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError, LookupError, AttributeError):
             raise Damaged(f"{name}.json holds no random states") from None
         for key in {"processes", "cuda"} & state.keys() & form.keys():
             _same_form(state[key], form[key], f"{name}.json: {key}", values=True)

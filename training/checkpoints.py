@@ -158,6 +158,9 @@ def _unpack(value: Any, tensors: dict[str, Tensor], used: list[str]) -> Any:
     if "$tensor" in value:
         used.append(value["$tensor"])
         return tensors[value["$tensor"]].clone()  # memory of its own: the file may be deleted
+    for kind in {"$tuple", "$dict"} & value.keys():
+        if len(value) > 1 or not isinstance(value[kind], list):
+            raise ValueError(f"{kind} does not stand by itself with a list")
     if "$tuple" in value:
         return tuple(_unpack(each, tensors, used) for each in value["$tuple"])
     items = value["$dict"] if "$dict" in value else value.items()

@@ -123,6 +123,7 @@ SCHEDULES = {
 RANDOM = {
     "short random numbers": lambda s: s.update(torch=s["torch"][:10]),
     "no random numbers of Python": lambda s: s.pop("python"),
+    "an empty state of Python": lambda s: s.update(python={}),
     "random numbers as text": lambda s: s.update(numpy="x"),
     "another number of processes": lambda s: s.update(processes=2),
     "no number of processes": lambda s: s.update(processes=0),
@@ -149,6 +150,7 @@ TAMPERED = {
     "no optimizer": lambda c: (c / "optimizer.json").unlink(),
     "no schedule": lambda c: (c / "scheduler.json").unlink(),
     "no moments": lambda c: (c / "optimizer.safetensors").unlink(),
+    "text in place of a dict": of_json("scheduler.json", lr_lambdas=[{"$dict": ""}, {}]),
     "no random states": lambda c: [(c / f"random_0.{end}").unlink() for end in ("json", "safetensors")],
     "no state of the trainer": lambda c: (c / "trainer_state.json").unlink(),
     "a state of another step": of_json("trainer_state.json", global_step=2),
