@@ -218,7 +218,7 @@ def test_the_folder_loads_by_auto_classes_and_has_what_was_published(files, tmp_
     assert values.tolist() == permutation[:V].tolist()
     config = model.config
     assert (config.base, config.num_subtokens, config.code_source) == (2, DIGITS, "data")
-    assert (config.objective, config.whole_token_above, config.rms_norm_eps) == ("token", 0.5, 1e-5)
+    assert (config.objective, config.whole_token_above, config.rms_norm_eps) == ("joint", 0.5, 1e-5)
     assert (config.carry_over, config.noise_form, config.max_position_embeddings) == (False, "time", 64)
     assert config.eos_token_id == tokenizer.eos_token_id == 0
     ids = tokenizer(TEXT[3], return_tensors="pt").input_ids
