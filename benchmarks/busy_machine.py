@@ -157,7 +157,8 @@ def main() -> int:
         shares = ", ".join(f"{each} {rate:8,.0f} tokens/s ({share['median']:.0%})" for each, rate, share in found)
         print(f"{row['setting']:<24} {shares}{'   <- the choice' if row['is_the_choice'] else ''}")
     if options.output:
-        from prime_v2.output.records import make_record, write_json
+        from prime_v2.output.atomic import write_json
+        from prime_v2.output.records import make_record
 
         results = {"cores": CORES, "rounds": options.rounds, "seconds": options.seconds, "settings": rows}
         write_json(options.output, make_record("busy_machine", json.loads(json.dumps(results)), seed=0))

@@ -39,7 +39,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tampering import tamper
 from timing import positive
 
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.training import run as training
 
 PHASES = ("start", "step", "evaluation", "checkpoint", "end")

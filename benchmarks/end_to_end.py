@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.data.packing import PackedBlocks, TrainingOrder, pack_blocks
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.training.trainer import Collator, DiffusionTrainer
 
 VOCAB_SIZE, NUM_SUBTOKENS = 2048, 11

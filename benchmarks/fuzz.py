@@ -20,7 +20,8 @@ from typing import Any
 
 from timing import positive
 
-from prime_v2.output.records import code_version, make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import code_version, make_record
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {

@@ -18,7 +18,8 @@ import torch
 from timing import HEAD_DIM, add_sizes, by_turns, ratio
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 CASES = ((2048, 11, 128), (50257, 16, 32), (2048, 11, 16))  # V, S, new tokens
 

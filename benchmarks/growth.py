@@ -18,7 +18,8 @@ import torch
 from timing import HEAD_DIM, add_sizes, by_turns
 from training_step import KINDS, Case, Stepper, memory_in_fresh_process
 
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 AXES = {"batch": (2, 4, 8, 16), "length": (64, 128, 256, 512), "vocab_size": (4096, 8192, 16384, 32768)}
 MIDDLE = {"batch": 4, "length": 256, "vocab_size": 16384}

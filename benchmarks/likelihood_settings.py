@@ -18,7 +18,8 @@ from questions import TaskQuestions
 
 from prime_v2.eval.answers import Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
-from prime_v2.output.records import code_version, make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import code_version, make_record
 
 TASKS = ("arc_easy", "openbookqa", "boolq")  # of the paper's tasks, those with a training split at hand
 SETTINGS = {

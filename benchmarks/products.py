@@ -17,7 +17,8 @@ from timing import add_sizes, by_turns, ratio
 
 from prime_v2.chunked_loss_prime_v2 import CHUNK_ELEMENTS_CPU
 from prime_v2.linear_prime_v2 import product
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 
 def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:

@@ -25,7 +25,8 @@ from questions import TaskQuestions
 from prime_v2.eval.answers import Choice, QuestionScore, Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.published import ROWS_PER_BATCH, published_score, published_settings
-from prime_v2.output.records import code_version, make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import code_version, make_record
 from prime_v2.random_prime_v2 import hash64
 
 Cost = dict[str, Any]

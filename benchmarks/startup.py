@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from timing import by_turns, positive
 
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 STARTS = {
     "python": "pass",

@@ -19,7 +19,8 @@ import time
 import venv
 from pathlib import Path
 
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 BACKEND = runpy.run_path(str(Path(__file__).parents[1] / "_build.py"))
 WARM_UP = 10

@@ -32,7 +32,8 @@ from timing import add_sizes, by_turns, products_alone, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.training.flops import measure_flops, peak_flops
 from prime_v2.training.run import keep_freed_memory
 

@@ -22,7 +22,8 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from prime_v2.output.records import code_version, make_record, read_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import code_version, make_record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "versions.json"

@@ -94,8 +94,9 @@ def _finish(
     output: Path | None,
 ) -> None:
     """Write tables, figures and record, and print the tables or JSON."""
+    from prime_v2.output.atomic import write_json
     from prime_v2.output.places import print_and_record
-    from prime_v2.output.records import make_record, write_json
+    from prime_v2.output.records import make_record
     from prime_v2.studies.compare.plots import plot_comparison
     from prime_v2.studies.compare.report import markdown_text, render, summarise
 

@@ -6,11 +6,10 @@ no header; PATH.json beside it says what they are. The JSON is written last: wit
 
 import itertools
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prime_v2.data.documents import Fingerprint
+from prime_v2.output.atomic import written_whole
 from prime_v2.random_prime_v2 import Stream, permutation, uniforms
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
@@ -139,15 +139,11 @@ def pack_blocks(
     if first is None:
         _refuse_short_text(kept_bytes.documents, len(stream.rest), block_size)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, aside_json = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "json.tmp"))
-    try:
-        with open(aside, "wb") as file:
-            for blocks in itertools.chain([first], batches):
-                file.write(blocks.astype(dtype).tobytes())
-                num_blocks += len(blocks)
-                kept_bytes.settle(num_blocks * block_size)
-            _sync(file)
+    with written_whole(_info_path(path)) as json_file, written_whole(path) as file:
+        for blocks in itertools.chain([first], batches):
+            file.write(blocks.astype(dtype).tobytes())
+            num_blocks += len(blocks)
+            kept_bytes.settle(num_blocks * block_size)
         info = {
             "dtype": dtype.name,
             "block_size": block_size,
@@ -161,21 +157,12 @@ def pack_blocks(
             "eos_token_id": eos_token_id,
             **({} if stream.loss is None else {"tokenizer_loss": stream.loss}),
         }
-        with open(aside_json, "wb") as file:
-            file.write(json.dumps(info, indent=1).encode())
-            _sync(file)
-        _move_pair(aside, aside_json, path)
-    finally:
-        aside.unlink(missing_ok=True)
-        aside_json.unlink(missing_ok=True)
+        json_file.write(json.dumps(info, indent=1).encode())
+        for each in (file, json_file):
+            each.flush()  # a full disk is found before an earlier pair goes
+        # The file is moved before its JSON: until then there must be none, or it would describe the other file.
+        _info_path(path).unlink(missing_ok=True)
     return PackedBlocks(path)
-
-
-def _move_pair(aside: Path, aside_json: Path, path: Path) -> None:
-    # Between the two renames there must be no JSON, or it would describe the other file.
-    _info_path(path).unlink(missing_ok=True)
-    os.replace(aside, path)
-    os.replace(aside_json, _info_path(path))
 
 
 def _refuse_short_text(num_documents: int, num_tokens: int, block_size: int) -> NoReturn:
@@ -185,11 +172,6 @@ def _refuse_short_text(num_documents: int, num_tokens: int, block_size: int) -> 
         f"the text has {num_tokens} tokens, fewer than one block of block_size={block_size}; "
         f"use block_size={num_tokens} or less, or more text"
     )
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _info_path(path: Path) -> Path:

@@ -16,6 +16,7 @@ from prime_v2.code_table_prime_v2 import digits_needed
 from prime_v2.data.documents import deduplicate, docs_versions, read_documents, split_of
 from prime_v2.data.packing import PackedBlocks, pack_blocks
 from prime_v2.data.sources import change_of, fingerprint_of, is_fingerprint
+from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import folder_lock
 from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal, writing
 from prime_v2.tokenization.bpe import train_bpe
@@ -248,7 +249,7 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
             raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
     tokenizer.save_pretrained(folder / WHOLE_TOKENS)
     content = {**vars(text), "source": fingerprint}
-    (folder / "text.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "text.json", content)
     write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from prime_v2.code_table_prime_v2 import build_code_table, digits_needed
 from prime_v2.diffusion_prime_v2 import RevealOrder, is_bound
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 
 PAPERS_LOSS = "paper_loss"
 METHODS = ("subtoken", "token", "nested", "chain", PAPERS_LOSS)

@@ -5,8 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
 from prime_v2.families import FAMILY_OF_TYPE, bound_method, label_of
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
+from prime_v2.output.atomic import write_text
 from prime_v2.output.places import check_new_file
 from prime_v2.validation_keywords_prime_v2 import did_you_mean
 
@@ -249,19 +248,9 @@ class ScoreFile:
     def write(self) -> None:
         """Write the file; where that fails, an error in the log: the results that follow must not be lost with it."""
         try:
-            self._write()
+            write_text(self.path, "".join(self.lines))
         except OSError as error:
             log.error("scores %s could not be written (%s); the results follow without it.", self.path, error.strerror)
-
-    def _write(self) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.writelines(self.lines)
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 def fingerprint(model: Any, *settings: Any) -> str:

@@ -3,12 +3,13 @@
 import math
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from prime_v2.hub_card.files import file_hashes, hub_files
+from prime_v2.output.atomic import write_text
+from prime_v2.output.numbers import duration
 from prime_v2.output.paths import without_places
 from prime_v2.validation_config_prime_v2 import read_mapping
 
@@ -61,17 +62,7 @@ def write_card(model_dir: str | os.PathLike[str], record: dict[str, Any]) -> Pat
     except ValueError:  # a folder that cannot be loaded as it is
         hashes = None
     content = render_card(record, model_name=folder.resolve().name, plot=plot, hashes=hashes)
-    path = folder / "README.md"
-    handle, aside = tempfile.mkstemp(dir=folder, prefix=".README.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return path
+    return write_text(folder / "README.md", content)
 
 
 def find_record(model_dir: str | os.PathLike[str]) -> Path:
@@ -94,7 +85,7 @@ def render_card(
     from jinja2 import Environment, StrictUndefined
 
     check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
-    # Of MDM-Prime models alone, and of those the ones that read any set of visible digits.
+    # Only MDM-Prime models have the paper's loss, and of these only the ones that read any set of visible digits.
     loss, config = look_up(record, "results.evaluation").get("paper_loss"), look_up(record, "results.config")
     has_none = config.get("model_type") != "prime_v2" or config.get("subtoken_embedding") == "ancestors"
     if loss is not None:
@@ -113,7 +104,7 @@ def render_card(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"count": _count, "fence": _fence, "pm": _plus_minus, "perplexity": _perplexity}
-    environment.filters |= {"bits": _bits, "number": _number, "scientific": _scientific, "duration": _duration}
+    environment.filters |= {"bits": _bits, "number": _number, "scientific": _scientific, "duration": duration}
     template = environment.from_string(files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8"))
     text = template.render(
         card_data=data.to_yaml(),
@@ -169,12 +160,6 @@ def _number(value: float) -> str:
 
 def _scientific(value: float) -> str:
     return f"{value:.2e}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _plus_minus(score: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prime_v2.output.records import write_json
+from prime_v2.output.atomic import write_json
 
 
 def check_new_file(path: Path, option: str = "--output") -> None:

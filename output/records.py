@@ -9,7 +9,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,7 +36,7 @@ def make_record(
 
     seed: None where nothing is drawn.
 
-    code: `code_version()` taken when the process began; None takes it now, which is right for short commands alone.
+    code: `code_version()` taken when the process began; None takes it now, which is right for short commands only.
     """
     return {
         "name": name,
@@ -57,25 +56,6 @@ def code_version() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") or "not a git checkout",
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
-
-
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON beside `path` and move it into place, so that a crash or a full disk leaves no torn file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prime_v2.output.atomic import sync_folder, write_json
+
 ITSELF = "."  # in a seal, the digest of the lines above it
 MOST_JSON_BYTES = 2**28
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -31,27 +33,13 @@ def write_seal(folder: Path, name: str, parts: Iterable[str] = (".",)) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    aside = folder / f".{name}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump({**digests, ITSELF: _digest_of(digests)}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / name)
+    write_json(folder / name, {**digests, ITSELF: _digest_of(digests)})
     for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync_folder(each)
 
 
 def _digest_of(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_seal(folder: Path, name: str, *, only_listed: bool) -> None:
@@ -150,7 +138,6 @@ __all__ = [
     "check_seal",
     "disk_trouble",
     "read_json",
-    "sync_folder",
     "write_seal",
     "writing",
 ]

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prime_v2.output.seals import Damaged, check_seal, read_json, sync_folder, write_seal
+from prime_v2.output.atomic import sync_folder
+from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal
 
 CHECKSUMS = "checksums.json"
 ASIDE = ".incomplete"  # folder of a run in which checkpoints are written, and from which old ones are deleted

@@ -15,7 +15,7 @@ from prime_v2.data.sources import files_change, is_fingerprint, model_files, mod
 from prime_v2.data.supervised import Examples, Supervision, read_splits, render
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.families import FAMILY_OF_TYPE
-from prime_v2.output.records import write_json
+from prime_v2.output.atomic import write_json
 from prime_v2.output.seals import Damaged, read_json
 
 # The projections of attention and MLP.

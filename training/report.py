@@ -17,7 +17,8 @@ from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.windows import Windows
 from prime_v2.families import bound_method, label_of
 from prime_v2.hub_card.card import write_card
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.tokenization.round_trip import not_kept
 from prime_v2.training.finetuning import answers, merge_adapter, scored_ids
 from prime_v2.training.flops import count_parameters, measure_flops, peak_flops, six_n_d

@@ -22,8 +22,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prime_v2.data.packing import StreamedBlocks, TrainingOrder
 from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
 from prime_v2.families import family_named
+from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import folder_lock
-from prime_v2.output.records import code_version, read_record, write_json
+from prime_v2.output.records import code_version, read_record
 from prime_v2.output.seals import disk_trouble, writing
 from prime_v2.training.checkpoint_checks import last_whole_checkpoint
 from prime_v2.training.course import RECORD, RUN, Holds, check_folder, course_of

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from prime_v2.output.markdown import markdown, origin, with_origin
 from prime_v2.output.records import read_record
+from prime_v2.output.tables import markdown, origin, with_origin
 
 
 def step_table(results: Path) -> str:

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prime_v2.output.markdown import markdown
 from prime_v2.output.records import read_record
+from prime_v2.output.tables import markdown
 
 PUBLISHED, PUBLISHED_PRIME, OWN = "scaling_published.json", "scaling_published_prime_v2.json", "scaling_isoflop.json"
 Pairs = tuple[tuple[str, str], ...]

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
-from prime_v2.output.markdown import markdown
 from prime_v2.output.records import read_record
+from prime_v2.output.tables import markdown
 from prime_v2.studies.compare.config import COMMON, Comparison, Run, number
 
 Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
@@ -267,7 +267,7 @@ def cost_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def whole_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headings, lines) with the columns of both tables, for `prime_v2.output.markdown.markdown`."""
+    """(headings, lines) with the columns of both tables, for `prime_v2.output.tables.markdown`."""
     scores, costs = score_table(results), cost_table(results)
     shared = len(scores[0]) - 4  # the columns that name a group
     lines = [first + second[shared:] for first, second in zip(scores[1], costs[1], strict=True)]

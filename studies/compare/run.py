@@ -24,8 +24,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prime_v2.data.preparation import WHOLE_TOKENS, prepare_text
 from prime_v2.eval.intervals import plus_minus
+from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import LOCK, folder_lock
-from prime_v2.output.records import code_version, read_record, write_json
+from prime_v2.output.records import code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, Run, number
 from prime_v2.studies.compare.report import duration

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from prime_v2.output.records import write_json
+from prime_v2.output.atomic import write_json
 from prime_v2.training.course import (
     EVALUATION,
     MACHINE_OPTIONS,

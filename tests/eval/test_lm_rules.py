@@ -178,7 +178,7 @@ def test_scores_that_cannot_be_written_are_an_error_in_the_log_and_leave_no_file
 
     scores = ScoreFile(str(tmp_path / "scores.jsonl"), rank=0, world_size=1)
     scores.add({"task": "x"})
-    monkeypatch.setattr("prime_v2.eval.lm_settings.os.replace", full)
+    monkeypatch.setattr("prime_v2.output.atomic.os.replace", full)
     scores.write()
     assert "scores.jsonl could not be written (No space left on device)" in caplog.text
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,11 @@
-"""Records: what stands behind a number, and that a crash tears no file."""
+"""Records: what stands behind a number."""
 
-import json
-import os
 import sys
 
 import pytest
 
-from prime_v2.output.records import command_line, make_record, read_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import command_line, make_record, read_record
 
 
 def test_record_says_what_made_the_numbers(tmp_path):
@@ -32,21 +31,6 @@ def test_record_says_what_made_the_numbers(tmp_path):
 def test_command_line_leaves_the_programs_folder_out(monkeypatch, argv, expected):
     monkeypatch.setattr(sys, "argv", argv)
     assert command_line() == expected
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "record.json", {"kept": True})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"nats": float("nan")})
-
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(path, {"kept": False})
-    assert json.loads(path.read_text()) == {"kept": True}
-    assert os.listdir(tmp_path) == ["record.json"]
 
 
 @pytest.mark.parametrize(

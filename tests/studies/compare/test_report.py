@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from prime_v2.output.records import make_record, write_json
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
