@@ -1,19 +1,19 @@
 """`prime-v2 analyze`: spectra and attention of one checkpoint, or of two side by side (docs/analysis.md)."""
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from prime_v2.commands.score import RUN_FILE, TextSource, labels_of
-from prime_v2.data.documents import FILE_SUFFIXES, corpus_fingerprint
-from prime_v2.output.places import print_and_record
+import typer
+
+from prime_v2.commands.base import finish
+from prime_v2.commands.options import FOLDER, MANY, SOURCE_HELP, Device, Json, Output, Split, TextField, Window
+from prime_v2.commands.text_source import RUN_FILE, TextSource
+from prime_v2.output.paths import short_names
 from prime_v2.output.progress import progress_bar, quiet_libraries
-from prime_v2.output.records import make_record
 
 DEFAULT_TEXT = "docs"
 MASKED_SHARES = (0.0, 0.5, 0.9)
@@ -28,6 +28,70 @@ COLUMNS = (  # of the printed table: heading, statistic, format
     ("relative", "relative_entropy", "{:.3f}"),
     ("distance", "mean_distance", "{:.1f}"),
 )
+MaskedShare = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="X",
+        help="Level in [0, 1] of the noise that a masked-diffusion model sees, 0 for clean text; repeatable "
+        "[default: 0, 0.5 and 0.9]. Causal models see clean text.",
+    ),
+]
+
+
+def analyze(
+    model_a: Annotated[
+        str, typer.Argument(metavar="MODEL_A", help="Folder of a saved model, or its name on the Hub.")
+    ],
+    model_b: Annotated[
+        str | None, typer.Argument(metavar="MODEL_B", help="Another one, set beside it.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help=f"{SOURCE_HELP} A file may also come second.", show_default="docs"),
+    ] = None,
+    masked_share: MaskedShare = None,
+    max_windows: Annotated[
+        int, typer.Option(min=1, max=MANY, metavar="N", help="Windows of text to measure, at most.")
+    ] = 16,
+    window: Window = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the masks and of the Gaussian reference.")
+    ] = 0,
+    split: Split = None,
+    text_field: TextField = "text",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Type of the weights.")] = "float32",
+    as_json: Json = False,
+    output: Output = None,
+    figure_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also draw analysis_spectra.png and analysis_attention.png, new files, in DIR.",
+            callback=FOLDER,
+        ),
+    ] = None,
+) -> None:
+    """Spectra of the weights and attention patterns.
+
+    Of a model, or of two side by side: Prime-v2 or causal ones (AutoModelForCausalLM) with projections named as in
+    Llama, OPT or GPT-2.
+
+    \b
+    prime-v2 analyze MODEL my_text.txt
+    prime-v2 analyze MODEL gpt2 my_text.txt --output analysis.json --figure-dir figures
+    """
+    _check_figures(figure_dir)
+    quiet_libraries()
+    names, source = name_arguments(model_a, model_b, text)
+    options = Analysis(masked_share, max_windows, window, seed, device, dtype)
+    results = _analyze(names, TextSource(source, split, text_field), options)
+    finish("analysis", results, lambda: render(results), as_json, output, seed=seed)
+    if figure_dir is not None:
+        from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
+
+        plot_spectra(results, figure_dir / FIGURES["spectra"])
+        plot_attention(results, figure_dir / FIGURES["attention"])
 
 
 @dataclass
@@ -46,29 +110,6 @@ class Analysis:
     dtype: str
 
 
-def run_analyze(
-    models: tuple[str, str | None, str | None],
-    split: str | None,
-    text_field: str,
-    options: Analysis,
-    as_json: bool,
-    output: Path | None,
-    figure_dir: Path | None,
-) -> None:
-    """Measure, draw and record; print a table or JSON. models: MODEL_A, MODEL_B and TEXT, see `name_arguments`."""
-    _check_figures(figure_dir)
-    quiet_libraries()
-    names, source = name_arguments(*models)
-    results = _analyze(names, TextSource(source, split, text_field, None), options)
-    text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
-    print_and_record(text, output, partial(make_record, "analysis", results, seed=options.seed))
-    if figure_dir is not None:
-        from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
-
-        plot_spectra(results, figure_dir / FIGURES["spectra"])
-        plot_attention(results, figure_dir / FIGURES["attention"])
-
-
 def name_arguments(model_a: str, second: str | None, third: str | None) -> tuple[list[str], str]:
     """(models, source of text) of the arguments `MODEL_A [MODEL_B] [TEXT]`; without a text, the source docs.
 
@@ -83,6 +124,8 @@ def name_arguments(model_a: str, second: str | None, third: str | None) -> tuple
 
 
 def _is_text(name: str) -> bool:
+    from prime_v2.data.documents import FILE_SUFFIXES
+
     path = Path(name).expanduser()
     if name != DEFAULT_TEXT and path.is_dir():
         files = [each for each in path.iterdir() if each.suffix.lower() in FILE_SUFFIXES]
@@ -103,7 +146,7 @@ def _analyze(names: list[str], text: TextSource, options: Analysis) -> dict[str,
     from prime_v2.studies.analysis.inputs import DIFFUSION, check_masked_share
     from prime_v2.studies.analysis.spectra import gaussian_spectrum
 
-    labels = labels_of(names)
+    labels = short_names(names)
     configs = [load_config(each) for each in names]
     has_noise = [each.model_type in DIFFUSION for each in configs]
     for share in options.masked_shares or []:
@@ -138,6 +181,7 @@ def _windows(
     Documents are read until they fill `max_windows` windows. A shorter text gives fewer windows, or, where it does not
     fill one, a single window of all its tokens. What fills no window is left out.
     """
+    from prime_v2.data.documents import corpus_fingerprint
     from prime_v2.eval.loading import load_tokenizer
     from prime_v2.eval.windows import encode_documents, window_and_stride
     from prime_v2.studies.analysis.attention import MIN_WINDOW
@@ -281,4 +325,4 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-__all__ = ["Analysis", "FIGURES", "MASKED_SHARES", "name_arguments", "render", "run_analyze"]
+__all__ = ["FIGURES", "MASKED_SHARES", "analyze", "name_arguments", "render"]

@@ -1,28 +1,42 @@
-"""What makes a sub-command of `prime-v2`: one sentence on stderr and exit status 2 for bad input, and shared options.
+"""What makes a sub-command of `prime-v2`: how it refuses bad input, and how it prints and records its results.
 
-Bad input is ValueError, OSError, a configuration that Transformers refuses or a wrong option; any other exception is
-a fault of ours and keeps its traceback.
+Bad input ends with one sentence on stderr and exit status 2. It is ValueError, OSError, a configuration that
+Transformers refuses or a wrong option; any other exception is a fault of ours and keeps its traceback.
 """
 
+import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from prime_v2.output.places import check_folder, check_new_file, check_new_folder
+from prime_v2.output.places import print_and_record
+from prime_v2.output.records import make_record
 
 PROGRAM = "prime-v2"
 INTERRUPTED = 130  # by Ctrl-C, as shells count it
-# The largest values of options that count: more would end in the machine's limits, or never.
-MANY = 10**12  # of what is read or done at most, where less is there
-MOST_SAMPLES = 1024  # texts that are generated at once
-MOST_DRAWS = 10**6  # for one number
 
 
-def _place(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
+def new_app(name: str, help_text: str) -> typer.Typer:
+    """An app, or a group of sub-commands in one, that refuses bad input in one sentence."""
+    return typer.Typer(
+        name=name,
+        cls=Group,
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+
+
+def place(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
     """The callback of an option or argument that names a place to write: the place is tried before the work."""
 
     def callback(context: typer.Context, param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -33,17 +47,27 @@ def _place(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
     return callback
 
 
-NEW_FILE, NEW_FOLDER, FOLDER = map(_place, (check_new_file, check_new_folder, check_folder))
+def finish(
+    name: str,
+    results: dict[str, Any],
+    text: Callable[[], str],
+    as_json: bool,
+    output: Path | None,
+    *,
+    seed: int | None,
+    command: str | None = None,
+) -> None:
+    """Print the results of a sub-command, as text or as JSON, and record them under `name` at `output`, if any.
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
-        callback=NEW_FILE,
-    ),
-]
+    seed, command: of `make_record`.
+    """
+    shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else text()
+    print_and_record(shown, output, lambda: make_record(name, results, seed=seed, command=command))
+
+
+# Of an argument in a message, name=value: what is before it, where it is no part of a path or another name, and value.
+NOT_IN_NAME = r"(?<![\w./-])"
+VALUE = r"""('[^']*'|"[^"]*"|[^\s,;:()]+)"""
 
 
 class BadInput(Exception):
@@ -70,7 +94,18 @@ class Command(TyperCommand):
             sentence = bad_input(error)
             if sentence is None:
                 raise
-            raise BadInput(f"{ctx.command_path}: error: {sentence}") from error
+            raise BadInput(f"{ctx.command_path}: error: {self._in_options(sentence)}") from error
+
+    def _in_options(self, sentence: str) -> str:
+        """A refusal of a function with its arguments named as the options of this command that give them."""
+        for param in self.params:
+            option, name = param.opts[0], str(param.name)
+            if not option.startswith("--"):
+                continue
+            sentence = re.sub(rf"{NOT_IN_NAME}{name}={VALUE}", partial(_given, option), sentence)
+            if "_" in name:  # other names are words, too
+                sentence = re.sub(rf"{NOT_IN_NAME}{name}(?![\w/.=-])", option, sentence)
+        return sentence
 
 
 class Group(TyperGroup):
@@ -110,6 +145,12 @@ class Group(TyperGroup):
         return _fail(f"{place}: error: {_sentence(error.format_message())}; see {place} --help")
 
 
+def _given(option: str, found: re.Match[str]) -> str:
+    """The option with the value that was found, without quotes where it is one word."""
+    word = found[1].strip("'\"")
+    return f"{option} {word if word.split() == [word] else found[1]}"
+
+
 def _fail(line: str) -> int:
     print(line, file=sys.stderr)
     return 2
@@ -146,18 +187,4 @@ def _sentence(text: str) -> str:
     return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
 
 
-__all__ = [
-    "FOLDER",
-    "MANY",
-    "MOST_DRAWS",
-    "MOST_SAMPLES",
-    "NEW_FILE",
-    "NEW_FOLDER",
-    "PROGRAM",
-    "BadInput",
-    "Command",
-    "Group",
-    "Json",
-    "Output",
-    "bad_input",
-]
+__all__ = ["PROGRAM", "BadInput", "Command", "Group", "bad_input", "finish", "new_app", "place"]

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prime_v2.commands.base import FOLDER, MANY, Json, Output
+from prime_v2.commands.options import FOLDER, MANY, Json, Output
 
 if TYPE_CHECKING:
     from prime_v2.studies.compare.config import Comparison
     from prime_v2.studies.compare.run import PlannedRun
 
 SUMMARY = "summary.json"  # the record in the output folder
-SHORT_HELP = "Train families of models at equal FLOPs and compare them."
 
 
 def compare(
@@ -48,7 +47,9 @@ def compare(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Train every run of CONFIG at equal FLOPs and set their bounds side by side, with paired differences.
+    """Train families of models at equal FLOPs and compare them.
+
+    Every run of CONFIG is trained, and their bounds are set side by side, with paired differences.
 
     \b
     prime-v2 compare families --dry-run
@@ -161,4 +162,4 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
 
 
-__all__ = ["SHORT_HELP", "compare"]
+__all__ = ["compare"]

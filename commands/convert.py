@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prime_v2.commands.base import FOLDER, Json
-
-SHORT_HELP = "Turn a published checkpoint file into a folder that Transformers loads."
+from prime_v2.commands.options import FOLDER, Json
 
 
 class Layout(StrEnum):
@@ -66,7 +64,9 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a published checkpoint, MDM-Prime-v2 or SMDM, as a folder: configuration, weights, tokenizer, code, card.
+    """Convert a published checkpoint for Transformers.
+
+    The file is of MDM-Prime-v2 or SMDM; the folder gets configuration, weights, tokenizer, code and card.
 
     \b
     prime-v2 convert mdm-prime-v2.pth OUT --permutation perm_32768.pt --tokenizer my_tokenizer/
@@ -194,4 +194,4 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> list[str]:
     return files
 
 
-__all__ = ["SHORT_HELP", "Source", "convert", "convert_checkpoint"]
+__all__ = ["Source", "convert", "convert_checkpoint"]

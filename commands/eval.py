@@ -1,4 +1,4 @@
-"""`prime-v2 eval`, which is lm-eval's own command line with the model registered, and `prime-v2 tasks`."""
+"""`prime-v2 eval`: lm-eval's own command line with the model registered."""
 
 import argparse
 import io
@@ -9,23 +9,74 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from prime_v2.eval.offline_tasks import WrittenTask, expand_tasks, parse_splits, tasks_in, write_tasks
-from prime_v2.eval.plugin import MODEL_NAME, demo_model, has_demo, register
-from prime_v2.output.places import print_and_record
+import typer
+
+from prime_v2.commands.base import finish
+from prime_v2.commands.options import Json, Output, TaskSplit
+from prime_v2.commands.tasks import render_tasks
 from prime_v2.output.progress import quiet_libraries
-from prime_v2.output.records import command_line, make_record
+from prime_v2.output.records import command_line
+
+if TYPE_CHECKING:
+    from prime_v2.eval.offline_tasks import WrittenTask
 
 # lm-eval's other sub-commands, passed on as they are.
 PASSED_ON = ("ls", "validate")
 # lm-eval's 100,000 take minutes for a metric without a formula, such as f1; 1,000 know a standard error to 2%.
 BOOTSTRAP_ITERS = 1000
 SPLIT_FIELDS = ("test_split", "validation_split")
+
+
+def evaluate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] LM_EVAL_OPTIONS",
+            help="MODEL first, a folder or Hub name, is short for --model_args pretrained=MODEL. Then any options of "
+            "lm_eval; -h shows them all. --tasks knows two more names: paper, for the eight tasks of the paper, and "
+            "anli. --model is prime_v2 unless another is named. ls and validate instead of MODEL are lm_eval's.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Read questions from DIR/TASK/SPLIT.jsonl, nothing from the Hub."),
+    ] = None,
+    split: TaskSplit = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Score benchmark tasks with lm-eval.
+
+    This is lm-eval's own command line with the model prime_v2 registered, and its table, with standard errors.
+
+    \b
+    prime-v2 eval MODEL --tasks sciq,boolq,arc_easy --limit 100
+    prime-v2 eval --model_args pretrained=MODEL,seed=1 --tasks paper --data my_data/ --output eval.json
+    prime-v2 eval MODEL --tasks gsm8k --output_path results/ --log_samples
+    """
+    arguments, splits = arguments or [], split or []
+    is_passed_on = bool(arguments) and arguments[0] in PASSED_ON
+    if is_passed_on or "-h" in arguments:
+        call_lm_eval(arguments if is_passed_on else ["run", "-h"])
+        return
+    command = command_line()
+    parsed = parse_arguments(arguments)
+    with tempfile.TemporaryDirectory(prefix="prime_v2_tasks_") as folder:
+        written = _write_own_tasks(parsed, data, splits, Path(folder) / "tasks")
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            results = call_lm_eval(parsed.for_lm_eval())
+    if results is None:  # a process other than the first of several
+        return
+    summary = summarise(results, None if data is None else data.resolve().name)
+    model_args = summary["config"].get("model_args")
+    seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
+    finish("eval", summary, lambda: render_tasks(written), as_json, output, seed=int(seed), command=command)
 
 
 @dataclass
@@ -54,6 +105,9 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     Where no model is named it is that of `make demo`, if there is one. Raises ValueError when there is no model or no
     task. With --config, which may name them, neither is asked for.
     """
+    from prime_v2.eval.offline_tasks import expand_tasks
+    from prime_v2.eval.plugin import MODEL_NAME, demo_model, has_demo
+
     arguments = list(arguments)
     if arguments[:1] == ["run"]:
         del arguments[0]
@@ -100,35 +154,12 @@ def _names_a_model(arguments: Sequence[str]) -> bool:
     return any(re.search(r"""(^|[\s,{"'])pretrained["']?\s*[=:]""", value) for value in values)
 
 
-def run_eval(arguments: Sequence[str], data: Path | None, split: Sequence[str], as_json: bool, output: Path | None):
-    """Evaluate by lm-eval and print its table, and perhaps record the numbers.
-
-    arguments: `[MODEL] LM_EVAL_OPTIONS`. data: JSONL folders to read instead of the Hub's data sets. split: items as
-    in `parse_splits`. Raises ValueError for what is wrong with any of them, before the work where it can be known.
-    """
-    is_passed_on = bool(arguments) and arguments[0] in PASSED_ON
-    if is_passed_on or "-h" in arguments:
-        call_lm_eval(arguments if is_passed_on else ["run", "-h"])
-        return
-    command = command_line()
-    parsed = parse_arguments(arguments)
-    with tempfile.TemporaryDirectory(prefix="prime_v2_tasks_") as folder:
-        written = _write_own_tasks(parsed, data, split, Path(folder) / "tasks")
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            results = call_lm_eval(parsed.for_lm_eval())
-    if results is None:  # a process other than the first of several
-        return
-    summary = summarise(results, None if data is None else data.resolve().name)
-    model_args = summary["config"].get("model_args")
-    seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
-    text = json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else render_tasks(written)
-    print_and_record(text, output, partial(make_record, "eval", summary, seed=int(seed), command=command))
-
-
 def _write_own_tasks(
     parsed: EvalArguments, data: Path | None, split: Sequence[str], folder: Path
-) -> list[WrittenTask]:
+) -> "list[WrittenTask]":
     """Task files for --data and --split, and `parsed.include_path` set to their folder; none without those options."""
+    from prime_v2.eval.offline_tasks import parse_splits, write_tasks
+
     if data is None and not split:
         return []
     option = "--split" if data is None else "--data"
@@ -149,6 +180,8 @@ def call_lm_eval(arguments: Sequence[str]) -> dict[str, Any] | None:
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
+
+    from prime_v2.eval.plugin import register
 
     quiet_libraries()
     setup_logging(logging.WARNING)
@@ -267,25 +300,4 @@ def _shown(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def run_tasks(data: Path, out: Path, tasks: str | None, split: Sequence[str], as_json: bool) -> None:
-    """Write task files for `lm_eval --include_path OUT` and print what each will score."""
-    splits = parse_splits(split)
-    names = tasks_in(data, splits) if tasks is None else expand_tasks(name for name in tasks.split(",") if name)
-    written = write_tasks(out, names, splits, data)
-    print(json.dumps([asdict(each) for each in written]) if as_json else render_tasks(written))
-
-
-def render_tasks(written: Sequence[WrittenTask]) -> str:
-    """A line for each task: its scored split, the number of questions, where few-shot examples would come from."""
-    width = max((len(each.task) for each in written), default=0)
-    lines = []
-    for each in written:
-        count = "" if each.num_questions is None else f"{each.num_questions:,} questions, "
-        same = " (without the question itself)" if each.fewshot_split == each.scored_split else ""
-        lines.append(
-            f"{each.task:<{width}}  {each.scored_split}: {count}few-shot examples from {each.fewshot_split}{same}"
-        )
-    return "\n".join(lines)
-
-
-__all__ = ["call_lm_eval", "parse_arguments", "render_tasks", "run_eval", "run_tasks", "summarise"]
+__all__ = ["call_lm_eval", "evaluate", "parse_arguments", "summarise"]

@@ -1,17 +1,19 @@
-"""`prime-v2 generate`, and the view of a text that denoises."""
+"""`prime-v2 generate`: samples, and the view of a text that denoises."""
 
 import itertools
 import json
 import random
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
+import typer
 
-from prime_v2.eval.loading import load_model_and_tokenizer
+from prime_v2.commands.options import MANY, MOST_SAMPLES, Device, Dtype, Json, Model
 from prime_v2.output.progress import progress_bar, quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCKS = "░▒▓"  # for a token of which less than a third, two thirds, or more of the digits are known
 FRAME_SECONDS = 0.04  # shortest time a draft is shown: a small model would be done before it is seen
@@ -20,44 +22,68 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def run_generate(
-    model_name: str,
-    prompt: str,
-    suffix: str,
-    options: dict[str, Any],
-    num_samples: int,
-    watch: bool,
-    as_json: bool,
-    device: str | None,
-    dtype: str | None,
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text that the sample starts with.")] = "",
+    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Text that follows the sample (infilling).")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = None,
+    max_denoising_steps: Annotated[
+        int | None, typer.Option(min=1, max=MANY, metavar="N", help="Steps; more of them draw fewer tokens at once.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the samples repeatable.")] = None,
+    greedy: Annotated[
+        bool | None,
+        typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, metavar="N", help="Samples to draw.")] = 1,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
 ) -> None:
-    """Draw samples and print them. options: of `generate`; those that are None are left to the model."""
+    """Draw samples from a model.
+
+    Options left out take the values of its generation_config.json.
+    """
     if watch and num_samples > 1:
         raise ValueError(f"--watch shows one sample, not --num-samples {num_samples}; leave one of the two out")
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
+    from prime_v2.eval.loading import load_model_and_tokenizer
+
     quiet_libraries()
-    model, tokenizer = load_model_and_tokenizer(model_name, device, dtype)
-    options = {name: value for name, value in options.items() if value is not None}
-    if options.get("do_sample", model.generation_config.do_sample) is not False:
+    network, tokenizer = load_model_and_tokenizer(model, device, dtype)
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "max_denoising_steps": max_denoising_steps,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "do_sample": None if greedy is None else not greedy,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("do_sample", network.generation_config.do_sample) is not False:
         options.setdefault("seed", random.SystemRandom().randrange(2**31))
     elif num_samples > 1:
         raise ValueError(f"--greedy has one result, not --num-samples {num_samples}; leave one of the two out")
-    input_ids, suffix_ids = _prompt_ids(model, tokenizer, prompt), _ids(tokenizer, suffix)
+    input_ids, suffix_ids = _prompt_ids(network, tokenizer, prompt), _ids(tokenizer, suffix)
     call = {"return_dict_in_generate": True, "num_return_sequences": num_samples, **options}
     if suffix_ids is not None:
         call["suffix_ids"] = suffix_ids
-    if watch and sys.stdout.isatty():
-        output = _watched(model, tokenizer, input_ids, call)
-    else:
-        with progress_bar("passes of the network") as show:
-            tick = _Tick(show, options.get("max_denoising_steps", _default_passes(model)))
-            output = model.generate(input_ids, stopping_criteria=[tick], **call)
+    try:
+        output = _generated(network, tokenizer, input_ids, call, watch)
+    except ValueError as error:
+        sentence = str(error).replace("do_sample=False", "--greedy").replace("do_sample=True", "--sample")
+        raise ValueError(sentence) from error
     new = slice(input_ids.shape[1], output.sequences.shape[1] - (0 if suffix_ids is None else suffix_ids.shape[1]))
     texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     if as_json:
         completions = tokenizer.batch_decode(output.sequences[:, new], skip_special_tokens=True)
-        asked = {"model": model_name, "prompt": prompt, "suffix": suffix, "options": options}
+        asked = {"model": model, "prompt": prompt, "suffix": suffix, "options": options}
         print(json.dumps({**asked, **_as_json(texts, completions, output)}, ensure_ascii=False))
         return
     for number, text in enumerate(texts, 1):
@@ -66,7 +92,13 @@ def run_generate(
         print(text.translate(PICTURES))
 
 
-def _watched(model: Any, tokenizer: Any, input_ids: Tensor, call: dict[str, Any]) -> Any:
+def _generated(model: Any, tokenizer: Any, input_ids: "Tensor", call: dict[str, Any], watch: bool) -> Any:
+    """What `model.generate` returns, with the text shown as it denoises or a bar of the passes."""
+    if not (watch and sys.stdout.isatty()):
+        # The most passes of the network, where the options say so; an ARM makes one a token.
+        most = call.get("max_denoising_steps", getattr(model.generation_config, "max_denoising_steps", None))
+        with progress_bar("passes of the network") as show:
+            return model.generate(input_ids, stopping_criteria=[_Tick(show, most)], **call)
     view = DraftView(tokenizer)
     has_digits = hasattr(model.config, "num_subtokens") and not model.config.causal
     hook = model.model.register_forward_pre_hook(view.see_states) if has_digits else None
@@ -78,20 +110,17 @@ def _watched(model: Any, tokenizer: Any, input_ids: Tensor, call: dict[str, Any]
         view.end()
 
 
-def _default_passes(model: Any) -> int | None:
-    """Passes of the network that `generate` makes at most, where its options say so; an ARM makes one a token."""
-    return getattr(model.generation_config, "max_denoising_steps", None)
-
-
-def _ids(tokenizer: Any, text: str) -> Tensor | None:
+def _ids(tokenizer: Any, text: str) -> "Tensor | None":
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] if text else None
 
 
-def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> Tensor:
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> "Tensor":
     """The prompt (1, P); without one what `generate` starts with, BOS where the model has one."""
     ids = _ids(tokenizer, prompt)
     if ids is not None:
         return ids
+    import torch
+
     bos = model.generation_config.bos_token_id
     bos = model.config.bos_token_id if bos is None else bos
     return torch.full((1, 0 if bos is None else 1), bos or 0)
@@ -103,10 +132,10 @@ class _Tick:
     def __init__(self, show: Any, steps: int | None):
         self.show, self.steps, self.done = show, steps, 0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: "Tensor", scores: Any, **kwargs: Any) -> "Tensor":
         self.done += 1
         self.show(self.done, self.steps)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return input_ids.new_zeros(len(input_ids)).bool()
 
 
 def _as_json(texts: list[str], completions: list[str], output: Any) -> dict[str, Any]:
@@ -145,7 +174,7 @@ class DraftView:
         """A forward pre-hook of `PrimeV2Model`: notes which digits (T, S) the network sees in this pass."""
         self.known = (arguments[0][0] != module.config.base).cpu()
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: "Tensor") -> None:
         """Tokens that will not change: those before the first generated one, and at the end all the others.
 
         An ARM gives its tokens one by one, without drafts.
@@ -159,7 +188,7 @@ class DraftView:
             self.live.update(self.render([]), refresh=True)
             time.sleep(self.frame_seconds)
 
-    def put_draft(self, value: Tensor, **kwargs: Any) -> None:
+    def put_draft(self, value: "Tensor", **kwargs: Any) -> None:
         """The other tokens so far, the mask token where one is not fully known."""
         if not self.has_draft:
             self.live.start()
@@ -193,4 +222,4 @@ class DraftView:
         return self.tokenizer.decode(ids, skip_special_tokens=True).translate(PICTURES) if ids else ""
 
 
-__all__ = ["DraftView", "run_generate"]
+__all__ = ["PICTURES", "DraftView", "generate"]

@@ -6,19 +6,10 @@ from typing import Annotated
 
 import typer
 
-from prime_v2.commands.base import MOST_DRAWS, NEW_FILE, Command, Group, Json, Output
+from prime_v2.commands.base import Command, new_app
+from prime_v2.commands.options import MOST_DRAWS, NEW_FILE, Json, Output
 
-scaling_app = typer.Typer(
-    name="scaling",
-    cls=Group,
-    help="Scaling laws: fit them, draw them, plan a run, compare families at equal loss.",
-    short_help="Fit and use scaling laws.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+scaling_app = new_app("scaling", "Fit and use scaling laws. Draw them, plan a run, compare families at equal loss.")
 
 
 class Loss(StrEnum):
@@ -71,7 +62,7 @@ AllowMixed = Annotated[
 Fit = Annotated[Path | None, typer.Option("--fit", metavar="FILE", help="Use the fits of this record of scaling fit.")]
 
 
-@scaling_app.command(cls=Command, short_help="Fit scaling laws to points.")
+@scaling_app.command(cls=Command)
 def fit(
     source: Sources = None,
     family: Family = None,
@@ -84,7 +75,9 @@ def fit(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Fit L(N, D) = E + A/N^a + B/D^b and the isoFLOP parabolas to each family, with 95% intervals.
+    """Fit scaling laws to points.
+
+    L(N, D) = E + A/N^a + B/D^b and the isoFLOP parabolas of each family, with 95% intervals.
 
     \b
     prime-v2 scaling fit                                     # the published points of ARM and MDM
@@ -102,7 +95,7 @@ def fit(
     run_fit(selection, as_json, output)
 
 
-@scaling_app.command(cls=Command, short_help="Draw loss envelope, isoFLOP curves and isoloss contours.")
+@scaling_app.command(cls=Command)
 def plot(
     figure: Annotated[
         Path, typer.Option(metavar="FILE", help="New file for the figure: .png, .pdf or .svg.", callback=NEW_FILE)
@@ -114,14 +107,17 @@ def plot(
     allow_mixed: AllowMixed = False,
     as_json: Json = False,
 ) -> None:
-    """Draw, for each family, the loss against FLOPs, the isoFLOP curves and the isoloss contours with the frontier."""
+    """Draw loss envelope, isoFLOP curves and isoloss contours.
+
+    For each family: the loss against FLOPs, the isoFLOP curves, and the isoloss contours with the frontier.
+    """
     from prime_v2.studies.scaling.report import Selection, run_plot
 
     selection = Selection(source or [], family or [], loss.value, count.value, bootstrap=0, allow_mixed=allow_mixed)
     run_plot(selection, figure, as_json)
 
 
-@scaling_app.command(cls=Command, short_help="The best size and token count of a budget.")
+@scaling_app.command(cls=Command)
 def plan(
     flops: Annotated[list[float], typer.Option(metavar="C", help="Training FLOPs, e.g. 3e20; repeatable.")],
     source: Sources = None,
@@ -135,7 +131,9 @@ def plan(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """The size and token count with the lowest loss for a budget, that loss, and the nearest published network.
+    """The best size and token count of a budget.
+
+    That is, those with the lowest loss, that loss, and the nearest published network.
 
     \b
     prime-v2 scaling plan --flops 3e20 --family MDM
@@ -149,7 +147,7 @@ def plan(
     run_plan(selection, flops, as_json, output)
 
 
-@scaling_app.command(cls=Command, short_help="FLOPs that one family needs for the loss of another.")
+@scaling_app.command(cls=Command)
 def efficiency(
     family: Annotated[str, typer.Argument(metavar="A", help="Family whose loss is to be reached.")],
     other: Annotated[str, typer.Argument(metavar="B", help="Family that is to reach it.")],
@@ -169,7 +167,9 @@ def efficiency(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """How many times more FLOPs the frontier of B needs to reach the loss of A's, by each approach. Bounds only.
+    """FLOPs that one family needs for the loss of another.
+
+    How many times more FLOPs the frontier of B needs to reach the loss of A's, by each approach. Bounds only.
 
     \b
     prime-v2 scaling efficiency ARM MDM --flops 3e19

@@ -1,8 +1,10 @@
 """Text that is passed on names files and folders, and never says where on a machine they lie."""
 
+import os
 import re
 import shlex
-from pathlib import PurePath
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 GENERATED = ("samples",)  # text of a model, which is no text of ours
@@ -55,4 +57,21 @@ def _last_part(text: str) -> str:
     return before + PLACE.sub(lambda found: PurePath(found[0]).name or found[0], text)
 
 
-__all__ = ["without_places"]
+def short_names(places: Sequence[str]) -> list[str]:
+    """Names that tell models apart in a record: a folder's own, with as many folders above it as that takes.
+
+    places: folders, or names on the Hub, which stay. Raises ValueError for one that is given twice.
+    """
+    paths = [Path(os.path.abspath(Path(each).expanduser())) for each in places]
+    parts = [path.parts if path.exists() else (name,) for path, name in zip(paths, places, strict=True)]
+    for number, each in enumerate(parts):
+        if each in parts[:number]:
+            raise ValueError(f"{places[number]} is given twice; once will do")
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+__all__ = ["short_names", "without_places"]

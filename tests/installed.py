@@ -1,5 +1,6 @@
 """Environments that have the package and the start-up line as an installation has them, without pip or a network."""
 
+import configparser
 import runpy
 import sysconfig
 import venv
@@ -16,8 +17,12 @@ def link_package(folder: Path) -> None:
     package.mkdir(parents=True)
     for path in (ROOT / "modeling_prime_v2").iterdir():
         (package / path.name).symlink_to(path)
-    for name in ("tokenization", "eval", "hub_card", "configs"):
-        (package / name).symlink_to(ROOT / name)
+    rooms = configparser.ConfigParser()
+    rooms.read(ROOT / "setup.cfg")
+    for line in rooms["options"]["package_dir"].split("\n"):
+        module, _, room = line.partition(" = ")
+        if module.count(".") == 1:
+            (package / room).symlink_to(ROOT / room)
 
 
 def make_environment(home: Path, *paths: Path) -> Path:

@@ -18,7 +18,7 @@ from prime_v2 import (
     PrimeV2LogLikelihood,
     build_tokenizer,
 )
-from prime_v2.commands.score import render_score
+from prime_v2.commands.ppl import render_score
 from prime_v2.eval.intervals import UPPER_END, half_width
 from prime_v2.eval.perplexity import score_blocks, score_text
 from prime_v2.eval.windows import encode_documents

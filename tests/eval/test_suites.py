@@ -1,4 +1,4 @@
-"""Suites of texts and the tables of `prime-v2 ppl` over them: eval/suites.py, commands/score.py."""
+"""Suites of texts and the tables of `prime-v2 ppl` over them: eval/suites.py, commands/ppl.py."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands.main import app
-from prime_v2.commands.score import render_table
+from prime_v2.commands.ppl import render_table
 from prime_v2.data.documents import corpus_fingerprint
 from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.perplexity import score_text
@@ -355,12 +355,12 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(diffusion, 
         ([diffusion, *suite, "--method", "subtokn"], "; did you mean subtoken?"),
         (
             [arm, *suite, "--method", "token"],
-            "method='token' is for diffusion models; a causal model has 'causal' alone",
+            "--method token is for diffusion models; a causal model has 'causal' alone",
         ),
         ([diffusion, *suite, "--method", "causal"], "is a diffusion model and has subtoken, token,"),
         ([diffusion, *suite, "--num-samples", 0], "'--num-samples'"),
-        ([diffusion, *suite, "--window", 65], "window=65 must be between 1 and max_position_embeddings=64"),
-        ([diffusion, *suite, "--window", 8, "--stride", 9], "stride=9 must be between 1 and window=8"),
+        ([diffusion, *suite, "--window", 65], "--window 65 must be between 1 and max_position_embeddings=64"),
+        ([diffusion, *suite, "--window", 8, "--stride", 9], "--stride 9 must be between 1 and --window 8"),
         ([diffusion, *suite, "--also", tmp_path / "nowhere"], "does not exist; give a folder"),
         ([diffusion, *suite, "--also", strange], "holds a model of type 't5'; only prime_v2, "),
         ([diffusion, *suite, "--also", diffusion], "is given twice; once will do"),

@@ -23,7 +23,6 @@ import yaml
 from typer.testing import CliRunner
 
 from prime_v2.commands.base import Command, Group
-from prime_v2.commands.compare import SHORT_HELP
 from prime_v2.commands.compare import compare as command
 from prime_v2.studies.compare import children as compare_children
 from prime_v2.studies.compare import run as compare
@@ -97,7 +96,7 @@ def forked(monkeypatch) -> list[tuple[str, str]]:
 def run(*arguments: object):
     app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(lambda: None)
-    app.command(cls=Command, short_help=SHORT_HELP)(command)
+    app.command(cls=Command)(command)
     return CliRunner().invoke(app, ["compare", *(str(each) for each in arguments)])
 
 

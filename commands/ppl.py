@@ -1,82 +1,142 @@
-"""`prime-v2 ppl` and `prime-v2 entropy`."""
+"""`prime-v2 ppl`: bounds, perplexity and bits per byte of text, of one model or a table of models."""
 
-import itertools
-import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from prime_v2.data.documents import deduplicate, read_documents, split_of
-from prime_v2.eval.intervals import UPPER_END, plus_minus
-from prime_v2.eval.suites import SetOfDocuments, nearest, read_suite, sets_trained_on
-from prime_v2.output.places import print_and_record
+import typer
+
+from prime_v2.commands.base import finish
+from prime_v2.commands.options import (
+    MOST_DRAWS,
+    SOURCE_HELP,
+    Device,
+    Dtype,
+    Json,
+    MaxDocuments,
+    Model,
+    Output,
+    Split,
+    TextField,
+    Window,
+)
+from prime_v2.commands.text_source import TextSource, run_options
+from prime_v2.output.paths import short_names
 from prime_v2.output.progress import progress_bar, quiet_libraries
-from prime_v2.output.records import make_record
-from prime_v2.tokenization.round_trip import not_kept
-from prime_v2.validation_config_prime_v2 import read_mapping
 
-SIDES = ("train", "dev", "test")
-RUN_FILE = "run.json"  # of train.py
+if TYPE_CHECKING:
+    from prime_v2.eval.suites import SetOfDocuments
 
-
-@dataclass
-class TextSource:
-    """A source of text as the command line names it."""
-
-    source: str
-    split: str | None
-    text_field: str
-    max_documents: int | None
-
-    def documents(self, hub_split: str, run_folder: str | None = None) -> Iterator[str]:
-        """Its documents. hub_split: of a hub data set, where no split is asked for.
-
-        run_folder: a run of train.py, whose seed and shares decide which side a document of another source is on.
-        """
-        is_hub = self.source != "docs" and not Path(self.source).expanduser().exists()
-        split = self.split or hub_split
-        documents = read_documents(self.source, text_field=self.text_field, split=split)
-        if self.split is not None and not is_hub:
-            if self.split not in SIDES:
-                raise ValueError(f"--split {self.split} of {self.source} must be one of {', '.join(SIDES)}")
-            shares = _shares(run_folder)
-            documents = (text for text in deduplicate(documents) if split_of(text, **shares) == self.split)
-        return itertools.islice(documents, self.max_documents)
-
-
-def _shares(run_folder: str | None) -> dict[str, Any]:
-    """Arguments of `split_of` from the run.json of a run; without a run, none: its defaults."""
-    if run_folder is None:
-        return {}
-    options = _run_options(run_folder)
-    if not options:
-        path = Path(run_folder) / RUN_FILE
-        raise ValueError(
-            f"--split needs {path}, which says what {run_folder} was trained on; give the folder that train.py wrote, "
-            f"or leave --split out"
-        )
-    shares: dict[str, Any] = {name: options[name] for name in ("seed", "dev_share", "test_share") if name in options}
-    if not all(isinstance(each, int | float) for each in shares.values()) or isinstance(shares.get("seed"), float):
-        raise ValueError(f"{Path(run_folder) / RUN_FILE} has {shares}, which are no seed and shares; put a copy back")
-    return shares
+PplSource = Annotated[
+    str | None, typer.Argument(metavar="SOURCE", help=f"{SOURCE_HELP} Absent with --suite.", show_default=False)
+]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Score a suite of texts: zero-shot (OpenWebText, LAMBADA, WikiText, PTB, LM1B, AG News, ArXiv).",
+    ),
+]
+SuiteData = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Read the suite from DIR/SET.txt, .jsonl or .parquet or a folder DIR/SET, nothing from the Hub; sets "
+        "that are not there are skipped.",
+    ),
+]
+Only = Annotated[list[str] | None, typer.Option(metavar="SET", help="One set of the suite; repeatable.")]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODEL", help="Another model, for a table of all on the same windows; repeatable."),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens scored a window, given those before them [default: all of it]."),
+]
+PplMethod = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
+        "orders: a bound from random orders, slowest; paper_loss: the paper's loss, no bound; uniform, "
+        "interpolating: the bounds of these families. A causal model has only causal, its exact likelihood. Beside "
+        "others, a model without the given method keeps its own.",
+        show_default="the bound of the order that the model was trained with",
+    ),
+]
 
 
-def _run_options(run_folder: str) -> dict[str, Any]:
-    """The options that train.py wrote beside a model; none where it did not."""
-    path = Path(run_folder) / RUN_FILE
-    return read_mapping(path, "put a copy of it back, or move it away") if path.is_file() else {}
+def ppl(
+    model: Model,
+    source: PplSource = None,
+    suite: Suite = None,
+    data: SuiteData = None,
+    only: Only = None,
+    also: Also = None,
+    window: Window = None,
+    stride: Stride = None,
+    method: PplMethod = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAWS, metavar="N", help="Noise draws per sequence.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    split: Split = None,
+    text_field: TextField = "text",
+    max_documents: MaxDocuments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Bound the likelihood and perplexity of text.
 
+    In nats per token, as a perplexity and in bits per byte, each with its error.
 
-def counted(documents: Iterator[str], show: Any) -> Iterator[str]:
-    """The documents, their number shown as they pass."""
-    for number, document in enumerate(documents, 1):
-        show(number, None)
-        yield document
+    MODEL and those of --also are Prime-v2 or causal models (AutoModelForCausalLM).
+
+    \b
+    prime-v2 ppl MODEL my_text.txt
+    prime-v2 ppl MODEL my_text.txt --also gpt2 --window 512
+    prime-v2 ppl MODEL --suite zero-shot --also gpt2 --output suite.json
+    """
+    if source is None and suite is None:
+        raise ValueError("Missing argument 'SOURCE', or --suite")
+    if source is not None and suite is not None:
+        raise ValueError("give either a SOURCE or --suite NAME")
+    if suite is None and (data or only):
+        raise ValueError("--data and --only belong to a suite; add --suite zero-shot")
+    if suite is not None and (split or text_field != "text"):
+        raise ValueError("--split and --text-field belong to a SOURCE; a suite knows those of its sets")
+    from huggingface_hub.utils import logging
+
+    quiet_libraries()
+    logging.set_verbosity_error()  # each retry of a hub that cannot be reached is a warning
+    models = [model, *(also or [])]
+    text = (
+        SuiteSource(suite, data, only or [], max_documents)
+        if source is None
+        else TextSource(source, split, text_field, max_documents)
+    )
+    # With --output each sequence is kept, so that models can be compared sequence by sequence.
+    options = {"num_samples": num_samples, "seed": seed, "keep_sequences": output is not None}
+    scoring = Scoring(method, device, dtype, options | {"window": window, "stride": stride})
+    if isinstance(text, TextSource) and len(models) == 1:
+        results = _score_one(model, text, scoring)
+        scores = [results["evaluation"]]
+    else:
+        results = _score_table(models, text, scoring)
+        scores = results["rows"]
+    if as_json:  # the tables say it themselves
+        for score in scores:
+            if "tokenizer_loss" in score:
+                print(f"no bits per byte: {_lossy(score)}", file=sys.stderr)
+    if "rows" in results:
+        finish("ppl_table", results, lambda: render_table(results), as_json, output, seed=seed)
+    else:
+        finish("ppl", results, lambda: render_score(scores[0]), as_json, output, seed=seed)
 
 
 @dataclass
@@ -91,69 +151,30 @@ class SuiteSource:
 
 @dataclass
 class Scoring:
-    """How `ppl` scores: options of `score_text`, None for their defaults, and where and in what the models run."""
+    """How `ppl` scores: the method, None for each model's own, where and in what type the models run, and the other
+    options of `score_text`.
+    """
 
     method: str | None
-    num_samples: int
-    seed: int
-    window: int | None
-    stride: int | None
     device: str | None
     dtype: str | None
-    keep_sequences: bool = False  # in a record, so that models can be compared sequence by sequence
-
-    def options(self) -> dict[str, Any]:
-        """Of `score_text`, but for the method, which each model has its own of."""
-        names = ("num_samples", "seed", "window", "stride", "keep_sequences")
-        return {name: getattr(self, name) for name in names}
-
-
-def run_ppl(
-    models: list[str], text: TextSource | SuiteSource, scoring: Scoring, as_json: bool, output: Path | None
-) -> None:
-    """Score one text with one model, or make a table of texts and models; print and perhaps record the result."""
-    from huggingface_hub.utils import logging
-
-    quiet_libraries()
-    logging.set_verbosity_error()  # each retry of a hub that cannot be reached is a warning
-    if len(set(models)) < len(models):
-        raise ValueError(f"{next(each for each in models if models.count(each) > 1)} is given twice; once will do")
-    results: dict[str, Any]
-    scoring = replace(scoring, keep_sequences=output is not None)
-    if isinstance(text, TextSource) and len(models) == 1:
-        results = _score_one(models[0], text, scoring)
-        scores = [results["evaluation"]]
-        shown, name = "" if as_json else render_score(results["evaluation"]), "ppl"
-    else:
-        results = _score_table(models, text, scoring)
-        scores = results["rows"]
-        shown, name = "" if as_json else render_table(results), "ppl_table"
-    for score in scores if as_json else ():  # the tables say it themselves
-        if "tokenizer_loss" in score:
-            print(f"no bits per byte: {_lossy(score)}", file=sys.stderr)
-    shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
-    print_and_record(shown, output, partial(make_record, name, results, seed=scoring.seed))
+    options: dict[str, Any]
 
 
 def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
-    documents = text.documents("test", model_name)
     from prime_v2.eval.loading import load_scorer
     from prime_v2.eval.perplexity import score_text
 
     method = _methods([model_name], scoring.method)[0]
     model, tokenizer = load_scorer(model_name, scoring.device, scoring.dtype)
-    with progress_bar("reading documents") as show:
-        kept = list(counted(documents, show))
+    documents = text.read("test", model_name)
     started = time.monotonic()
     with progress_bar("scoring sequences") as show:
-        score = score_text(model, tokenizer, kept, method=method, progress=show, **scoring.options())
+        score = score_text(model, tokenizer, documents, method=method, progress=show, **scoring.options)
     return {
-        "model": labels_of([model_name])[0],
-        "source": text.source,
-        "split": text.split,
-        "max_documents": text.max_documents,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": short_names([model_name])[0],
+        **text.about(),
+        **_device(model),
         "seconds": time.monotonic() - started,
         "evaluation": score,
     }
@@ -163,22 +184,23 @@ def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Sco
     """Rows of set x model: flat dictionaries of `score_text`'s numbers; all models on windows of one length."""
     from prime_v2.eval.loading import load_config, load_scorer
     from prime_v2.eval.perplexity import score_text
+    from prime_v2.eval.suites import sets_trained_on
     from prime_v2.eval.windows import window_and_stride
 
-    methods, labels = _methods(models, scoring.method), labels_of(models)
-    window, stride = window_and_stride([load_config(each) for each in models], scoring.window, scoring.stride)
+    labels, methods = short_names(models), _methods(models, scoring.method)
+    asked = (scoring.options["window"], scoring.options["stride"])
+    window, stride = window_and_stride([load_config(each) for each in models], *asked)
     sets, skipped = _read_sets(text, models[0])
     rows, about = [], []
     for name, label, method in zip(models, labels, methods, strict=True):
         model, tokenizer = load_scorer(name, scoring.device, scoring.dtype)
-        about.append({"name": label, "model_type": model.config.model_type, "method": method})
-        about[-1] |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        about.append({"name": label, "model_type": model.config.model_type, "method": method, **_device(model)})
         if isinstance(text, SuiteSource):
-            trained_on = sets_trained_on(text.suite, _run_options(name))
+            trained_on = sets_trained_on(text.suite, run_options(name))
             about[-1]["trained_on"] = [each.name for each in sets if each.name in trained_on]
         for each in sets:
             started = time.monotonic()
-            options = scoring.options() | {"window": window, "stride": stride}
+            options = scoring.options | {"window": window, "stride": stride}
             try:
                 with progress_bar(f"{label}, {each.name}") as show:
                     score = score_text(model, tokenizer, each.documents, method=method, progress=show, **options)
@@ -199,14 +221,21 @@ def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Sco
     }
 
 
-def _read_sets(text: TextSource | SuiteSource, run_folder: str) -> tuple[list[SetOfDocuments], list[dict[str, str]]]:
-    with progress_bar("reading documents") as show:
-        if isinstance(text, SuiteSource):
+def _read_sets(text: TextSource | SuiteSource, run_folder: str) -> tuple[list["SetOfDocuments"], list[dict[str, str]]]:
+    from prime_v2.eval.suites import SetOfDocuments, read_suite
+
+    if isinstance(text, SuiteSource):
+        with progress_bar("reading documents") as show:
             return read_suite(text.suite, text.data, only=text.only, max_documents=text.max_documents, progress=show)
-        kept = list(counted(text.documents("test", run_folder), show))
-        local = Path(text.source).expanduser()
-        name = local.name if local.exists() else text.source
-        return [SetOfDocuments(name, ", ".join(filter(None, [name, text.split])), kept)], []
+    local = Path(text.source).expanduser()
+    name = local.name if local.exists() else text.source
+    source = ", ".join(filter(None, [name, text.split]))
+    return [SetOfDocuments(name, source, text.read("test", run_folder))], []
+
+
+def _device(model: Any) -> dict[str, str]:
+    """Where and in what type a model runs, for a record."""
+    return {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _methods(models: list[str], asked: str | None) -> list[str]:
@@ -217,6 +246,7 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
     """
     from prime_v2.eval.causal import METHOD, check_method
     from prime_v2.eval.loading import is_causal, load_config
+    from prime_v2.eval.suites import nearest
     from prime_v2.families import FAMILIES, FAMILY_OF_TYPE, bound_method
 
     if asked is not None:
@@ -240,19 +270,10 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
     return [asked if has else own for has, own in zip(having, reported, strict=True)]
 
 
-def labels_of(models: list[str]) -> list[str]:
-    """Names for a record: of a folder its own, with as many folders above as tell the models apart."""
-    paths = [Path(os.path.abspath(Path(each).expanduser())) for each in models]
-    parts = [path.parts if path.exists() else (name,) for path, name in zip(paths, models, strict=True)]
-    for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-count:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise ValueError(f"{models[-1]} is given twice; once will do")
-
-
 def render_score(score: dict[str, Any]) -> str:
     """A `score_text` result as text: a bound as a bound, and no perplexity from what is none."""
+    from prime_v2.eval.intervals import plus_minus
+
     sign = "=" if score["is_exact"] else "≤"
     kind = "exact, left to right" if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
     number = score.get("num_documents")
@@ -281,6 +302,8 @@ def render_score(score: dict[str, Any]) -> str:
 
 def _about_intervals(scores: list[dict[str, Any]]) -> str:
     """What the intervals of these scores cover, and how to read that of a bound."""
+    from prime_v2.eval.intervals import UPPER_END
+
     names = {"documents": "documents", "stretches": "stretches of one text (not other documents)"}
     covered = " or ".join(names[over] for over in dict.fromkeys(score["interval_over"] for score in scores))
     draws = " and draws" if any(score["num_samples"] for score in scores) else ""
@@ -289,6 +312,8 @@ def _about_intervals(scores: list[dict[str, Any]]) -> str:
 
 
 def _lossy(score: dict[str, Any]) -> str:
+    from prime_v2.tokenization.round_trip import not_kept
+
     return not_kept(score["tokenizer_loss"])
 
 
@@ -322,6 +347,8 @@ def render_table(results: dict[str, Any]) -> str:
 
 
 def _table_row(row: dict[str, Any]) -> list[str]:
+    from prime_v2.eval.intervals import plus_minus
+
     sign = "=" if row["is_exact"] else "≤" if row["is_bound"] else " "
     cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{plus_minus(row, 4)}"]
     for name, digits in (("perplexity", 2), ("bits_per_byte", 4)):
@@ -342,43 +369,4 @@ def _interval(score: dict[str, Any], name: str, digits: int) -> str:
     return f"  (95% interval {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
 
 
-def run_entropy(
-    text: TextSource, tokenizer_name: str, shuffle_seed: int, shuffle_domain: str, as_json: bool, output: Path | None
-) -> None:
-    """Print, and perhaps record, the table of sub-token entropies."""
-    quiet_libraries()
-    documents = text.documents("train")
-    from prime_v2.eval.loading import load_tokenizer
-    from prime_v2.tokenization.entropy import count_tokens, entropy_table, render_table
-
-    tokenizer = load_tokenizer(tokenizer_name)
-    with progress_bar("counting tokens of documents") as show:
-        counts = count_tokens(counted(documents, show), tokenizer)
-    rows = entropy_table(counts, len(counts), shuffle_seed, shuffle_domain)
-    results = {
-        "tokenizer": Path(tokenizer_name).name if Path(tokenizer_name).exists() else tokenizer_name,
-        "vocab_size": len(counts),
-        "source": text.source,
-        "split": text.split,
-        "max_documents": text.max_documents,
-        "num_tokens": int(counts.sum()),
-        "shuffle_seed": shuffle_seed,
-        "shuffle_domain": shuffle_domain,
-        "rows": rows,
-    }
-    shown = f"{results['num_tokens']:,} tokens of {text.source}, vocabulary of {len(counts):,}\n{render_table(rows)}"
-    shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else shown
-    print_and_record(shown, output, partial(make_record, "entropy", results, seed=shuffle_seed))
-
-
-__all__ = [
-    "RUN_FILE",
-    "Scoring",
-    "SuiteSource",
-    "TextSource",
-    "labels_of",
-    "render_score",
-    "render_table",
-    "run_entropy",
-    "run_ppl",
-]
+__all__ = ["ppl", "render_score", "render_table"]

@@ -1,0 +1,61 @@
+"""Options and arguments that several sub-commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prime_v2.commands.base import place
+from prime_v2.output.places import check_folder, check_new_file, check_new_folder
+
+# The largest values of options that count: more would end in the machine's limits, or never.
+MANY = 10**12  # of what is read or done at most, where less is there
+MOST_SAMPLES = 1024  # texts that are generated at once
+MOST_DRAWS = 10**6  # for one number
+
+# Callbacks of options and arguments that name a place to write.
+NEW_FILE, NEW_FOLDER, FOLDER = map(place, (check_new_file, check_new_folder, check_folder))
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its name on the Hub.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda if there is one]")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Type of the weights [default: bfloat16 on cuda, else float32]")
+]
+
+SOURCE_HELP = (
+    "Text: a .txt, .jsonl or .parquet file, a folder of them, a Hub data set name[:config], or docs (the "
+    "documentation of the installed Python packages)."
+)
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Split of a Hub data set [default: test for ppl and analyze, train for entropy]. For other sources "
+        "train, dev or test: the documents that train.py puts there [default: all documents].",
+    ),
+]
+TextField = Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")]
+MaxDocuments = Annotated[int | None, typer.Option(min=1, max=MANY, metavar="N", help="Read at most N documents.")]
+Window = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens a window [default: the smallest limit of the models].")
+]
+
+TaskSplit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]SPLIT",
+        help="Score train, validation or test, of all tasks or of TASK; repeatable [default: test, or validation "
+        "without one].",
+    ),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
+        callback=NEW_FILE,
+    ),
+]
