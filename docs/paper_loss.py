@@ -128,7 +128,7 @@ def index_of(visible: Tensor) -> Tensor:
 def expected_nats(entropies: Tensor, order: RevealOrder, objective: str, length: int) -> float:
     """Expectation of a loss in nats per sequence, over the law and the noise, for the optimal denoiser.
 
-    Per hidden unit the nats of `PrimeV2ForMaskedDiffusion.nats_of_hidden`, with H(asked | visible) =
+    Per hidden unit the nats of `PrimeV2ForMaskedDiffusion.sequence_nll`, with H(asked | visible) =
     H(visible and asked) - H(visible) for the mean of -log q. entropies from `visible_entropies`.
     """
     units = order.units_per_token

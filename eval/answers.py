@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_v2.draws_prime_v2 import draw_levels, sequence_key
 from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
+from prime_v2.likelihood_rows_prime_v2 import draw_levels, sequence_key
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.validation_inputs_prime_v2 import checked_flag, checked_seed, whole_number
 
@@ -193,10 +193,10 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
             prompt,
             settings.method,
             num_samples=size,
-            refinement=round_number,
+            round_number=round_number,
             keys=keys,
             exhaustive=settings.exhaustive,
-            return_draws=True,
+            return_samples=True,
             tokens_per_pass=settings.tokens_per_pass,
         )
     except NotFiniteError as error:
@@ -205,11 +205,13 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
         score, num_forward = scores[number].choices[index], int(output.num_forward[row])
         score.num_forward += num_forward
         score.token_passes += num_forward * len(choices[row].ids)
-        if len(output.draws[row]) == 1 and output.stderr[row] == 0:  # nothing drawn: what was drawn before is dropped
-            score.draws, score.num_draws = output.draws[row], 0
+        if (
+            len(output.samples[row]) == 1 and output.stderr[row] == 0
+        ):  # nothing drawn: what was drawn before is dropped
+            score.draws, score.num_draws = output.samples[row], 0
             continue
         levels, order = torch.cat([score.levels, draw_levels(keys[row], size, round_number)]).sort()
-        score.levels, score.draws = levels, torch.cat([score.draws, output.draws[row]])[order]
+        score.levels, score.draws = levels, torch.cat([score.draws, output.samples[row]])[order]
         score.num_draws = len(levels)
 
 

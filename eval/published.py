@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from prime_v2.draws_prime_v2 import sequence_key
+from prime_v2.likelihood_rows_prime_v2 import sequence_key
 from prime_v2.linear_prime_v2 import apply_head
 from prime_v2.random_prime_v2 import Stream, hash64, uniforms
 from prime_v2.validation_inputs_prime_v2 import checked_seed, whole_number

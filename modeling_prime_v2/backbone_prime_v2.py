@@ -159,11 +159,11 @@ class PrimeV2Layer(GradientCheckpointingLayer):
         self.input_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = PrimeV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, *, needed: Tensor | None = None, **kwargs) -> Tensor:
-        """(B, L, D) to (B, L, D), or to (M, D), the tokens that are `needed` (B, L) bool."""
+    def forward(self, hidden_states: Tensor, *, target_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """(B, L, D) to (B, L, D), or to (M, D), the tokens of `target_mask` (B, L) bool."""
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        if needed is not None:
-            hidden_states = hidden_states[needed]
+        if target_mask is not None:
+            hidden_states = hidden_states[target_mask]
         checkpointed = self.gradient_checkpointing and self.training
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), checkpointed)
 
@@ -190,7 +190,7 @@ class PrimeV2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> Any:
-        """As in Transformers, from safetensors only, and only what fits: see `weights_prime_v2`.
+        """As in Transformers, from safetensors only, and only what fits: see `validation_weights_prime_v2`.
 
         ignore_mismatched_sizes=True takes tensors that are missing or of another shape as freshly drawn ones.
         pipeline("feature-extraction") gets the model without its head, whose first output are hidden states.
@@ -273,18 +273,25 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both configs have
 
     def run_layers(
-        self, hidden_states: Tensor, position_ids: Tensor, attention_mask, *inputs, needed=None, cache=None, **kwargs
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        attention_mask,
+        *inputs,
+        target_mask=None,
+        cache=None,
+        **kwargs,
     ) -> Tensor:
         """Embedded tokens (B, L, D), their positions (B or 1, L) and a mask as the attention takes it.
 
         inputs: tensors that a family's layers take beside the hidden states, by position: activation checkpointing
-        loses the gradients of what is passed by name. cache: keys and values of earlier tokens. needed (B, L) bool:
-        the last layer computes the output of these tokens only.
+        loses the gradients of what is passed by name. cache: keys and values of earlier tokens.
+        target_mask (B, L) bool: the last layer computes the output of these tokens only.
         """
         kept = {} if cache is None else {CACHE_NAME: cache}
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for number, layer in enumerate(self.layers, start=1):
-            last = {} if needed is None or number < len(self.layers) else {"needed": needed}
+            last = {} if target_mask is None or number < len(self.layers) else {"target_mask": target_mask}
             hidden_states = layer(
                 hidden_states,
                 *inputs,

@@ -35,19 +35,19 @@ RARE_MARGINAL = 1e-25
 
 @dataclass
 class HiddenTokens:
-    """The N tokens that have a hidden unit, and what is asked of each.
+    """The N tokens that have a hidden unit, and what is predicted of each.
 
     ids (N,) int64; visible (N, S) bool (None without a code table); weights (N,) float, the factor of a token's nats;
-    goal (N, S) bool for "prefix", the digits visible after the next reveal.
+    target_digits (N, S) bool for "prefix", the digits visible after the next reveal.
     """
 
     ids: Tensor
     visible: Tensor | None
     weights: Tensor
-    goal: Tensor | None = None
+    target_digits: Tensor | None = None
 
 
-def hidden_nats(hidden_states, head, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
+def hidden_nll(hidden_states, head, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached.
 
     hidden_states (N, D); head: a weight (V, D) or a HeadCall; table a PrimeV2CodeTable; kind "token", "digits" or
@@ -56,10 +56,10 @@ def hidden_nats(hidden_states, head, table, tokens: HiddenTokens, kind: str, car
     """
     if kind not in ("token", "digits", "prefix"):
         raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
-    return chunked_nats(hidden_states, head, tokens, partial(_Chunk, table, kind, carry_over))
+    return chunked_loss(hidden_states, head, tokens, partial(_Chunk, table, kind, carry_over))
 
 
-def chunked_nats(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
+def chunked_loss(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, of any loss of single tokens.
 
     hidden_states (N, D); head: a weight (V, D) or a HeadCall; tokens: anything with `weights` (N,).
@@ -71,18 +71,18 @@ def chunked_nats(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Cal
     # Asked here: inside `forward` of an autograd function gradients are always off, and needs_input_grad ignores it.
     need_gradient = torch.is_grad_enabled()
     if not isinstance(head, Tensor):
-        return _nats_by_calls(
+        return _loss_by_calls(
             hidden_states, head, tokens, make_chunk(need_gradient, torch.promote_types(dtype, torch.float32))
         )
     with torch.autocast(device_type, enabled=False):
-        return _ChunkedNats.apply(hidden_states, head, tokens, make_chunk, dtype, need_gradient)
+        return _ChunkedLoss.apply(hidden_states, head, tokens, make_chunk, dtype, need_gradient)
 
 
-def _nats_by_calls(hidden_states, head: HeadCall, tokens, chunk: Callable) -> tuple[Tensor, Tensor]:
-    """`chunked_nats` of a head that is called; autocast acts on the call as on any other."""
+def _loss_by_calls(hidden_states, head: HeadCall, tokens, chunk: Callable) -> tuple[Tensor, Tensor]:
+    """`chunked_loss` of a head that is called; autocast acts on the call as on any other."""
 
     def of_part(inputs: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        return _NatsOfLogits.apply(head.call(inputs), tokens, part, chunk)
+        return _LossOfLogits.apply(head.call(inputs), tokens, part, chunk)
 
     rows = max(1, chunk_elements(hidden_states.device) // head.vocab_size)
     total, nats = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32)), []
@@ -97,7 +97,7 @@ def _nats_by_calls(hidden_states, head: HeadCall, tokens, chunk: Callable) -> tu
     return total, torch.cat(nats) if nats else total.new_zeros(0)
 
 
-class _NatsOfLogits(torch.autograd.Function):
+class _LossOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, tokens, part, chunk):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # `chunk` may write into it
@@ -114,9 +114,9 @@ class _NatsOfLogits(torch.autograd.Function):
         return (ctx.gradient * grad_loss).to(ctx.dtype), None, None, None
 
 
-def token_nats(hidden_states, head, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`hidden_nats` of whole tokens without a code table: -log softmax at ids (N,), weighted by weights (N,)."""
-    return hidden_nats(hidden_states, head, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
+def token_nll(hidden_states, head, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`hidden_nll` of whole tokens without a code table: -log softmax at ids (N,), weighted by weights (N,)."""
+    return hidden_nll(hidden_states, head, None, HiddenTokens(ids, None, weights), "token", carry_over=False)
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -130,7 +130,7 @@ def chunk_elements(device: torch.device) -> int:
     return total // BYTES_PER_CHUNK_ELEMENT
 
 
-class _ChunkedNats(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, head_weight, tokens, make_chunk, dtype, need_gradient):
         exact = torch.promote_types(dtype, torch.float32)
@@ -203,7 +203,7 @@ class _Chunk:
             nats, gradient, rare = self._digits(logits, weights, columns, hidden)
             groups = ((self.one_hot.T[columns[rare, j]] > 0, hidden[rare, j]) for j in range(columns.shape[1]))
         else:
-            shared = self._sharing(ids, tokens.goal[part])
+            shared = self._sharing(ids, tokens.target_digits[part])
             nats, gradient, rare = self._prefix(logits.softmax(-1), weights, shared)
             groups = ((shared[rare], rare[rare]) for _ in range(1))
         if rare.any():
@@ -212,20 +212,20 @@ class _Chunk:
                 gradient[rare] = exact
         return nats, gradient
 
-    def _sharing(self, ids: Tensor, asked: Tensor) -> Tensor:
-        """Which tokens have the digits of `ids` (C,) wherever `asked` (C, S) is True: (C, V) bool."""
-        fields = self.table.pack_visible(asked).unsqueeze(1)
+    def _sharing(self, ids: Tensor, digits: Tensor) -> Tensor:
+        """Which tokens have the digits of `ids` (C,) where `digits` (C, S) bool is True: (C, V) bool."""
+        fields = self.table.pack_visible(digits).unsqueeze(1)
         return (self.packed & fields) == (self.packed[ids].unsqueeze(1) & fields)
 
     def _from_logarithms(self, logits: Tensor, weights: Tensor, groups) -> tuple[Tensor, Tensor | None]:
-        """Nats and gradient of any size. groups: (tokens sharing what is asked (C, V), whether it is asked (C,))."""
+        """Nats and gradient of any size. groups: (the tokens that share the target (C, V), whether it is one (C,))."""
         log_total, probabilities = logits.logsumexp(-1), logits.softmax(-1)
         nats, gradient = torch.zeros_like(log_total), torch.zeros_like(logits) if self.need_gradient else None
-        for shared, asked in groups:
+        for shared, is_target in groups:
             within = logits.masked_fill(~shared, -torch.inf)
-            nats += torch.where(asked, log_total - within.logsumexp(-1), 0.0)
+            nats += torch.where(is_target, log_total - within.logsumexp(-1), 0.0)
             if gradient is not None:
-                gradient += torch.where(asked, weights, 0.0).unsqueeze(1) * (probabilities - within.softmax(-1))
+                gradient += torch.where(is_target, weights, 0.0).unsqueeze(1) * (probabilities - within.softmax(-1))
         return nats, gradient
 
     def _token(self, logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,11 +4,12 @@ Eso-LM (arXiv:2506.01928): each of the n scored tokens is revealed by masked dif
 random order; then the others follow from left to right. alpha_0 = 1 is masked diffusion, alpha_0 = 0 autoregression.
 
 **The network.** Causal attention over a *sorted order* with two streams (as in XLNet, arXiv:1906.08237). Its inputs
-are elements: a *token* element holds an id, a *query* element the mask in place of the token that it asks for; both
-carry the rotary position of their place in the text. Tokens have ranks: given ones (prompt, label -100) first, left to
-right; then what the diffusion revealed, in the order of its reveal; then the rest, left to right. A token attends to
-the tokens of rank up to its own, a query to the tokens that are known before it and to itself. No element attends to
-another's query, so what a token stores for later ones never changes: keys and values can be cached, exactly.
+are tokens and queries: a *token* holds an id, a *query* the mask in place of the token that it asks for; both carry
+the rotary position of their place in the text. Tokens have a place in the sorted order: given ones (prompt, label
+-100) first, left to right; then what the diffusion revealed, in the order of its reveal; then the rest, left to right.
+A token attends to the tokens up to its own place in that order, a query to the tokens that are known before it and to
+itself. None attends to another's query, so what a token stores for later ones never changes: keys and values can be
+cached, exactly.
 
 **The bound.** Let D be the set that the diffusion reveals and s its order, uniform given D. The model of a text is
 p(x) = E_{D,s} p(x | D, s), where p(x | D, s) is the product of the conditionals along the sorted order, a law on texts
@@ -42,7 +43,7 @@ from .backbone_prime_v2 import NOT_SCORED
 from .random_prime_v2 import Stream, uniforms
 
 LEAST_SHARE = 0.05  # of the rows, for a term that has any weight
-NEVER_SEEN = 2**31  # the rank of queries and of padding, above every place in an order
+NEVER_SEEN = 2**31  # the order id of queries and of padding, above every place in an order
 
 
 @dataclass
@@ -65,30 +66,31 @@ class ScoredTexts:
 
 
 @dataclass
-class Elements:
-    """What the network is fed: R rows of E elements, in any arrangement, since attention goes by rank.
+class SortedInputs:
+    """What the network is fed: R rows of E tokens and queries, in any arrangement, since attention goes by order ids.
 
-    ids (R, E) int64, the mask id V for a query; position_ids (R, E) int64, places in the text; ranks (R, E) int64,
-    place in the sorted order, NEVER_SEEN for queries and padding; sees (R, E) int64: an element attends to those of
-    rank <= sees and to itself; targets (R, E) int64: the token that a query asks for, NOT_SCORED elsewhere.
+    ids (R, E) int64, the mask id V for a query; position_ids (R, E) int64, places in the text; order_ids (R, E) int64,
+    places in the sorted order, NEVER_SEEN for queries and padding; visible_until (R, E) int64: an input attends to
+    those with order_ids <= visible_until and to itself; target_ids (R, E) int64: the token that a query predicts,
+    NOT_SCORED elsewhere.
     """
 
     ids: Tensor
     position_ids: Tensor
-    ranks: Tensor
-    sees: Tensor
-    targets: Tensor
+    order_ids: Tensor
+    visible_until: Tensor
+    target_ids: Tensor
 
-    def rows(self, part: slice) -> "Elements":
+    def rows(self, part: slice) -> "SortedInputs":
         """Some of the rows."""
-        return Elements(*(each[part] for each in self._tensors()))
+        return SortedInputs(*(each[part] for each in self._tensors()))
 
-    def to(self, device: torch.device) -> "Elements":
-        return Elements(*(each.to(device) for each in self._tensors()))
+    def to(self, device: torch.device) -> "SortedInputs":
+        return SortedInputs(*(each.to(device) for each in self._tensors()))
 
     @classmethod
-    def join(cls, parts: Sequence["Elements"]) -> "Elements":
-        """The rows of all parts, padded on the right to equal numbers of elements."""
+    def join(cls, parts: Sequence["SortedInputs"]) -> "SortedInputs":
+        """The rows of all parts, padded on the right to equal numbers of inputs."""
         width = max(part.ids.shape[1] for part in parts)
         columns = []
         for tensors, fill in zip(zip(*(part._tensors() for part in parts), strict=True), _PADDING, strict=True):
@@ -97,23 +99,23 @@ class Elements:
         return cls(*columns)
 
     @classmethod
-    def blank(cls, device: torch.device) -> "Elements":
-        """One row of one element that is padding."""
+    def blank(cls, device: torch.device) -> "SortedInputs":
+        """One row of one input that is padding."""
         return cls(*(torch.full((1, 1), fill, device=device) for fill in _PADDING))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.position_ids, self.ranks, self.sees, self.targets
+        return self.ids, self.position_ids, self.order_ids, self.visible_until, self.target_ids
 
 
-_PADDING = (0, 0, NEVER_SEEN, -1, NOT_SCORED)  # of each field of Elements
+_PADDING = (0, 0, NEVER_SEEN, -1, NOT_SCORED)  # of each field of SortedInputs
 
 
 @dataclass
 class Term:
-    """Rows of one term of the bound: of which texts (R,), their elements, the factor (R,) float64 of their nats."""
+    """Rows of one term of the bound: of which texts (R,), their inputs, the factor (R,) float64 of their nats."""
 
     texts: Tensor
-    elements: Elements
+    inputs: SortedInputs
     weights: Tensor
 
 
@@ -189,59 +191,59 @@ def random_places(scored: Tensor, keys: Tensor) -> Tensor:
 
 
 def sorted_order(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> tuple[Tensor, Tensor]:
-    """(ranks (B, L) int64 in the sorted order, hidden (B, L) bool) when the first `num_clean` (B,) places are known.
+    """(order ids (B, L) int64, hidden (B, L) bool) when the first `num_clean` (B,) places are known.
 
-    places (B, L) of the scored tokens. Hidden ones come last, left to right; padding has rank NEVER_SEEN.
+    places (B, L) of the scored tokens. Hidden ones come last, left to right; padding has NEVER_SEEN.
     """
     given, scored, num_clean = texts.given, texts.scored, num_clean.unsqueeze(1)
     hidden = scored & (places >= num_clean)
     places = torch.where(hidden, num_clean + hidden.cumsum(1) - 1, places)
-    ranks = torch.where(given, given.cumsum(1) - 1, given.sum(1, keepdim=True) + places)
-    return ranks.masked_fill(~(given | scored), NEVER_SEEN), hidden
+    order_ids = torch.where(given, given.cumsum(1) - 1, given.sum(1, keepdim=True) + places)
+    return order_ids.masked_fill(~(given | scored), NEVER_SEEN), hidden
 
 
 # -- Rows of the network ---------------------------------------------------------------------------------------------
 
 
-def diffusion_elements(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> Elements:
-    """L elements a row: the clean tokens, and in place of each hidden one a query that sees all of them.
+def diffusion_inputs(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> SortedInputs:
+    """L inputs a row: the clean tokens, and in place of each hidden one a query that sees all of them.
 
     places, num_clean as of `sorted_order`.
     """
-    ranks, hidden = sorted_order(texts, places, num_clean)
+    order_ids, hidden = sorted_order(texts, places, num_clean)
     clean = (texts.given | texts.scored) & ~hidden
-    return Elements(
+    return SortedInputs(
         torch.where(clean, texts.ids, texts.mask_id),
         texts.position_ids,
-        torch.where(clean, ranks, NEVER_SEEN),
-        torch.where(clean, ranks, clean.sum(1, keepdim=True) - 1),
+        torch.where(clean, order_ids, NEVER_SEEN),
+        torch.where(clean, order_ids, clean.sum(1, keepdim=True) - 1),
         torch.where(hidden, texts.ids, NOT_SCORED),
     )
 
 
-def sequential_elements(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> Elements:
-    """L + H elements a row: all tokens, then queries for up to H hidden ones, each of which sees the ranks before it.
+def sequential_inputs(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> SortedInputs:
+    """L + H inputs a row: all tokens, then queries for up to H hidden ones, each of which sees the tokens before it.
 
     places, num_clean as of `sorted_order`.
     """
-    ranks, hidden = sorted_order(texts, places, num_clean)
+    order_ids, hidden = sorted_order(texts, places, num_clean)
     columns, is_query = leading_columns(hidden)
-    queries = Elements(
+    queries = SortedInputs(
         torch.full_like(columns, texts.mask_id),
         texts.position_ids.gather(1, columns),
         torch.full_like(columns, NEVER_SEEN),
-        torch.where(is_query, ranks.gather(1, columns) - 1, -1),
+        torch.where(is_query, order_ids.gather(1, columns) - 1, -1),
         torch.where(is_query, texts.ids.gather(1, columns), NOT_SCORED),
     )
     tokens = texts.given | texts.scored
-    text = Elements(
+    text = SortedInputs(
         torch.where(tokens, texts.ids, texts.mask_id),
         texts.position_ids,
-        ranks,
-        torch.where(tokens, ranks, -1),
+        order_ids,
+        torch.where(tokens, order_ids, -1),
         torch.full_like(texts.ids, NOT_SCORED),
     )
-    return Elements(*(torch.cat(pair, dim=1) for pair in zip(text._tensors(), queries._tensors(), strict=True)))
+    return SortedInputs(*(torch.cat(pair, dim=1) for pair in zip(text._tensors(), queries._tensors(), strict=True)))
 
 
 def leading_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,23 +268,21 @@ def draw_terms(
     rows = (levels < share).nonzero().squeeze(1)
     k = sequential_counts(levels[rows] / share, num_tokens[rows], most, alpha_0)
     factor = (1 - alpha_0) / share if share > 0 else 0.0
-    sequential = _term(sequential_elements, texts, places, rows, k, factor, loss_weight)
+    sequential = _term(sequential_inputs, texts, places, rows, k, factor, loss_weight)
 
     rows = (levels >= share).nonzero().squeeze(1)
     k = diffusion_counts((levels[rows] - share) / (1 - share), num_tokens[rows], most, alpha_0)
     factor = alpha_0 / (1 - share) if share < 1 else 0.0
-    return sequential, _term(diffusion_elements, texts, places, rows, k, factor, loss_weight)
+    return sequential, _term(diffusion_inputs, texts, places, rows, k, factor, loss_weight)
 
 
-def _term(
-    make_elements, texts: ScoredTexts, places: Tensor, rows: Tensor, k: Tensor, factor, loss_weight: str
-) -> Term:
+def _term(make_inputs, texts: ScoredTexts, places: Tensor, rows: Tensor, k: Tensor, factor, loss_weight: str) -> Term:
     texts, num_tokens = texts.rows(rows), texts.scored[rows].sum(1)
     weights = torch.full_like(k, factor, dtype=torch.double)
     if loss_weight == "elbo":
         weights = weights * num_tokens / k.clamp(min=1)
-    elements = make_elements(texts, places[rows], num_tokens - k) if len(rows) else Elements.blank(k.device)
-    return Term(rows, elements, weights)
+    inputs = make_inputs(texts, places[rows], num_tokens - k) if len(rows) else SortedInputs.blank(k.device)
+    return Term(rows, inputs, weights)
 
 
-__all__ = ["Elements", "Term", "ScoredTexts", "draw_terms", "is_bound", "sequential_share"]
+__all__ = ["SortedInputs", "Term", "ScoredTexts", "draw_terms", "is_bound", "sequential_share"]

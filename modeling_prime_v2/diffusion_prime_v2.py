@@ -75,20 +75,22 @@ class Noise:
     """One draw of the forward process for B sequences.
 
     visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t;
-    maskable (B, L) bool, tokens that could have been hidden; goal (B, L, S) bool or None: of the tokens counted in
-    hidden_count, the digits whose joint is asked for, where it is not each hidden unit.
+    maskable (B, L) bool, tokens that could have been hidden; target_digits (B, L, S) bool or None: the digits
+    whose joint is predicted for each token counted in hidden_count, where it is not each hidden unit.
     """
 
     visible: Tensor
     hidden_count: Tensor
     weight: Tensor
     maskable: Tensor
-    goal: Tensor | None = None
+    target_digits: Tensor | None = None
 
     def rows(self, part: slice) -> "Noise":
         """The draws of some of the sequences."""
-        goal = None if self.goal is None else self.goal[part]
-        return Noise(self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], goal)
+        target_digits = None if self.target_digits is None else self.target_digits[part]
+        return Noise(
+            self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], target_digits
+        )
 
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:

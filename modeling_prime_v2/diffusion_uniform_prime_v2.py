@@ -38,7 +38,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .chunked_loss_prime_v2 import chunked_nats
+from .chunked_loss_prime_v2 import chunked_loss
 from .random_prime_v2 import Stream, uniforms
 
 # Times are kept in [T_MIN, 1 - T_MIN], the resolution of the draws, which moves the bound by O(T_MIN log(1/T_MIN)).
@@ -114,15 +114,15 @@ class NoisedTokens:
         return NoisedTokens(self.ids[piece], self.noised[piece], self.times[piece], self.weights[piece])
 
 
-def uniform_nats(hidden_states, head, tokens: NoisedTokens, kind: str) -> tuple[Tensor, Tensor]:
-    """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, by `chunked_nats`.
+def uniform_loss(hidden_states, head, tokens: NoisedTokens, kind: str) -> tuple[Tensor, Tensor]:
+    """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, by `chunked_loss`.
 
     kind "elbo": f, nats per unit of time; "posterior": -log p(x | z), whose minimiser is the same p.
     hidden_states (N, D); head: a weight (V, D) or a HeadCall.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    return chunked_nats(hidden_states, head, tokens, partial(_chunk, kind))
+    return chunked_loss(hidden_states, head, tokens, partial(_chunk, kind))
 
 
 def _chunk(kind: str, need_gradient: bool, _) -> Callable:
@@ -183,4 +183,4 @@ def _posterior(logits: Tensor, tokens: NoisedTokens, need_gradient: bool) -> tup
     return nats, gradient
 
 
-__all__ = ["NoisedTokens", "UniformNoise", "draw_noise", "excess", "reverse_step", "uniform_nats"]
+__all__ = ["NoisedTokens", "UniformNoise", "draw_noise", "excess", "reverse_step", "uniform_loss"]

@@ -1,4 +1,4 @@
-"""`generate`, and sampling: the ancestral reverse process on sub-tokens (do_sample=False: likelihood_greedy_).
+"""`generate`, and sampling: the ancestral reverse process on sub-tokens (do_sample=False: generation_greedy_).
 
 For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each of them
 with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .denoising_prime_v2 import (
+from .diffusion_prime_v2 import RevealOrder
+from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from .generation_greedy_prime_v2 import GreedyProcess
+from .generation_process_prime_v2 import (
     Canvas,
     DenoisingProcess,
     DraftStream,
@@ -21,9 +24,6 @@ from .denoising_prime_v2 import (
     make_canvas,
     to_probabilities,
 )
-from .diffusion_prime_v2 import RevealOrder
-from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from .likelihood_greedy_prime_v2 import GreedyProcess
 from .random_prime_v2 import Stream, hash64, uniforms
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
@@ -173,8 +173,8 @@ class AncestralProcess(DenoisingProcess):
     def run_pass(self, rows: list[int]) -> None:
         picked = torch.tensor(rows, device=self.canvas.ids.device)
         number = self.num_forward[rows[0]]  # the same for all rows that are not done
-        asked = (self.schedule.passes[picked] == number).any(-1)
-        for at, columns, logits in self.scores(picked, asked):
+        target_mask = (self.schedule.passes[picked] == number).any(-1)
+        for at, columns, logits in self.scores(picked, target_mask):
             self._reveal(number, picked[at], columns, logits)
 
     def finish_next(self, row: int) -> None:

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoising_prime_v2 import (
+from .diffusion_uniform_prime_v2 import reverse_step
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, most_confident
+from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
+from .generation_process_prime_v2 import (
     DRAW_ELEMENTS,
     Canvas,
     DenoisingProcess,
@@ -22,10 +26,6 @@ from .denoising_prime_v2 import (
     make_canvas,
     to_probabilities,
 )
-from .diffusion_uniform_prime_v2 import reverse_step
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, most_confident
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import Stream, hash64, uniforms
 
@@ -88,7 +88,7 @@ class UniformProcess(DenoisingProcess):
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
         for start in range(0, len(at), chunk):
             part = slice(start, start + chunk)
-            logits = self.model.logits(hidden_states[part])
+            logits = self.model.token_logits(hidden_states[part])
             self._tick("network")
             if known is not None:
                 logits = processors(known[at[part]], logits)
@@ -128,7 +128,7 @@ class GreedyUniformProcess(UniformProcess):
     floor(n m / N) tokens with the most probable proposals hold them, as many as the forward process keeps at that
     time; the others hold the noise that they began with, a function of the row's ids and the position. So a token can
     be revised until the last pass, in which all of them take their proposals. (The most probable *step* would be no
-    decode: for many steps it is to stay at the noise.) Confidence order as in `likelihood_greedy_prime_v2`.
+    decode: for many steps it is to stay at the noise.) Confidence order as in `generation_greedy_prime_v2`.
     """
 
     def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):

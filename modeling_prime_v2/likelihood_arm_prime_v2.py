@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .chunked_loss_prime_v2 import token_nats
-from .denoising_prime_v2 import DRAW_ELEMENTS
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
+from .chunked_loss_prime_v2 import token_nll
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
+from .generation_process_prime_v2 import DRAW_ELEMENTS
 from .likelihood_prime_v2 import TOKENS_PER_PASS, PrimeV2LogLikelihood, refuse_not_finite, unpadded
 
 METHOD = "causal"
@@ -81,8 +81,8 @@ def log_likelihood(
     seed: int = 0,
     keys: Tensor | None = None,
     exhaustive: bool = True,
-    refinement: int = 0,
-    return_draws: bool = False,
+    round_number: int = 0,
+    return_samples: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2LogLikelihood:
     """Exact log-likelihood of the tokens outside the prompt, each given all tokens before it, per sequence in nats.
@@ -90,15 +90,17 @@ def log_likelihood(
     input_ids (B, L) clean ids; attention_mask (B, L), 0 for padding on any side; prompt_mask (B, L), 1 for tokens that
     are given and not scored. The first token is given the start token, see `next_tokens`.
     method: "causal". Nothing is drawn: stderr is 0, degrees are infinite, `num_samples`, seed, keys and exhaustive
-        change nothing, and `draws` on request hold the value alone.
+        change nothing, and `samples` on request hold only the value.
     tokens_per_pass: rows x tokens of one pass of the network; changes no value beyond rounding.
-    Raises ValueError for another method, num_samples < 1, a refinement, ids out of range, rows without a scored token,
-    no start token, and non-finite results (`NotFiniteError`).
+    Raises ValueError for another method, num_samples < 1, a round_number, ids out of range, rows without a scored
+    token, no start token, and non-finite results (`NotFiniteError`).
     """
     if method != METHOD:
         raise ValueError(f"method={method!r} is not {METHOD!r}, the exact log-likelihood, all that this model has")
-    if refinement:
-        raise ValueError(f"refinement={refinement} of method={METHOD!r}: this model draws nothing; use refinement=0")
+    if round_number:
+        raise ValueError(
+            f"round_number={round_number} of method={METHOD!r}: this model draws nothing; use round_number=0"
+        )
     value, num_scored = torch.zeros(len(input_ids), dtype=torch.double), torch.zeros(len(input_ids), dtype=torch.long)
     texts = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
     with evaluating(model):
@@ -107,7 +109,7 @@ def log_likelihood(
             ids, scored = (pad_sequence([each[i] for each in batch], batch_first=True) for i in (1, 2))
             value[rows], num_scored[rows] = -_nats(model, ids, scored), scored.sum(1).cpu()
     refuse_not_finite(value)
-    draws = list(value.unsqueeze(1)) if return_draws else None
+    draws = list(value.unsqueeze(1)) if return_samples else None
     degrees = torch.full_like(value, math.inf)
     return PrimeV2LogLikelihood(
         value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, degrees, draws, is_exact=True
@@ -127,7 +129,7 @@ def _nats(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
     """-log p of the scored tokens of each text, (B,) float64 on the CPU; ids and scored (B, L), padding behind."""
     tokens = next_tokens(ids.to(model.device), scored.to(model.device), start_token_id(model.config))
     hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
-    _, nats = token_nats(hidden_states, model.head(), tokens.ids, torch.ones_like(tokens.ids))
+    _, nats = token_nll(hidden_states, model.head(), tokens.ids, torch.ones_like(tokens.ids))
     # On the CPU: not every accelerator has float64.
     return torch.zeros(len(ids), dtype=torch.double).index_add_(0, tokens.rows.cpu(), nats.cpu().double())
 
@@ -179,7 +181,7 @@ def _continues(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     tokens = next_tokens(ids, targets, start_token_id(model.config))
     hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
     chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
-    proposed = torch.cat([proposals(model.logits_of(each))[0] for each in hidden_states.split(chunk)])
+    proposed = torch.cat([proposals(model.token_logits(each))[0] for each in hidden_states.split(chunk)])
     wrong = torch.zeros_like(ids[:, 0]).index_add_(0, tokens.rows, (proposed != tokens.ids).long())
     return wrong == 0
 

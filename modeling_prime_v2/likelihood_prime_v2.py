@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .code_table_prime_v2 import check_id_type
 from .diffusion_prime_v2 import Noise, RevealOrder, is_bound
-from .draws_prime_v2 import (
+from .likelihood_rows_prime_v2 import (
     Rows,
     all_mask_rows,
     all_orders,
@@ -65,8 +65,8 @@ class PrimeV2LogLikelihood(ModelOutput):
     mask was summed over, or the method is "chain".
     `degrees` (B,) float64: effective degrees of freedom behind stderr; the 95% interval is value +- the 97.5% point of
     Student's t with so many times stderr (`prime_v2.eval.answers.interval`). Infinite where nothing was drawn.
-    `draws`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; of sequences with
-    equal keys they are common random numbers (`paired_difference`).
+    `samples`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; for
+    sequences with equal keys they are common random numbers (`paired_difference`).
     `is_exact`: value is the log-likelihood itself, of the decoding order that the method names, and no bound of it.
     """
 
@@ -76,7 +76,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     num_scored: Tensor | None = None
     is_bound: bool | None = None
     degrees: Tensor | None = None
-    draws: list[Tensor] | None = None
+    samples: list[Tensor] | None = None
     is_exact: bool | None = None
 
 
@@ -91,8 +91,8 @@ def log_likelihood(
     seed: int = 0,
     keys: Tensor | None = None,
     exhaustive: bool = True,
-    refinement: int = 0,
-    return_draws: bool = False,
+    round_number: int = 0,
+    return_samples: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2LogLikelihood:
     """Log-likelihood of the tokens outside the prompt given the prompt, or a lower bound, per sequence in nats.
@@ -109,13 +109,13 @@ def log_likelihood(
     exhaustive: sum over all masks (all orders) instead of drawing where they are no more than `num_samples`: the
         expectation itself, with standard error 0.
     keys (B,) int64: of the draws, instead of (seed, sequence); sequences with equal keys share their random numbers.
-    refinement: r > 0 draws the r-th lot of further draws, as many as there were before (`draw_levels`).
-    return_draws: keep the single draws, for `paired_difference`.
+    round_number: r > 0 draws the r-th lot of further draws, as many as there were before (`draw_levels`).
+    return_samples: keep the single draws, for `paired_difference`.
     tokens_per_pass: rows x tokens of one pass of the network; changes no value.
     Raises ValueError for an unknown method, num_samples < 1, ids out of range, rows without a scored token, and
     non-finite results (`NotFiniteError`).
     """
-    plan = _Plan(model.config, method, num_samples, exhaustive, refinement)
+    plan = _Plan(model.config, method, num_samples, exhaustive, round_number)
     sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
     key_of = {i: sequence_key(ids, scored, seed) if keys is None else keys[i] for i, ids, scored in sequences}
     rows = (row for i, ids, scored in sequences for row in plan.rows(ids, scored, i, key_of[i].to(ids.device)))
@@ -123,7 +123,7 @@ def log_likelihood(
     counts = scored_counts(sequences)
     parts = [plan.summarise(each, count) for each, count in zip(nats, counts, strict=True)]
     is_exact = method == "chain"
-    return gather(parts, [len(each) for each in nats], counts, plan.is_bound, return_draws, is_exact)
+    return gather(parts, [len(each) for each in nats], counts, plan.is_bound, return_samples, is_exact)
 
 
 def gather(
@@ -131,14 +131,14 @@ def gather(
     num_forward: list[int],
     num_scored: list[int],
     is_bound: bool,
-    return_draws: bool,
+    return_samples: bool,
     is_exact: bool = False,
 ) -> PrimeV2LogLikelihood:
     """The result from each sequence's (draws (K,), value, standard error, degrees); NotFiniteError for no number."""
     value, stderr = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
     degrees = torch.tensor([part[3] for part in parts], dtype=torch.double)
     refuse_not_finite(value)
-    draws = [part[0] for part in parts] if return_draws else None
+    draws = [part[0] for part in parts] if return_samples else None
     return PrimeV2LogLikelihood(
         value, stderr, torch.tensor(num_forward), torch.tensor(num_scored), is_bound, degrees, draws, is_exact
     )
@@ -154,7 +154,7 @@ def refuse_not_finite(value: Tensor) -> None:
 class _Plan:
     """What a method runs for a sequence, and how its rows' nats become a likelihood."""
 
-    def __init__(self, config, method: str, num_samples: int, exhaustive: bool, refinement: int):
+    def __init__(self, config, method: str, num_samples: int, exhaustive: bool, round_number: int):
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
         if method not in methods_of(config) and config.stage_digits:
@@ -162,16 +162,16 @@ class _Plan:
                 f"method={method!r} hides digits in any order, but subtoken_embedding={config.subtoken_embedding!r} "
                 f"has vectors for leading digits alone; use one of {', '.join(methods_of(config))}"
             )
-        if refinement and (method not in SAMPLED_METHODS or num_samples % 2 ** (refinement - 1)):
+        if round_number and (method not in SAMPLED_METHODS or num_samples % 2 ** (round_number - 1)):
             raise ValueError(
-                f"refinement={refinement} of method={method!r} with num_samples={num_samples}: a sampled method takes "
-                f"it, with a multiple of {2 ** (refinement - 1)} draws"
+                f"round_number={round_number} of method={method!r} with num_samples={num_samples}: a sampled method "
+                f"takes it, with a multiple of {2 ** (round_number - 1)} draws"
             )
         kind, self.objective = {"chain": ("token", "joint"), "orders": (None, "marginal"), **SAMPLED_METHODS}[method]
         self.order = RevealOrder.from_config(config, kind)
-        self.method, self.num_samples, self.refinement = method, num_samples, refinement
+        self.method, self.num_samples, self.round_number = method, num_samples, round_number
         # As many rows as the draws would be, those of earlier lots included.
-        self.most_masks = 0 if not exhaustive else num_samples * 2 if refinement else num_samples
+        self.most_masks = 0 if not exhaustive else num_samples * 2 if round_number else num_samples
         self.is_bound = method in ("chain", "orders") or is_bound(
             self.objective, "elbo", config.num_subtokens, self.order, None
         )
@@ -196,7 +196,7 @@ class _Plan:
             return order_rows(ids, scored, sequence, self.order, orders)
         if self.draws_nothing(num_tokens):
             return all_mask_rows(ids, scored, sequence, self.order)
-        return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key, self.refinement)
+        return sampled_rows(ids, scored, sequence, self.order, self.num_samples, key, self.round_number)
 
     def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """Factor x nats (R,) of one sequence's rows to (draws (K,), value, standard error, degrees), float64."""
@@ -274,7 +274,7 @@ def _weighted_squares(draws: Tensor) -> Tensor:
 
 
 def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """(Mean difference, its standard error) of two sequences' `draws` (K,) with equal keys; see `stratified_stderr`.
+    """(Mean difference, its standard error) of two sequences' `samples` (K,) with equal keys; see `stratified_stderr`.
 
     The masks that both share cancel. Draws of which nothing was drawn (K = 1 beside more) have no error of their own.
     """
@@ -362,9 +362,9 @@ def _score(model, batch: list[Rows], order: RevealOrder, objective: str) -> tupl
     mask = None if real.all() else real
     hidden_states = model.model(states, mask).last_hidden_state
     weight = torch.ones(len(ids), dtype=torch.double, device=device)
-    goal = None
-    if batch[0].noise.goal is not None:
-        goal = join([part.noise.goal for part in batch], False)
-    noise = Noise(visible, hidden_count, weight, maskable, goal)
-    _, nats = model.nats_of_hidden(hidden_states, ids, noise, order, objective, weight)
+    target_digits = None
+    if batch[0].noise.target_digits is not None:
+        target_digits = join([part.noise.target_digits for part in batch], False)
+    noise = Noise(visible, hidden_count, weight, maskable, target_digits)
+    _, nats = model.sequence_nll(hidden_states, ids, noise, order, objective, weight)
     return nats.split([len(part.ids) for part in batch])

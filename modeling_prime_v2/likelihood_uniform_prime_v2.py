@@ -1,4 +1,4 @@
-"""The lower bound of a uniform-state model's log-likelihood, with its standard error (formulas: `uniform_prime_v2`).
+"""The lower bound of a uniform-state model's log-likelihood, with its standard error (see diffusion_uniform_).
 
 The draws of a sequence are a pure function of (seed, its ids, which of them are scored), or of the key that is given,
 so a value does not depend on padding, on the other sequences of the batch or on their order.
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion_uniform_prime_v2 import UniformNoise, draw_noise
-from .draws_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
 from .likelihood_prime_v2 import (
     TOKENS_PER_PASS,
     PrimeV2LogLikelihood,
@@ -23,6 +22,7 @@ from .likelihood_prime_v2 import (
     stratified_stderr,
     unpadded,
 )
+from .likelihood_rows_prime_v2 import ROWS_PER_PIECE, draw_levels, sequence_key
 from .random_prime_v2 import Stream, hash64
 
 METHODS = ("uniform",)
@@ -58,8 +58,8 @@ def log_likelihood(
     seed: int = 0,
     keys: Tensor | None = None,
     exhaustive: bool = True,
-    refinement: int = 0,
-    return_draws: bool = False,
+    round_number: int = 0,
+    return_samples: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2LogLikelihood:
     """A lower bound of the log-likelihood of the tokens outside the prompt given the prompt, per sequence in nats.
@@ -70,41 +70,41 @@ def log_likelihood(
         replaced tokens, time, replacements), stratified over that number.
     exhaustive: not used; the times are a continuum, which is drawn from always.
     keys (B,) int64: of the draws, instead of (seed, sequence); sequences with equal keys share their random numbers.
-    refinement: r > 0 draws the r-th lot of further draws, as many as there were before (`draw_levels`).
-    return_draws: keep the single draws, for `paired_difference`.
+    round_number: r > 0 draws the r-th lot of further draws, as many as there were before (`draw_levels`).
+    return_samples: keep the single draws, for `paired_difference`.
     tokens_per_pass: rows x tokens of one pass of the network; changes no value.
     Raises ValueError for an unknown method, num_samples < 1, ids out of range, rows without a scored token, and
     non-finite results (`NotFiniteError`).
     """
-    _check_options(method, num_samples, refinement)
+    _check_options(method, num_samples, round_number)
     sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
     rows = []
     for i, ids, scored in sequences:
         key = (sequence_key(ids, scored, seed) if keys is None else keys[i]).to(ids.device)
-        rows.append(sampled_rows(ids, scored, i, model.config.vocab_size, num_samples, key, refinement))
+        rows.append(sampled_rows(ids, scored, i, model.config.vocab_size, num_samples, key, round_number))
     draws = _score_rows(model, (part for each in rows for part in each), len(input_ids), tokens_per_pass)
     parts = [(each, each.mean(), stratified_stderr(each), stratified_degrees(each)) for each in draws]
     counts = scored_counts(sequences)
-    return gather(parts, [num_samples] * len(draws), counts, True, return_draws)
+    return gather(parts, [num_samples] * len(draws), counts, True, return_samples)
 
 
-def _check_options(method: str, num_samples: int, refinement: int) -> None:
+def _check_options(method: str, num_samples: int, round_number: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if refinement and num_samples % 2 ** (refinement - 1):
+    if round_number and num_samples % 2 ** (round_number - 1):
         raise ValueError(
-            f"refinement={refinement} with num_samples={num_samples}: it takes a multiple of {2 ** (refinement - 1)} "
-            f"draws"
+            f"round_number={round_number} with num_samples={num_samples}: it takes a multiple of "
+            f"{2 ** (round_number - 1)} draws"
         )
 
 
 def sampled_rows(
-    ids: Tensor, scored: Tensor, sequence: int, vocab_size: int, num_samples: int, key: Tensor, refinement: int = 0
+    ids: Tensor, scored: Tensor, sequence: int, vocab_size: int, num_samples: int, key: Tensor, round_number: int = 0
 ) -> Iterator[UniformRows]:
     """`num_samples` draws of the noise of ids (L,), their levels stratified over (0, 1)."""
     draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(key, draws) if refinement == 0 else hash64(key, Stream.UNIFORM_REFINEMENT, refinement, draws)
-    levels = draw_levels(key, num_samples, refinement)
+    keys = hash64(key, draws) if round_number == 0 else hash64(key, Stream.UNIFORM_ROUND, round_number, draws)
+    levels = draw_levels(key, num_samples, round_number)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)
         shape = (len(keys[piece]), -1)
@@ -144,7 +144,7 @@ def _score(model, batch: list[Any]) -> tuple[Tensor, ...]:
     real = join([torch.ones_like(part.ids) for part in batch])
     mask = None if real.all() else real
     hidden_states = model.model(noise.ids, noise.times, mask).last_hidden_state
-    _, nats = model.nats_of_scored(hidden_states, clean, scored, noise)
+    _, nats = model.sequence_loss(hidden_states, clean, scored, noise)
     return nats.split([len(part.ids) for part in batch])
 
 

@@ -14,12 +14,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
 from .cache_prime_v2 import CACHE_NAME, one_cache
-from .chunked_loss_prime_v2 import token_nats
+from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
 from .likelihood_arm_prime_v2 import METHOD, greedy_matches, log_likelihood, next_tokens, start_token_id
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
@@ -178,7 +178,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
             return self.model.all_embeddings()
         return head_of(self.lm_head, self.config.vocab_size)
 
-    def logits_of(self, hidden_states: Tensor) -> Tensor:
+    def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""
         return apply_head(hidden_states, self.head())
 
@@ -243,7 +243,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
                 use_cache=use_cache,
                 **kwargs,
             )
-            logits = self.logits_of(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = self.token_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             return PrimeV2CausalLMOutput(
                 logits=logits,
                 hidden_states=outputs.hidden_states,
@@ -275,7 +275,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         tokens = next_tokens(ids, scored, start)
         outputs = self.model(tokens.inputs, mask, position_ids, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[tokens.rows, tokens.columns]  # (N, D)
-        total, nats = token_nats(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
+        total, nats = token_nll(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
         per_sequence = nats.new_zeros(len(ids)).index_add_(0, tokens.rows, nats)  # not every accelerator has float64
         return total / divisor(num_items_in_batch, scored), per_sequence, outputs
 

@@ -10,14 +10,21 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
-from .chunked_loss_prime_v2 import token_nats
+from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
-from .diffusion_interpolating_prime_v2 import NEVER_SEEN, Elements, ScoredTexts, draw_terms, is_bound, sequential_share
+from .diffusion_interpolating_prime_v2 import (
+    NEVER_SEEN,
+    ScoredTexts,
+    SortedInputs,
+    draw_terms,
+    is_bound,
+    sequential_share,
+)
 from .diffusion_prime_v2 import stratified_levels
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
 from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, greedy_matches
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
 from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
 from .likelihood_prime_v2 import PrimeV2LogLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -57,7 +64,7 @@ class PrimeV2InterpolatingOutput(ModelOutput):
 
 
 class PrimeV2InterpolatingModel(PrimeV2Backbone):
-    """The network up to the last norm: elements (B, E) to hidden states (B, E, D), see `interpolating_prime_v2`.
+    """The network up to the last norm: inputs (B, E) to hidden states (B, E, D), see diffusion_interpolating_.
 
     Its attention masks are dense and differ from row to row, which flash attention cannot take: "sdpa" or "eager".
     """
@@ -79,35 +86,35 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        ranks: Tensor | None = None,
-        sees: Tensor | None = None,
+        order_ids: Tensor | None = None,
+        visible_until: Tensor | None = None,
         cache=None,
         **kwargs,
     ) -> BaseModelOutput:
         """input_ids (B, E) int64 in [0, V], V = a query; position_ids (B or 1, E), None for 0..E-1.
 
-        ranks (B, C + E) and sees (B, E) int64 as of `Elements`, C the elements in `cache`; ids and lengths are
-        then those of a caller that has checked them. None: the known tokens became known from left to right, and each
-        masked one is a query that sees them all; attention_mask (B, E), 0 for padding, belongs to this case alone.
+        order_ids (B, C + E) and visible_until (B, E) int64 as of `SortedInputs`, C the inputs in `cache`; the caller
+        has then checked ids and lengths. None: the known tokens became known from left to right, and each
+        masked one is a query that sees them all; attention_mask (B, E), 0 for padding, is for this case only.
         """
         kwargs = forward_keywords(self, kwargs)
-        if ranks is None:
+        if order_ids is None:
             check_length(input_ids, attention_mask, self.config)
             check_ids(input_ids, self.config.vocab_size + 1, MASKED_NOTE)
-            ranks, sees = left_to_right(input_ids, attention_mask, self.config.mask_token_id)
+            order_ids, visible_until = left_to_right(input_ids, attention_mask, self.config.mask_token_id)
         hidden_states = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        mask = self._attention_mask(ranks, sees, hidden_states.dtype)
+        mask = self._attention_mask(order_ids, visible_until, hidden_states.dtype)
         hidden_states = self.run_layers(hidden_states, position_ids, mask, cache=cache, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
-    def _attention_mask(self, ranks: Tensor, sees: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each element attends to, (B, 1, E, C + E): bool for sdpa, for eager attention what is added."""
-        num_elements, num_keys = sees.shape[1], ranks.shape[1]
-        places = torch.arange(num_keys, device=ranks.device)
-        itself = places == places[num_keys - num_elements :].unsqueeze(1)
-        seen = ((ranks.unsqueeze(1) <= sees.unsqueeze(2)) | itself).unsqueeze(1)
+    def _attention_mask(self, order_ids: Tensor, visible_until: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each input attends to, (B, 1, E, C + E): bool for sdpa, for eager attention what is added."""
+        num_inputs, num_keys = visible_until.shape[1], order_ids.shape[1]
+        places = torch.arange(num_keys, device=order_ids.device)
+        itself = places == places[num_keys - num_inputs :].unsqueeze(1)
+        seen = ((order_ids.unsqueeze(1) <= visible_until.unsqueeze(2)) | itself).unsqueeze(1)
         if self.config._attn_implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
@@ -150,7 +157,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         check_ids(ids, self.config.vocab_size + 1, MASKED_NOTE)
         return ids.unsqueeze(-1)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
+    def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -167,7 +174,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
 
     @property
     def loss_is_bound(self) -> bool:
-        """Whether the loss is an upper bound on -log p(x) per token, see `interpolating_prime_v2.is_bound`."""
+        """Whether the loss is an upper bound on -log p(x) per token, see diffusion_interpolating_."""
         return is_bound(self.config.alpha_0, self.config.loss_weight)
 
     @can_return_tuple
@@ -201,7 +208,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
             refuse_noise(noise_keys, noise_levels)
             refuse_lost_labels(num_items_in_batch)
             outputs = self.model(input_ids, attention_mask, position_ids, **kwargs)
-            logits = self.logits(outputs.last_hidden_state)
+            logits = self.token_logits(outputs.last_hidden_state)
             other = torch.arange(logits.shape[-1], device=logits.device) != input_ids.unsqueeze(-1)
             known = (input_ids != self.config.mask_token_id).unsqueeze(-1)
             logits = logits.masked_fill(known & other, -torch.inf)
@@ -236,28 +243,32 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         # A term without rows in this batch has a row of padding: every process makes the same calls of the network,
         # in which sharded weights are gathered.
         kept = [term for term, weight in zip(terms, (share, 1 - share), strict=True) if weight > 0]
-        total, nats = self.nats_of_elements(
-            [each.elements for each in kept], [each.weights for each in kept], **kwargs
-        )
+        total, nats = self.sequence_nll([each.inputs for each in kept], [each.weights for each in kept], **kwargs)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         for term, each in zip(kept, nats, strict=True):
             per_sequence.index_add_(0, term.texts, each[: len(term.texts)] * term.weights)
         return total / divisor(num_items_in_batch, scored), per_sequence
 
-    def nats_of_elements(self, parts: list[Elements], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
+    def sequence_nll(self, parts: list[SortedInputs], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
         """Weighted nats of all queries, differentiable, and the unweighted nats of each row, (R,) float64 a part.
 
         weights: (R,) of each part. One pass of the network a part, one of the head for all.
         """
         hidden_states, ids, each_weight, rows = [], [], [], []
         for part, weight in zip(parts, weights, strict=True):
-            outputs = self.model(part.ids, position_ids=part.position_ids, ranks=part.ranks, sees=part.sees, **kwargs)
-            at, columns = (part.targets != NOT_SCORED).nonzero(as_tuple=True)
+            outputs = self.model(
+                part.ids,
+                position_ids=part.position_ids,
+                order_ids=part.order_ids,
+                visible_until=part.visible_until,
+                **kwargs,
+            )
+            at, columns = (part.target_ids != NOT_SCORED).nonzero(as_tuple=True)
             hidden_states.append(outputs.last_hidden_state[at, columns])
-            ids.append(part.targets[at, columns])
+            ids.append(part.target_ids[at, columns])
             each_weight.append(weight[at])
             rows.append(at)
-        total, nats = token_nats(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
+        total, nats = token_nll(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
         pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
         return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
 
@@ -277,12 +288,15 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:
-    """(ranks, sees) (B, L) when the tokens of input_ids (B, L) became known left to right; `mask_id` is a query."""
+    """(order_ids, visible_until) (B, L) when the tokens of input_ids (B, L) became known left to right.
+
+    A token `mask_id` is a query.
+    """
     known = input_ids != mask_id
     if attention_mask is not None:
         known = known & attention_mask.bool()
-    ranks = known.long().cumsum(1) - 1
-    return ranks.masked_fill(~known, NEVER_SEEN), torch.where(known, ranks, known.sum(1, keepdim=True) - 1)
+    order_ids = known.long().cumsum(1) - 1
+    return order_ids.masked_fill(~known, NEVER_SEEN), torch.where(known, order_ids, known.sum(1, keepdim=True) - 1)
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

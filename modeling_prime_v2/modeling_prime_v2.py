@@ -11,12 +11,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
-from .chunked_loss_prime_v2 import HiddenTokens, hidden_nats
+from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, greedy_matches
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches, greedy_matches
 from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
 from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
@@ -81,14 +81,14 @@ class PrimeV2Model(PrimeV2Backbone):
         subtoken_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        needed: Tensor | None = None,
+        target_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """subtoken_ids (B, L, S) int64 in [0, base], base = masked; attention_mask (B, L), 0 for padding.
 
         input_ids (B, L): token ids in place of states, V = all digits masked.
-        needed (B, L) bool: only these tokens' hidden states are wanted, (M, D) by rows, then columns.
+        target_mask (B, L) bool: only the hidden states of these tokens are returned, (M, D) by rows, then columns.
         """
         kwargs = forward_keywords(self, kwargs)
         if (input_ids is None) == (subtoken_ids is None):
@@ -102,7 +102,7 @@ class PrimeV2Model(PrimeV2Backbone):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        hidden_states = self.run_layers(hidden_states, position_ids, mask, needed=needed, **kwargs)
+        hidden_states = self.run_layers(hidden_states, position_ids, mask, target_mask=target_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -197,7 +197,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
             refuse_lost_labels(num_items_in_batch)
             states = self.code_table.encode(input_ids) if subtoken_ids is None else subtoken_ids
             outputs = self.model(states, attention_mask, position_ids, **kwargs)
-            logits = self.filtered_logits(outputs.last_hidden_state, states)
+            logits = self.token_logits(outputs.last_hidden_state, states)
             return PrimeV2Output(None, None, logits, outputs.hidden_states, outputs.attentions)
         if input_ids is None:
             raise ValueError("labels need input_ids, clean token ids (B, L): the noise is drawn inside the model")
@@ -206,7 +206,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         )
         return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
 
-    def filtered_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
+    def token_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -229,10 +229,10 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         states = torch.where(noise.visible, digits, config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
-        total, nats = self.nats_of_hidden(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
+        total, nats = self.sequence_nll(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
         return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
-    def nats_of_hidden(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
+    def sequence_nll(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
         """Weighted nats of the tokens that have a hidden unit (the others have none).
 
         Without carry-over the paper's loss has a term for each token, those with every digit visible included.
@@ -240,21 +240,23 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         hidden_states (B, L, D); ids (B, L) clean; weight (B,). Returns the weighted sum, differentiable, and the
         unweighted nats of each sequence (B,), float64, detached.
         """
-        asked = noise.hidden_count > 0
+        target_mask = noise.hidden_count > 0
         splits_tokens = self.config.num_subtokens > 1 and order.kind != "token"
         if objective == "joint" and splits_tokens and not self.config.carry_over:
-            asked = noise.maskable
-        rows, columns = asked.nonzero(as_tuple=True)
-        kind, multiplicity, goal = "token", torch.ones_like(rows), None
-        if noise.goal is not None:
-            kind, goal = "prefix", noise.goal[rows, columns]
+            target_mask = noise.maskable
+        rows, columns = target_mask.nonzero(as_tuple=True)
+        kind, multiplicity, target_digits = "token", torch.ones_like(rows), None
+        if noise.target_digits is not None:
+            kind, target_digits = "prefix", noise.target_digits[rows, columns]
         elif objective == "marginal" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
         elif objective == "marginal" and order.kind == "nested":
             multiplicity = noise.hidden_count[rows, columns]
-            kind, goal = "prefix", order.next_visible(multiplicity)
-        tokens = HiddenTokens(ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, goal)
-        total, nats = hidden_nats(
+            kind, target_digits = "prefix", order.next_visible(multiplicity)
+        tokens = HiddenTokens(
+            ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, target_digits
+        )
+        total, nats = hidden_nll(
             hidden_states[rows, columns], self.head(), self.code_table, tokens, kind, self.config.carry_over
         )
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
@@ -268,7 +270,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode fills in exactly the targets: see likelihood_greedy_prime_v2.py."""
+        """Whether the deterministic decode fills in exactly the targets: see generation_greedy_prime_v2.py."""
         ids, mask, target, options = scoring_inputs(
             self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )

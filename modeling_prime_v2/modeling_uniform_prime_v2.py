@@ -16,9 +16,9 @@ from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedM
 from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_prime_v2 import stratified_levels
-from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_nats
+from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_loss
+from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, greedy_matches
-from .likelihood_greedy_prime_v2 import PrimeV2GreedyMatches
 from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
@@ -44,7 +44,7 @@ class PrimeV2UniformOutput(ModelOutput):
 
     loss: scalar, nats per scored token over the noise drawn; None without labels.
     is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
-    logits: (B, L, V) float, log p up to a constant, see `uniform_prime_v2`; None when labels are given.
+    logits: (B, L, V) float, log p up to a constant, see `diffusion_uniform_prime_v2`; None when labels are given.
     hidden_states, attentions: as in Transformers, on request.
     loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
         divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
@@ -238,7 +238,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             check_times(times, self.config)
             times = times if times is None else torch.as_tensor(times, device=input_ids.device)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
-            logits = self.logits(outputs.last_hidden_state)
+            logits = self.token_logits(outputs.last_hidden_state)
             return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
         if times is not None:
             raise ValueError("times were given with labels, whose noise is drawn here; leave times out")
@@ -253,7 +253,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             return all_vectors(self.model.embed_tokens, self.config.vocab_size)
         return head_of(self.lm_head, self.config.vocab_size)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
+    def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -270,11 +270,11 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
             noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
         noise = draw_noise(ids, scored, noise_keys, noise_levels, config.vocab_size)
         outputs = self.model(noise.ids, noise.times, attention_mask, position_ids, **kwargs)
-        total, nats = self.nats_of_scored(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
+        total, nats = self.sequence_loss(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
         weight = noise.weight if config.loss_weight == "elbo" else 1.0
         return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
-    def nats_of_scored(self, hidden_states, ids, scored, noise: UniformNoise, loss_weight: str = "elbo"):
+    def sequence_loss(self, hidden_states, ids, scored, noise: UniformNoise, loss_weight: str = "elbo"):
         """Weighted nats of the scored tokens: `loss_weight` as in the config.
 
         hidden_states (B, L, D); ids (B, L) clean; scored (B, L) bool. Returns the weighted sum, differentiable, and
@@ -285,7 +285,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         if loss_weight == "low_variance":
             kind, weight = "posterior", torch.ones_like(weight)
         tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
-        total, nats = uniform_nats(hidden_states[rows, columns], self.head(), tokens, kind)
+        total, nats = uniform_loss(hidden_states[rows, columns], self.head(), tokens, kind)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double())
 

@@ -33,7 +33,7 @@ class Stream(IntEnum):
     SEQUENCE = 11
     DRAW = 12
     ORDER = 13
-    REFINEMENT = 14
+    ROUND = 14
     # Sampling of masked diffusion: key of a row, reveal steps, tokens.
     ROW = 21
     REVEAL = 22
@@ -54,14 +54,14 @@ class Stream(IntEnum):
     # of the deterministic decode.
     REPLACED_AT = 81
     REPLACED_BY = 82
-    UNIFORM_REFINEMENT = 83
+    UNIFORM_ROUND = 83
     UNIFORM_START = 85
     UNIFORM_TOKEN = 86
     GREEDY_START = 87
     # Interpolating diffusion: order of the tokens, further lots of draws; sampling: which tokens come first, their
     # order within a step, tokens.
     INTERPOLATING_ORDER = 91
-    INTERPOLATING_REFINEMENT = 92
+    INTERPOLATING_ROUND = 92
     PHASE = 93
     WITHIN_STEP = 94
     INTERPOLATING_TOKEN = 95

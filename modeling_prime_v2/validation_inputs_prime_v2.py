@@ -15,7 +15,7 @@ from .validation_keywords_prime_v2 import arguments_of, refuse_unknown, shown
 # Seeds that torch's generators take too.
 SEEDS = (-(2**63), 2**64 - 1)
 # Smallest value of the whole numbers among the options of `log_likelihood` and `greedy_matches`.
-LEAST = {"num_samples": 1, "refinement": 0, "tokens_per_pass": 1}
+LEAST = {"num_samples": 1, "round_number": 0, "tokens_per_pass": 1}
 
 
 def token_inputs(model: Any, input_ids: Any, attention_mask: Any = None) -> tuple[Any, Any]:
@@ -322,7 +322,7 @@ def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dic
     for name, value in given.items():
         if name in LEAST:
             checked[name] = whole_number(name, value, LEAST[name])
-        elif name in ("exhaustive", "return_draws"):
+        elif name in ("exhaustive", "return_samples"):
             checked_flag(name, value)
         elif name == "seed":
             checked[name] = checked_seed(value)

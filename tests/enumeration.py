@@ -93,7 +93,7 @@ def nats_of_all_masks(model, ids: Tensor, order: RevealOrder, objective: str) ->
     noise = Noise(visible, hidden.sum(-1).repeat(batch, 1), weight, torch.ones_like(rows, dtype=torch.bool))
     states = torch.where(visible, model.encode(rows), model.config.base)
     hidden_states = model.model(states).last_hidden_state
-    _, nats = model.nats_of_hidden(hidden_states, rows, noise, order, objective, weight)
+    _, nats = model.sequence_nll(hidden_states, rows, noise, order, objective, weight)
     return nats.view(batch, -1), masks.sum(1)
 
 
@@ -186,7 +186,7 @@ class AnyOrder:
 
 
 def naive_nats(
-    hidden_states, head, codes, ids, visible, kind: str, carry_over: bool = True, goal: Tensor | None = None
+    hidden_states, head, codes, ids, visible, kind: str, carry_over: bool = True, target_digits: Tensor | None = None
 ) -> Tensor:
     """Nats per token (N,) by loops and full logits, differentiable: the reference of the chunked head."""
     nats = []
@@ -202,6 +202,6 @@ def naive_nats(
             asked = (~visible[n]).nonzero().flatten().tolist()
             nats.append(-sum(log_q[codes[:, j] == codes[ids[n], j]].logsumexp(0) for j in asked))
         else:
-            agrees = (codes[:, goal[n]] == codes[ids[n], goal[n]]).all(1)
+            agrees = (codes[:, target_digits[n]] == codes[ids[n], target_digits[n]]).all(1)
             nats.append(-log_q[agrees].logsumexp(0))
     return torch.stack(nats)

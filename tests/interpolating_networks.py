@@ -34,9 +34,9 @@ def small_model(seed: int = 0, scale: float = 0.4, **changes) -> PrimeV2ForInter
 
 
 class OptimalDenoiser(nn.Module):
-    """Stands for the network: the "hidden state" of an element is log p(v at its place | the tokens that it sees).
+    """Stands for the network: the "hidden state" of an input is log p(v at its place | the tokens that it sees).
 
-    With a cache it keeps ids and places of elements as keys, as a network keeps what it knows of them.
+    With a cache it keeps ids and places of inputs as keys, as a network keeps what it knows of them.
     """
 
     def __init__(self, law: Tensor, vocab_size: int, length: int):
@@ -44,13 +44,13 @@ class OptimalDenoiser(nn.Module):
         self.law, self.sequences = law, all_sequences(vocab_size, length)
         self.is_token = nn.functional.one_hot(self.sequences, vocab_size).double()  # (V**L, L, V)
 
-    def forward(self, input_ids, position_ids, ranks, sees, cache=None) -> BaseModelOutput:
-        elements = torch.stack([input_ids, position_ids], dim=-1).unsqueeze(1)  # (B, 1, E, 2)
+    def forward(self, input_ids, position_ids, order_ids, visible_until, cache=None) -> BaseModelOutput:
+        inputs = torch.stack([input_ids, position_ids], dim=-1).unsqueeze(1)  # (B, 1, E, 2)
         if cache is not None:
-            elements = cache.update(elements, elements, 0)[0]
-        ids, places = elements[:, 0, :, 0], elements[:, 0, :, 1]  # (B, C + E)
+            inputs = cache.update(inputs, inputs, 0)[0]
+        ids, places = inputs[:, 0, :, 0], inputs[:, 0, :, 1]  # (B, C + E)
         there = nn.functional.one_hot(places, self.sequences.shape[1]) * (ids + 1).unsqueeze(-1)  # (B, C + E, L)
-        visible = (ranks.unsqueeze(1) <= sees.unsqueeze(2)).long()
+        visible = (order_ids.unsqueeze(1) <= visible_until.unsqueeze(2)).long()
         state = torch.einsum("bek,bkl->bel", visible, there)  # id + 1, 0 where nothing is known
         fits = ((state.unsqueeze(2) == 0) | (state.unsqueeze(2) == self.sequences + 1)).all(-1)  # (B, E, V**L)
         posterior = fits * self.law

@@ -96,7 +96,7 @@ def naive_posterior(probabilities: Tensor, i: Tensor, times: Tensor) -> Tensor:
 @torch.no_grad()
 def estimates(model, z: Tensor, times: Tensor) -> Tensor:
     """p (B, L, V) float64 of noised tokens z (B, L) at times (B,)."""
-    return model.logits(model.model(z, times).last_hidden_state).double().softmax(-1)
+    return model.token_logits(model.model(z, times).last_hidden_state).double().softmax(-1)
 
 
 def time_nodes(num_points: int) -> tuple[Tensor, Tensor]:

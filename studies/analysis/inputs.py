@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prime_v2 import diffusion_prime_v2
 from prime_v2 import diffusion_uniform_prime_v2 as diffusion_uniform_prime_v2
-from prime_v2.diffusion_interpolating_prime_v2 import ScoredTexts, diffusion_elements, random_places
+from prime_v2.diffusion_interpolating_prime_v2 import ScoredTexts, diffusion_inputs, random_places
 from prime_v2.random_prime_v2 import Stream, hash64
 
 
@@ -112,17 +112,17 @@ def _uniform(model: Any, ids: Tensor, share: float, keys: Tensor) -> Fed:
 
 
 def _interpolating(model: Any, ids: Tensor, share: float, keys: Tensor) -> Fed:
-    """Interpolating: whole tokens hidden, the rest known in a random order; see `diffusion_elements`."""
+    """Interpolating: whole tokens hidden, the rest known in a random order; see `diffusion_inputs`."""
     rows, length = ids.shape
     scored = torch.ones_like(ids, dtype=torch.bool)
     places = torch.arange(length, device=ids.device).expand_as(ids)
     texts = ScoredTexts(ids, ~scored, scored, places, model.config.mask_token_id)
     num_hidden = math.ceil(share * length)
-    elements = diffusion_elements(texts, random_places(scored, keys), torch.full_like(ids[:, 0], length - num_hidden))
+    inputs = diffusion_inputs(texts, random_places(scored, keys), torch.full_like(ids[:, 0], length - num_hidden))
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)
-    seen = (elements.ranks.unsqueeze(1) <= elements.sees.unsqueeze(2)) | itself
+    seen = (inputs.order_ids.unsqueeze(1) <= inputs.visible_until.unsqueeze(2)) | itself
     words = "clean text" if share == 0 else f"{num_hidden} of {length} tokens masked"
-    inputs = {"input_ids": elements.ids, "ranks": elements.ranks, "sees": elements.sees}
+    inputs = {"input_ids": inputs.ids, "order_ids": inputs.order_ids, "visible_until": inputs.visible_until}
     shares = {"masked_tokens": torch.full((rows,), num_hidden / length, dtype=torch.double)}
     words += ", the others known one after the other in a random order"
     return Fed(inputs, seen, words, shares)

@@ -6,7 +6,7 @@ from enumeration import naive_nats, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2
-from prime_v2.chunked_loss_prime_v2 import HiddenTokens, hidden_nats
+from prime_v2.chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from prime_v2.code_table_prime_v2 import PrimeV2CodeTable
 from prime_v2.diffusion_prime_v2 import RevealOrder, draw_noise
 
@@ -59,10 +59,17 @@ def both_forms(table, kind, carry_over=True, count=23, dtype=torch.double, scale
             each.detach().to(form).requires_grad_() for each in states_and_head(table, count, dtype=dtype, scale=scale)
         )
         if not results:
-            loss, nats = hidden_nats(hidden_states, head, table, tokens, kind, carry_over)
+            loss, nats = hidden_nll(hidden_states, head, table, tokens, kind, carry_over)
         else:
             nats = naive_nats(
-                hidden_states, head, table.codes[:-1], tokens.ids, tokens.visible, kind, carry_over, tokens.goal
+                hidden_states,
+                head,
+                table.codes[:-1],
+                tokens.ids,
+                tokens.visible,
+                kind,
+                carry_over,
+                tokens.target_digits,
             )
             loss = (nats * tokens.weights).sum()
         # A factor that is not 1, as accumulation or the division by the number of tokens gives.
@@ -118,7 +125,7 @@ def test_a_marginal_of_one_times_ten_to_the_minus_27_is_not_cut_off():
     for gap in (40.0, 57.0, 58.0, 62.0, 80.0, 100.0, 700.0, 5000.0):
         hidden_states = torch.tensor([[gap, 0.0]])
         tokens = HiddenTokens(torch.tensor([1]), torch.tensor([[False]]), torch.ones(1))
-        _, nats = hidden_nats(hidden_states, torch.eye(2), table, tokens, "digits")
+        _, nats = hidden_nll(hidden_states, torch.eye(2), table, tokens, "digits")
         assert nats.item() == pytest.approx(gap, rel=1e-6)  # log(1 + e**-gap) is below e**-40
 
 
@@ -135,9 +142,9 @@ def test_no_gradient_is_computed_where_none_is_asked(monkeypatch):
     tokens = some_tokens(table, 3, "digits")
     hidden_states, head = states_and_head(table, 3)
     with torch.no_grad():
-        hidden_nats(hidden_states, head, table, tokens, "digits")
-    hidden_nats(hidden_states.detach(), head.detach(), table, tokens, "digits")
-    hidden_nats(hidden_states, head.detach(), table, tokens, "digits")[0].backward()
+        hidden_nll(hidden_states, head, table, tokens, "digits")
+    hidden_nll(hidden_states.detach(), head.detach(), table, tokens, "digits")
+    hidden_nll(hidden_states, head.detach(), table, tokens, "digits")[0].backward()
     assert asked == [False, False, True]
     assert hidden_states.grad is not None
     assert head.grad is None
@@ -148,8 +155,8 @@ def test_gradients_of_the_head_alone():
     table = table_of(**TABLES[0])
     tokens = some_tokens(table, 5, "digits")
     hidden_states, head = states_and_head(table, 5)
-    both = torch.autograd.grad(hidden_nats(hidden_states, head, table, tokens, "digits")[0], head)[0]
-    alone = torch.autograd.grad(hidden_nats(hidden_states.detach(), head, table, tokens, "digits")[0], head)[0]
+    both = torch.autograd.grad(hidden_nll(hidden_states, head, table, tokens, "digits")[0], head)[0]
+    alone = torch.autograd.grad(hidden_nll(hidden_states.detach(), head, table, tokens, "digits")[0], head)[0]
     torch.testing.assert_close(alone, both, rtol=0, atol=0)
 
 
@@ -158,7 +165,7 @@ def test_no_hidden_token_is_a_loss_of_zero_with_gradients_of_zero():
     table = table_of(**TABLES[0])
     hidden_states, head = states_and_head(table, 0)
     tokens = HiddenTokens(torch.empty(0, dtype=torch.long), torch.empty(0, 4, dtype=torch.bool), torch.empty(0))
-    loss, nats = hidden_nats(hidden_states, head, table, tokens, "digits")
+    loss, nats = hidden_nll(hidden_states, head, table, tokens, "digits")
     loss.backward()
     assert loss.item() == 0
     assert len(nats) == 0
@@ -167,13 +174,13 @@ def test_no_hidden_token_is_a_loss_of_zero_with_gradients_of_zero():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind='words' is not one of"):
-        hidden_nats(torch.ones(1, 2), torch.ones(11, 2), table_of(**TABLES[0]), None, "words")
+        hidden_nll(torch.ones(1, 2), torch.ones(11, 2), table_of(**TABLES[0]), None, "words")
 
 
 def test_a_second_derivative_is_refused():
     table = table_of(**TABLES[0])
     hidden_states, head = states_and_head(table, 3)
-    loss, _ = hidden_nats(hidden_states, head, table, some_tokens(table, 3, "token"), "token")
+    loss, _ = hidden_nll(hidden_states, head, table, some_tokens(table, 3, "token"), "token")
     (gradient,) = torch.autograd.grad(loss.square(), head, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -183,7 +190,7 @@ def test_a_second_backward_pass_is_refused():
     """The first scales the gradients where they lie."""
     table = table_of(**TABLES[0])
     hidden_states, head = states_and_head(table, 3)
-    loss, _ = hidden_nats(hidden_states, head, table, some_tokens(table, 3, "token"), "token")
+    loss, _ = hidden_nll(hidden_states, head, table, some_tokens(table, 3, "token"), "token")
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken; compute the loss again"):
         loss.backward()

@@ -22,16 +22,16 @@ from scipy.stats import chisquare
 
 from prime_v2.diffusion_interpolating_prime_v2 import (
     NEVER_SEEN,
-    Elements,
     ScoredTexts,
+    SortedInputs,
     diffusion_counts,
-    diffusion_elements,
+    diffusion_inputs,
     draw_terms,
     is_bound,
     random_places,
     revealed_chances,
     sequential_counts,
-    sequential_elements,
+    sequential_inputs,
     sequential_share,
 )
 from prime_v2.diffusion_prime_v2 import hidden_counts_to_draw
@@ -144,27 +144,27 @@ def test_elements_of_a_worked_example():
     texts = texts_of(ids, scored, torch.tensor([[0, 1, 0, 0, 0, 1]], dtype=torch.bool))
     places, num_clean = torch.tensor([[5, 5, 1, 2, 0, 5]]), torch.tensor([1])
     x, no = NEVER_SEEN, -100
-    found = diffusion_elements(texts, places, num_clean)
+    found = diffusion_inputs(texts, places, num_clean)
     assert found.ids.tolist() == [[11, 7, 11, 11, 3, 8]]
-    assert found.ranks.tolist() == [[x, 0, x, x, 2, 1]]
-    assert found.sees[:, 1:].tolist() == [[0, 2, 2, 2, 1]]
+    assert found.order_ids.tolist() == [[x, 0, x, x, 2, 1]]
+    assert found.visible_until[:, 1:].tolist() == [[0, 2, 2, 2, 1]]
     assert found.targets.tolist() == [[no, no, 1, 2, no, no]]
-    found = sequential_elements(texts, places, num_clean)
+    found = sequential_inputs(texts, places, num_clean)
     assert found.ids.tolist() == [[11, 7, 1, 2, 3, 8, 11, 11]]
     assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3]]
-    assert found.ranks.tolist() == [[x, 0, 3, 4, 2, 1, x, x]]
-    assert found.sees.tolist() == [[-1, 0, 3, 4, 2, 1, 2, 3]]
+    assert found.order_ids.tolist() == [[x, 0, 3, 4, 2, 1, x, x]]
+    assert found.visible_until.tolist() == [[-1, 0, 3, 4, 2, 1, 2, 3]]
     assert found.targets.tolist() == [[no] * 6 + [1, 2]]
 
 
 def test_joined_rows_are_padded_and_kept_in_order():
     ids = torch.tensor([[1, 2, 3]])
     texts = texts_of(ids)
-    parts = [sequential_elements(texts, torch.tensor([[0, 1, 2]]), torch.tensor([c])) for c in (1, 0)]
-    joined = Elements.join([*parts, Elements.blank(ids.device)])
+    parts = [sequential_inputs(texts, torch.tensor([[0, 1, 2]]), torch.tensor([c])) for c in (1, 0)]
+    joined = SortedInputs.join([*parts, SortedInputs.blank(ids.device)])
     assert joined.ids.tolist() == [[1, 2, 3, 11, 11, 0], [1, 2, 3, 11, 11, 11], [0] * 6]
-    assert joined.ranks[2].tolist() == [NEVER_SEEN] * 6
-    assert torch.equal(joined.rows(slice(1, 2)).sees, parts[1].sees)
+    assert joined.order_ids[2].tolist() == [NEVER_SEEN] * 6
+    assert torch.equal(joined.rows(slice(1, 2)).visible_until, parts[1].visible_until)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -183,11 +183,11 @@ def test_queries_give_the_probabilities_of_plain_causal_attention_over_the_sorte
     texts = texts_of(ids, scored, real & ~scored)
     places = random_places(scored, torch.arange(6))
     num_clean = torch.tensor([0, 1, 2, 4, 7, 1])
-    sequential = sequential_elements(texts, places, num_clean)
-    diffusion = diffusion_elements(texts, places, num_clean)
+    sequential = sequential_inputs(texts, places, num_clean)
+    diffusion = diffusion_inputs(texts, places, num_clean)
     ones = torch.ones(6, dtype=torch.double)
     with torch.no_grad():
-        _, (chain_nats, parallel_nats) = model.nats_of_elements([sequential, diffusion], [ones, ones])
+        _, (chain_nats, parallel_nats) = model.sequence_nll([sequential, diffusion], [ones, ones])
         for row in range(6):
             order = places[row][scored[row]].argsort().tolist()
             numbers = [*order[: num_clean[row]], *sorted(order[num_clean[row] :])]
@@ -322,7 +322,7 @@ def test_rows_of_the_terms_have_their_weights():
         sequential, diffusion = draw_terms(texts_of(ids), torch.arange(8), levels, 0.5, 0.25, loss_weight)
         assert sequential.texts.tolist() == [0, 1] and diffusion.texts.tolist() == [2, 3, 4, 5, 6, 7]
         for term, factor in ((sequential, 0.5 / 0.25), (diffusion, 0.5 / 0.75)):
-            k = (term.elements.targets >= 0).sum(1)
+            k = (term.inputs.target_ids >= 0).sum(1)
             assert k.unique().numel() > len(k) // 2
             expected = factor * (10 / k.double() if loss_weight == "elbo" else torch.ones(len(k), dtype=torch.double))
             torch.testing.assert_close(term.weights, expected)
@@ -338,12 +338,12 @@ def test_every_draw_asks_for_hidden_tokens_alone_and_for_each_once(alpha_0, num_
     for level in (0.001, 0.4, 0.999):
         terms = draw_terms(texts, torch.tensor([key]), torch.tensor([level], dtype=torch.double), alpha_0, share)
         assert sorted(len(term.texts) for term in terms) == [0, 1]
-        elements = next(term.elements for term in terms if len(term.texts))
-        asked = elements.targets >= 0
-        assert (elements.ids[asked] == 11).all() and (elements.ranks[asked] == NEVER_SEEN).all()
-        assert (elements.position_ids[asked] % 11 == elements.targets[asked]).all()
-        assert elements.position_ids[asked].unique().numel() == int(asked.sum())
-        shown = elements.ranks[elements.ranks != NEVER_SEEN].sort().values
+        inputs = next(term.inputs for term in terms if len(term.texts))
+        asked = inputs.target_ids >= 0
+        assert (inputs.ids[asked] == 11).all() and (inputs.order_ids[asked] == NEVER_SEEN).all()
+        assert (inputs.position_ids[asked] % 11 == inputs.target_ids[asked]).all()
+        assert inputs.position_ids[asked].unique().numel() == int(asked.sum())
+        shown = inputs.order_ids[inputs.order_ids != NEVER_SEEN].sort().values
         assert shown.tolist() == list(range(len(shown))), "ranks have no gap"
         assert int(scored.sum()) + int(given_tokens.sum()) == len(shown) + int(asked.sum()) * (len(terms[1].texts) > 0)
 

@@ -32,7 +32,7 @@ from prime_v2.diffusion_uniform_prime_v2 import (
     draw_noise,
     excess,
     reverse_step,
-    uniform_nats,
+    uniform_loss,
 )
 
 # float64 sums of some 20 terms of up to 1e3 each.
@@ -73,7 +73,7 @@ def both_forms(kind: str, vocab_size: int = 13, count: int = 23, dtype=torch.dou
             each.detach().to(form).requires_grad_() for each in states_and_head(count, vocab_size, dtype, scale)
         )
         if not results:
-            loss, nats = uniform_nats(hidden_states, head, tokens, kind)
+            loss, nats = uniform_loss(hidden_states, head, tokens, kind)
         else:
             nats = naive_nats(hidden_states @ head.T, tokens, kind)
             loss = (nats * tokens.weights).sum()
@@ -116,8 +116,8 @@ def test_float32_is_exact_at_both_ends_of_time(vocab_size, time):
     tokens = some_tokens(count, vocab_size)
     tokens.times = torch.full((count,), time, dtype=torch.double)
     hidden_states, head = states_and_head(count, vocab_size)
-    _, exact = uniform_nats(hidden_states.detach(), head.detach(), tokens, "elbo")
-    loss, nats = uniform_nats(hidden_states.float().detach().requires_grad_(), head.float(), tokens, "elbo")
+    _, exact = uniform_loss(hidden_states.detach(), head.detach(), tokens, "elbo")
+    loss, nats = uniform_loss(hidden_states.float().detach().requires_grad_(), head.float(), tokens, "elbo")
     # Logits of up to 20, rounded, change log p by some 1e-6; a sum over V that cancels by some 1e-6 of 1 nat.
     torch.testing.assert_close(nats.double(), exact, rtol=2e-5, atol=2e-5)
     assert loss.isfinite()
@@ -131,7 +131,7 @@ def test_bfloat16_gives_finite_values_and_gradients_at_both_ends_of_time(kind, s
         tokens = some_tokens(9, 40)
         tokens.times = torch.full((9,), time, dtype=torch.double)
         hidden_states, head = states_and_head(9, 40, torch.bfloat16, scale)
-        loss, nats = uniform_nats(hidden_states, head, tokens, kind)
+        loss, nats = uniform_loss(hidden_states, head, tokens, kind)
         loss.backward()
         assert loss.dtype == nats.dtype == torch.float32
         for each in (loss, nats, hidden_states.grad, head.grad):
@@ -146,7 +146,7 @@ def test_the_integrand_is_no_less_than_zero(vocab_size, time, scale, seed):
     ids, noised = torch.randint(vocab_size, (2, 6), generator=generator)
     times = torch.full((6,), time, dtype=torch.double)
     tokens = NoisedTokens(ids, noised, times, torch.ones(6, dtype=torch.double))
-    _, nats = uniform_nats(logits, torch.eye(vocab_size, dtype=torch.double), tokens, "elbo")
+    _, nats = uniform_loss(logits, torch.eye(vocab_size, dtype=torch.double), tokens, "elbo")
     assert (nats > -1e-8).all()
 
 
@@ -155,7 +155,7 @@ def test_the_integrand_of_a_certain_and_right_estimate_is_zero():
     times = torch.tensor([0.2, 0.5, 0.9], dtype=torch.double)
     logits = 1e3 * torch.eye(3, dtype=torch.double)[ids]
     tokens = NoisedTokens(ids, noised, times, torch.ones(3, dtype=torch.double))
-    _, nats = uniform_nats(logits, torch.eye(3, dtype=torch.double), tokens, "elbo")
+    _, nats = uniform_loss(logits, torch.eye(3, dtype=torch.double), tokens, "elbo")
     torch.testing.assert_close(nats, torch.zeros(3, dtype=torch.double), rtol=0, atol=1e-12)
 
 
@@ -164,8 +164,8 @@ def test_no_gradient_is_computed_where_none_is_asked(monkeypatch):
     monkeypatch.setattr(diffusion_uniform_prime_v2, "_elbo", lambda *args: asked.append(args[-1]) or elbo(*args))
     tokens, (hidden_states, head) = some_tokens(3, 13), states_and_head(3, 13)
     with torch.no_grad():
-        uniform_nats(hidden_states, head, tokens, "elbo")
-    uniform_nats(hidden_states, head.detach(), tokens, "elbo")[0].backward()
+        uniform_loss(hidden_states, head, tokens, "elbo")
+    uniform_loss(hidden_states, head.detach(), tokens, "elbo")[0].backward()
     assert asked == [False, True]
     assert hidden_states.grad is not None and head.grad is None
 
@@ -173,18 +173,18 @@ def test_no_gradient_is_computed_where_none_is_asked(monkeypatch):
 def test_gradients_of_the_head_alone():
     """A frozen backbone."""
     tokens, (hidden_states, head) = some_tokens(5, 13), states_and_head(5, 13)
-    both = torch.autograd.grad(uniform_nats(hidden_states, head, tokens, "elbo")[0], head)[0]
-    alone = torch.autograd.grad(uniform_nats(hidden_states.detach(), head, tokens, "elbo")[0], head)[0]
+    both = torch.autograd.grad(uniform_loss(hidden_states, head, tokens, "elbo")[0], head)[0]
+    alone = torch.autograd.grad(uniform_loss(hidden_states.detach(), head, tokens, "elbo")[0], head)[0]
     torch.testing.assert_close(alone, both, rtol=0, atol=0)
 
 
 def test_a_second_backward_pass_and_a_second_derivative_are_refused():
     tokens, (hidden_states, head) = some_tokens(3, 13), states_and_head(3, 13)
-    loss, _ = uniform_nats(hidden_states, head, tokens, "elbo")
+    loss, _ = uniform_loss(hidden_states, head, tokens, "elbo")
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken; compute the loss again"):
         loss.backward()
-    loss, _ = uniform_nats(hidden_states, head, tokens, "elbo")
+    loss, _ = uniform_loss(hidden_states, head, tokens, "elbo")
     (gradient,) = torch.autograd.grad(loss.square(), head, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -192,7 +192,7 @@ def test_a_second_backward_pass_and_a_second_derivative_are_refused():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind='token' is not one of elbo, posterior"):
-        uniform_nats(torch.ones(1, 2), torch.ones(11, 2), some_tokens(1, 11), "token")
+        uniform_loss(torch.ones(1, 2), torch.ones(11, 2), some_tokens(1, 11), "token")
 
 
 # The bound
@@ -231,7 +231,7 @@ def test_both_losses_are_least_for_the_optimal_denoiser(kind):
             time.expand(shape).flatten(),
             chance.unsqueeze(-1).expand(shape).flatten(),
         )
-        loss, _ = uniform_nats(logits.expand(len(x), -1, -1, -1).flatten(0, 2), torch.eye(3).double(), tokens, kind)
+        loss, _ = uniform_loss(logits.expand(len(x), -1, -1, -1).flatten(0, 2), torch.eye(3).double(), tokens, kind)
         (gradient,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 

@@ -83,7 +83,7 @@ def test_ids_outside_the_vocabulary_may_stand_in_padding():
 def test_drawing_in_chunks_changes_nothing(monkeypatch):
     model, prompt = small_model(), prompts(3, 4)
     whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4)
-    monkeypatch.setattr("prime_v2.denoising_prime_v2.DRAW_ELEMENTS", 100)
+    monkeypatch.setattr("prime_v2.generation_process_prime_v2.DRAW_ELEMENTS", 100)
     assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4))
 
 

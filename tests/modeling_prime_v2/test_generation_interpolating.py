@@ -5,9 +5,9 @@ import torch
 from interpolating_networks import query_log_probabilities, small_model
 from transformers import MaxTimeCriteria, NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor
 
-from prime_v2.denoising_prime_v2 import make_canvas
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
 from prime_v2.generation_interpolating_prime_v2 import InterpolatingProcess
+from prime_v2.generation_process_prime_v2 import make_canvas
 
 MASK = 11  # of the networks here that do not say otherwise
 
@@ -32,12 +32,12 @@ class _Recorded(InterpolatingProcess):
         self.seen.append(super().query_states(picked, asked))
         return self.seen[-1]
 
-    def watched_extend(self, rows, new_ranks):
+    def watched_extend(self, rows, new_positions):
         known = self.canvas.real[rows] & (self.passes[rows] < self.num_forward[int(rows[0])] - 1)
-        ranks, layers = self.extend(rows, new_ranks)
+        order_ids, layers = self.extend(rows, new_positions)
         sizes = {layer.keys.shape[2] for layer in layers.layers}
-        self.stored.append((ranks.shape[1] - new_ranks.shape[1], int(known.sum(1).max()), sizes))
-        return ranks, layers
+        self.stored.append((order_ids.shape[1] - new_positions.shape[1], int(known.sum(1).max()), sizes))
+        return order_ids, layers
 
 
 class _NoStream:

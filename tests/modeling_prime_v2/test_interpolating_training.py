@@ -47,9 +47,9 @@ def naive_loss(model, texts: ScoredTexts, noise: dict) -> torch.Tensor:
     terms = draw_terms(texts, noise["noise_keys"], noise["noise_levels"], config.alpha_0, share, config.loss_weight)
     for term in terms:
         for row in range(len(term.texts)):
-            ids, places, ranks, sees, targets = (each[row].tolist() for each in term.elements._tensors())
-            order = sorted((rank, place, id) for rank, place, id in zip(ranks, places, ids, strict=True))
-            for place, sees_up_to, target in zip(places, sees, targets, strict=True):
+            ids, places, order_ids, visible_until, targets = (each[row].tolist() for each in term.inputs._tensors())
+            order = sorted((rank, place, id) for rank, place, id in zip(order_ids, places, ids, strict=True))
+            for place, sees_up_to, target in zip(places, visible_until, targets, strict=True):
                 if target >= 0:
                     known = [(where, id) for rank, where, id in order if rank <= sees_up_to and rank != NEVER_SEEN]
                     total = total - term.weights[row] * query_log_probabilities(model, known, place)[target]
@@ -114,8 +114,8 @@ def test_a_batch_is_split_between_the_terms(model, seen):
     """Of eight rows at alpha_0 = 0.5 four are left-to-right: a network call for each term."""
     ids = some_ids(8, 7)
     output = model(ids, labels=ids, **some_noise(8))
-    assert [len(kwargs["sees"]) for _, kwargs in seen] == [4, 4]
-    assert seen[0][1]["sees"].shape[1] > 7 and seen[1][1]["sees"].shape[1] == 7
+    assert [len(kwargs["visible_until"]) for _, kwargs in seen] == [4, 4]
+    assert seen[0][1]["visible_until"].shape[1] > 7 and seen[1][1]["visible_until"].shape[1] == 7
     assert output.is_bound is True and output.logits is None and output.loss.dtype == torch.float32
 
 
@@ -127,7 +127,7 @@ def test_every_process_makes_the_same_calls_whatever_its_levels_are(model, seen)
         noise = some_noise(2) | {"noise_levels": torch.tensor([level, level], dtype=torch.double)}
         model(ids, labels=ids, **noise).loss.backward()
         assert len(seen) == 2
-        assert sorted(kwargs["sees"].shape[0] for _, kwargs in seen) == [1, 2]
+        assert sorted(kwargs["visible_until"].shape[0] for _, kwargs in seen) == [1, 2]
     for alpha_0 in (0.0, 1.0):
         small_model(alpha_0=alpha_0)(ids, labels=ids)
 
@@ -139,10 +139,10 @@ def test_tokens_with_label_minus_100_and_padding_are_shown_and_not_scored(model,
     mask[1, 5] = 0
     noise = some_noise(2) | {"noise_levels": torch.full((2,), 0.999, dtype=torch.double)}
     model(ids, mask, labels=labels, **noise)
-    args, kwargs = next(call for call in seen if call[1]["sees"].shape[0] == 2)
+    args, kwargs = next(call for call in seen if call[1]["visible_until"].shape[0] == 2)
     hidden = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)  # padding as a mask, never seen
     assert torch.equal(args[0], torch.where(hidden, 11, ids))
-    assert kwargs["ranks"].tolist() == [[0, 1] + [NEVER_SEEN] * 4] * 2
+    assert kwargs["order_ids"].tolist() == [[0, 1] + [NEVER_SEEN] * 4] * 2
 
 
 def test_a_mask_in_the_prompt_is_no_token(model):
@@ -237,7 +237,7 @@ def test_levels_of_a_batch_are_stratified(model, seen):
         torch.manual_seed(seed)
         seen.clear()
         model(ids, labels=ids)
-        assert [len(kwargs["sees"]) for _, kwargs in seen] == [2, 2]
+        assert [len(kwargs["visible_until"]) for _, kwargs in seen] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from enumeration import all_sequences, count_form, nats_of_all_masks, small_model
 
-from prime_v2 import draws_prime_v2
+from prime_v2 import likelihood_rows_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.likelihood_prime_v2 import METHODS, SAMPLED_METHODS, paired_difference, stratified_stderr
 
@@ -56,7 +56,7 @@ def test_standard_errors_are_calibrated(model, ids, method):
     """Root mean square of z over 240 independent (seed, sequence) pairs. It varies by 1 / sqrt(480) = 4.6%; 32 draws
     spread over few levels give a stderr that is itself off by some 15%, upwards where the levels differ in mean."""
     order = RevealOrder.from_config(model.config, SAMPLED_METHODS[method][0])
-    exact = -count_form(*nats_of_all_masks(model, ids, order, "subtoken"))
+    exact = -count_form(*nats_of_all_masks(model, ids, order, "marginal"))
     z = []
     for seed in range(60):
         result = model.log_likelihood(ids, method=method, num_samples=32, seed=seed, exhaustive=False)
@@ -77,16 +77,16 @@ def test_draws_are_stratified_over_the_number_of_hidden_units():
     """As many draws as units, here 6 digits: each number of them is hidden once."""
     for seed in range(20):
         ids, scored = torch.tensor([3, 1, 4]), torch.tensor([True, False, True])
-        (rows,) = draws_prime_v2.sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, torch.tensor(seed))
+        (rows,) = likelihood_rows_prime_v2.sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, torch.tensor(seed))
         assert rows.noise.hidden_count.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("first", [1, 3, 8])
 def test_further_lots_of_draws_fill_the_other_halves_of_the_strata(first):
     for seed in range(20):
-        key, levels = torch.tensor(seed), draws_prime_v2.draw_levels(torch.tensor(seed), first)
+        key, levels = torch.tensor(seed), likelihood_rows_prime_v2.draw_levels(torch.tensor(seed), first)
         for lot in range(1, 5):
-            new = draws_prime_v2.draw_levels(key, first * 2 ** (lot - 1), lot)
+            new = likelihood_rows_prime_v2.draw_levels(key, first * 2 ** (lot - 1), lot)
             assert len(new) == len(levels)
             levels = torch.cat([levels, new]).sort().values
             assert (levels * len(levels)).floor().tolist() == list(range(len(levels)))
@@ -94,24 +94,28 @@ def test_further_lots_of_draws_fill_the_other_halves_of_the_strata(first):
 
 def test_each_lot_of_draws_is_uniform():
     """Kolmogorov-Smirnov distance of 4,000 levels of the second lot; above 0.031 one time in 1,000, seeds fixed."""
-    levels = torch.cat([draws_prime_v2.draw_levels(torch.tensor(seed), 4, 2) for seed in range(1000)]).sort().values
+    levels = (
+        torch.cat([likelihood_rows_prime_v2.draw_levels(torch.tensor(seed), 4, 2) for seed in range(1000)])
+        .sort()
+        .values
+    )
     assert (levels - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.031
 
 
 def test_two_lots_together_estimate_the_same_value(model, ids):
     order = RevealOrder.from_config(model.config, "digit")
-    exact = -count_form(*nats_of_all_masks(model, ids, order, "subtoken"))
-    keys, options = torch.arange(4), {"exhaustive": False, "return_draws": True}
+    exact = -count_form(*nats_of_all_masks(model, ids, order, "marginal"))
+    keys, options = torch.arange(4), {"exhaustive": False, "return_samples": True}
     first = model.log_likelihood(ids, num_samples=1000, keys=keys, **options)
-    second = model.log_likelihood(ids, num_samples=1000, keys=keys, refinement=1, **options)
-    assert not torch.equal(first.draws[0], second.draws[0])
+    second = model.log_likelihood(ids, num_samples=1000, keys=keys, round_number=1, **options)
+    assert not torch.equal(first.samples[0], second.samples[0])
     for row in range(4):
-        mean = torch.cat([first.draws[row], second.draws[row]]).mean()
+        mean = torch.cat([first.samples[row], second.samples[row]]).mean()
         assert abs(mean - exact[row]) < 4 * first.stderr[row]
     with pytest.raises(
-        ValueError, match="refinement=2 of method='subtoken' with num_samples=3: .* multiple of 2 draws"
+        ValueError, match="round_number=2 of method='subtoken' with num_samples=3: .* multiple of 2 draws"
     ):
-        model.log_likelihood(ids, num_samples=3, refinement=2)
+        model.log_likelihood(ids, num_samples=3, round_number=2)
 
 
 @pytest.mark.parametrize("method", SAMPLED_METHODS)
@@ -197,13 +201,13 @@ def test_equal_keys_share_their_masks(model):
     """Two sequences that differ in one token only: their draws move together, the difference is far surer."""
     ids = torch.tensor([[3, 1, 4, 2], [3, 1, 0, 2]])
     keys = torch.tensor([7, 7])
-    common = model.log_likelihood(ids, num_samples=256, keys=keys, return_draws=True)
-    difference, stderr = paired_difference(*common.draws)
+    common = model.log_likelihood(ids, num_samples=256, keys=keys, return_samples=True)
+    difference, stderr = paired_difference(*common.samples)
     assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
-    apart = model.log_likelihood(ids, num_samples=256, return_draws=True)
+    apart = model.log_likelihood(ids, num_samples=256, return_samples=True)
     unpaired = float(apart.stderr.square().sum().sqrt())
     assert stderr < 0.8 * unpaired
-    assert paired_difference(*apart.draws)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 256 draws is 5% off
+    assert paired_difference(*apart.samples)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 256 draws is 5% off
 
 
 def test_the_standard_error_of_a_difference_is_calibrated(model):
@@ -213,9 +217,9 @@ def test_the_standard_error_of_a_difference_is_calibrated(model):
     z = []
     for key in range(150):
         result = model.log_likelihood(
-            ids, num_samples=32, keys=torch.tensor([key, key]), exhaustive=False, return_draws=True
+            ids, num_samples=32, keys=torch.tensor([key, key]), exhaustive=False, return_samples=True
         )
-        difference, stderr = paired_difference(*result.draws)
+        difference, stderr = paired_difference(*result.samples)
         z.append((difference - float(exact[0] - exact[1])) / stderr)
     assert 0.75 < torch.tensor(z).square().mean().sqrt() < 1.25
 
@@ -228,10 +232,10 @@ def test_a_summed_value_has_no_error_of_its_own_in_a_difference():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mean_of_the_draws_is_the_value(model, ids, method):
-    result = model.log_likelihood(ids, method=method, num_samples=5, return_draws=True)
-    means = torch.stack([each.mean() for each in result.draws])
+    result = model.log_likelihood(ids, method=method, num_samples=5, return_samples=True)
+    means = torch.stack([each.mean() for each in result.samples])
     torch.testing.assert_close(means, result.value)
-    assert model.log_likelihood(ids, method=method, num_samples=5).draws is None
+    assert model.log_likelihood(ids, method=method, num_samples=5).samples is None
 
 
 # What a value does not depend on
@@ -288,7 +292,7 @@ def test_what_is_scored_takes_part_in_the_draws(model):
     """Otherwise a prompt's likelihood and its continuation's would share noise by accident."""
     ids = torch.tensor([[3, 1, 4]])
     keys = {
-        int(draws_prime_v2.sequence_key(ids[0], torch.tensor(scored), 0))
+        int(likelihood_rows_prime_v2.sequence_key(ids[0], torch.tensor(scored), 0))
         for scored in ([True, True, True], [False, True, True], [True, True, False])
     }
     assert len(keys) == 3

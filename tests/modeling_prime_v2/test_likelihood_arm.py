@@ -117,13 +117,13 @@ def test_the_size_of_a_forward_pass_changes_no_value(model, rows, tokens_per_pas
 
 def test_nothing_is_drawn(model):
     ids = some_ids()
-    plain = model.log_likelihood(ids, return_draws=True)
+    plain = model.log_likelihood(ids, return_samples=True)
     state = torch.get_rng_state()
     other = model.log_likelihood(ids, num_samples=9, seed=4, keys=torch.arange(3), exhaustive=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(plain.value, other.value)
-    assert [each.tolist() for each in plain.draws] == [[value] for value in plain.value.tolist()]
-    assert other.draws is None
+    assert [each.tolist() for each in plain.samples] == [[value] for value in plain.value.tolist()]
+    assert other.samples is None
 
 
 def test_the_model_is_left_as_it_was_and_dropout_is_off():
@@ -143,7 +143,7 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off():
     [
         ({"method": "subtoken"}, "method='subtoken' is not 'causal', the exact log-likelihood"),
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
-        ({"refinement": 1}, "refinement=1 of method='causal': this model draws nothing; use refinement=0"),
+        ({"round_number": 1}, "round_number=1 of method='causal': this model draws nothing; use round_number=0"),
         ({"input_ids": torch.tensor([[1, 11]])}, r"token ids span \[1, 11\], but a likelihood .* in \[0, 10\]"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids has shape \(0, 4\); give \(B, L\)"),

@@ -8,8 +8,8 @@ import torch
 from small_networks import ORDERS, one_thread, prompts, small_model  # noqa: F401 (one_thread is an autouse fixture)
 from transformers import AutoModel, GenerationConfig, NoRepeatNGramLogitsProcessor
 
+from prime_v2.generation_greedy_prime_v2 import most_confident, proposals
 from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig
-from prime_v2.likelihood_greedy_prime_v2 import most_confident, proposals
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 MASK = 50  # the mask token of the networks here, which have 50 tokens
@@ -217,7 +217,7 @@ def test_deciding_in_chunks_changes_nothing(monkeypatch):
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4)
     target = torch.arange(16).expand(3, -1) >= 4
     found = model.greedy_matches(whole, None, target)
-    for module in ("denoising", "likelihood_greedy"):
+    for module in ("generation_process", "generation_greedy"):
         monkeypatch.setattr(f"prime_v2.{module}_prime_v2.DRAW_ELEMENTS", 100)
     assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4))
     assert [each.tolist() for each in model.greedy_matches(whole, None, target)] == [each.tolist() for each in found]
@@ -293,7 +293,9 @@ def test_a_folder_keeps_do_sample_and_brings_the_code_of_the_decode(tmp_path):
     expected = model.generate(prompt)
     model.save_pretrained(tmp_path)
     assert '"do_sample": false' in (tmp_path / "generation_config.json").read_text()
-    assert {"likelihood_greedy_prime_v2.py", "denoising_prime_v2.py"} <= {path.name for path in tmp_path.glob("*.py")}
+    assert {"generation_greedy_prime_v2.py", "generation_process_prime_v2.py"} <= {
+        path.name for path in tmp_path.glob("*.py")
+    }
     for loaded in (
         PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path),
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True),

@@ -70,12 +70,12 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(model):
 
 def test_two_lots_together_estimate_the_same_value(model, ids):
     exact = model.log_likelihood(ids, num_samples=ALL).value
-    keys, options = torch.arange(4), {"exhaustive": False, "return_draws": True}
+    keys, options = torch.arange(4), {"exhaustive": False, "return_samples": True}
     first = model.log_likelihood(ids, num_samples=1000, keys=keys, **options)
-    second = model.log_likelihood(ids, num_samples=1000, keys=keys, refinement=1, **options)
-    assert not torch.equal(first.draws[0], second.draws[0])
+    second = model.log_likelihood(ids, num_samples=1000, keys=keys, round_number=1, **options)
+    assert not torch.equal(first.samples[0], second.samples[0])
     for row in range(4):
-        mean = torch.cat([first.draws[row], second.draws[row]]).mean()
+        mean = torch.cat([first.samples[row], second.samples[row]]).mean()
         assert abs(mean - exact[row]) < 4 * first.stderr[row]  # false alarm under 3e-4 in all
 
 
@@ -83,8 +83,8 @@ def test_further_lots_of_few_tokens_are_all_states(model, ids):
     """As many rows as the draws of both lots together are enough for all 20 states."""
     first = model.log_likelihood(ids, num_samples=10)
     assert (first.stderr > 0).all()
-    second = model.log_likelihood(ids, num_samples=10, refinement=1, return_draws=True)
-    assert second.stderr.tolist() == [0] * 4 and [len(each) for each in second.draws] == [1] * 4
+    second = model.log_likelihood(ids, num_samples=10, round_number=1, return_samples=True)
+    assert second.stderr.tolist() == [0] * 4 and [len(each) for each in second.samples] == [1] * 4
     torch.testing.assert_close(second.value, model.log_likelihood(ids, num_samples=ALL).value, **NETWORK)
 
 
@@ -92,15 +92,15 @@ def test_draws_are_spread_over_both_terms_and_over_their_counts(model, monkeypat
     """At alpha_0 = 0.5 half of the draws are left-to-right rows, the others diffusion rows, both with more and more
     masked tokens."""
     asked = []
-    score = model.nats_of_elements
+    score = model.sequence_nll
 
     def record(parts, weights):
-        (elements,) = parts
-        long = (elements.ranks != 2**31).sum(1) == 6  # all tokens are shown
-        asked.extend(zip(long.tolist(), (elements.targets >= 0).sum(1).tolist(), strict=True))
+        (inputs,) = parts
+        long = (inputs.order_ids != 2**31).sum(1) == 6  # all tokens are shown
+        asked.extend(zip(long.tolist(), (inputs.target_ids >= 0).sum(1).tolist(), strict=True))
         return score(parts, weights)
 
-    monkeypatch.setattr(model, "nats_of_elements", record)
+    monkeypatch.setattr(model, "sequence_nll", record)
     model.log_likelihood(torch.tensor([[3, 1, 4, 1, 0, 2]]), num_samples=40, exhaustive=False)
     assert [long for long, _ in asked] == [True] * 20 + [False] * 20
     for half in (asked[:20], asked[20:]):
@@ -132,13 +132,13 @@ def test_equal_keys_share_their_draws():
     ids = torch.randint(11, (1, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     ids[1, -1] = (ids[0, -1] + 3) % 11
     model = small_model(seed=2, scale=0.2)
-    common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([7, 7]), return_draws=True)
-    difference, stderr = paired_difference(*common.draws)
+    common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([7, 7]), return_samples=True)
+    difference, stderr = paired_difference(*common.samples)
     assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
-    apart = model.log_likelihood(ids, num_samples=128, return_draws=True)
+    apart = model.log_likelihood(ids, num_samples=128, return_samples=True)
     unpaired = float(apart.stderr.square().sum().sqrt())
     assert stderr < 0.6 * unpaired
-    assert paired_difference(*apart.draws)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 128 draws is 7% off
+    assert paired_difference(*apart.samples)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 128 draws is 7% off
 
 
 def test_the_standard_error_of_a_difference_is_calibrated(model):
@@ -150,18 +150,18 @@ def test_the_standard_error_of_a_difference_is_calibrated(model):
         num_samples=32,
         keys=torch.arange(150).repeat_interleave(2),
         exhaustive=False,
-        return_draws=True,
+        return_samples=True,
     )
-    differences = [paired_difference(*found.draws[2 * key : 2 * key + 2]) for key in range(150)]
+    differences = [paired_difference(*found.samples[2 * key : 2 * key + 2]) for key in range(150)]
     z = torch.tensor([(value - float(exact[0] - exact[1])) / stderr for value, stderr in differences])
     assert 0.75 < z.square().mean().sqrt() < 1.25
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mean_of_the_draws_is_the_value(model, ids, method):
-    result = model.log_likelihood(ids, method=method, num_samples=5, return_draws=True)
-    torch.testing.assert_close(torch.stack([each.mean() for each in result.draws]), result.value)
-    assert model.log_likelihood(ids, method=method, num_samples=5).draws is None
+    result = model.log_likelihood(ids, method=method, num_samples=5, return_samples=True)
+    torch.testing.assert_close(torch.stack([each.mean() for each in result.samples]), result.value)
+    assert model.log_likelihood(ids, method=method, num_samples=5).samples is None
 
 
 # What a value does not depend on
@@ -204,11 +204,11 @@ def test_the_size_of_a_forward_pass_changes_no_value(model, rows, tokens_per_pas
 
 def test_draws_in_pieces_change_no_value(model, monkeypatch):
     ids = torch.tensor([[3, 1, 4, 0, 2]])
-    whole = [model.log_likelihood(ids, num_samples=each, return_draws=True) for each in (30, ALL)]
+    whole = [model.log_likelihood(ids, num_samples=each, return_samples=True) for each in (30, ALL)]
     monkeypatch.setattr("prime_v2.likelihood_interpolating_prime_v2.ROWS_PER_PIECE", 7)
     for expected, num_samples in zip(whole, (30, ALL), strict=True):
-        found = model.log_likelihood(ids, num_samples=num_samples, return_draws=True)
-        torch.testing.assert_close(found.draws[0], expected.draws[0], **NETWORK)
+        found = model.log_likelihood(ids, num_samples=num_samples, return_samples=True)
+        torch.testing.assert_close(found.samples[0], expected.samples[0], **NETWORK)
 
 
 def test_a_seed_gives_its_draws_and_another_others(model, ids):
@@ -239,10 +239,10 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
         ({"method": "token"}, "method='token' is not one of interpolating, chain"),
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
         (
-            {"num_samples": 3, "refinement": 2},
-            "refinement=2 of method='interpolating' with num_samples=3: .* multiple of 2 draws",
+            {"num_samples": 3, "round_number": 2},
+            "round_number=2 of method='interpolating' with num_samples=3: .* multiple of 2 draws",
         ),
-        ({"method": "chain", "refinement": 1}, "refinement=1 of method='chain' .* a sampled method takes it"),
+        ({"method": "chain", "round_number": 1}, "round_number=1 of method='chain' .* a sampled method takes it"),
         ({"input_ids": torch.tensor([[1, 5]])}, r"token ids span \[1, 5\], but a likelihood .* ids in \[0, 4\]"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids has shape \(2, 0\); give \(B, L\)"),

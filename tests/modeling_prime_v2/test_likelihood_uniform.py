@@ -87,12 +87,12 @@ def test_the_prompt_is_given_clean_and_not_scored(model):
 
 
 def test_two_lots_of_draws_together_estimate_the_same_value(model, ids, exact):
-    keys, options = torch.arange(4), {"return_draws": True, "num_samples": 1000}
+    keys, options = torch.arange(4), {"return_samples": True, "num_samples": 1000}
     first = model.log_likelihood(ids, keys=keys, **options)
-    second = model.log_likelihood(ids, keys=keys, refinement=1, **options)
+    second = model.log_likelihood(ids, keys=keys, round_number=1, **options)
     for row in range(4):
-        assert not torch.equal(first.draws[row], second.draws[row])
-        mean = torch.cat([first.draws[row], second.draws[row]]).mean()
+        assert not torch.equal(first.samples[row], second.samples[row])
+        mean = torch.cat([first.samples[row], second.samples[row]]).mean()
         assert abs(mean - exact[row]) < 4 * first.stderr[row]
 
 
@@ -106,13 +106,13 @@ def test_lots_of_draws_have_noise_of_their_own():
 
 
 def test_value_error_and_degrees_are_those_of_the_draws(model, ids):
-    result = model.log_likelihood(ids, num_samples=9, return_draws=True)
-    for row, draws in enumerate(result.draws):
+    result = model.log_likelihood(ids, num_samples=9, return_samples=True)
+    for row, draws in enumerate(result.samples):
         assert draws.dtype == torch.double and len(draws) == 9
         assert float(draws.mean()) == float(result.value[row])
         assert float(stratified_stderr(draws)) == float(result.stderr[row])
         assert stratified_degrees(draws) == float(result.degrees[row])
-    assert model.log_likelihood(ids, num_samples=9).draws is None
+    assert model.log_likelihood(ids, num_samples=9).samples is None
     assert model.log_likelihood(ids, num_samples=1).stderr.isnan().all()
 
 
@@ -121,8 +121,8 @@ def test_equal_keys_share_their_noise():
     model, ids = small_model(vocab_size=4, scale=0.2), torch.tensor([[3, 1, 0, 2, 3, 1], [3, 1, 0, 2, 3, 2]])
     paired = apart = 0.0
     for key in range(6):
-        common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([key, key]), return_draws=True)
-        difference, stderr = paired_difference(*common.draws)
+        common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([key, key]), return_samples=True)
+        difference, stderr = paired_difference(*common.samples)
         assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
         paired, apart = paired + stderr**2, apart + float(common.stderr.square().sum())
     assert (paired / apart) ** 0.5 < 0.8
@@ -199,7 +199,7 @@ def test_the_model_names_its_method(model, ids):
     [
         ({"method": "subtoken"}, "method='subtoken' is not one of uniform"),
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
-        ({"num_samples": 3, "refinement": 2}, "refinement=2 with num_samples=3: it takes a multiple of 2 draws"),
+        ({"num_samples": 3, "round_number": 2}, "round_number=2 with num_samples=3: it takes a multiple of 2 draws"),
         ({"input_ids": torch.tensor([[1, 4]])}, r"token ids span \[1, 4\], but a likelihood .* ids in \[0, 3\]"),
         ({"input_ids": torch.tensor([[-1, 2]])}, r"token ids span \[-1, 2\]"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),

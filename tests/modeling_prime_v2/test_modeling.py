@@ -240,7 +240,7 @@ def test_hidden_states_and_attentions_on_request():
     assert len(outputs.attentions) == 2
     embedded = model.model.embed_subtokens(model.encode(ids))
     torch.testing.assert_close(outputs.hidden_states[0], embedded, rtol=0, atol=0)
-    torch.testing.assert_close(model.filtered_logits(outputs.hidden_states[-1], model.encode(ids)), outputs.logits)
+    torch.testing.assert_close(model.token_logits(outputs.hidden_states[-1], model.encode(ids)), outputs.logits)
     for attention in outputs.attentions:
         assert attention.shape == (3, 2, 7, 7)
         torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 7), **CLOSE)

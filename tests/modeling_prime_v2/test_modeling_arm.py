@@ -145,7 +145,7 @@ def test_hidden_states_attentions_and_tuples_on_request():
     model.set_attn_implementation("eager")
     outputs = model(ids, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 3
-    torch.testing.assert_close(model.logits_of(outputs.hidden_states[-1]), outputs.logits)
+    torch.testing.assert_close(model.token_logits(outputs.hidden_states[-1]), outputs.logits)
     for attention in outputs.attentions:
         assert (attention.triu(1) == 0).all()
         torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 7), **CLOSE)

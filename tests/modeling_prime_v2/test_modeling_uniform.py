@@ -114,7 +114,7 @@ def test_hidden_states_and_attentions_on_request():
     model.set_attn_implementation("eager")
     outputs = model(ids, times=TIMES, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
-    torch.testing.assert_close(model.logits(outputs.hidden_states[-1]), outputs.logits)
+    torch.testing.assert_close(model.token_logits(outputs.hidden_states[-1]), outputs.logits)
     for attention in outputs.attentions:
         torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 7), **CLOSE)
     assert model(ids, times=TIMES).hidden_states is None

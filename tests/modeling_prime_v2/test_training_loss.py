@@ -161,7 +161,7 @@ def test_the_mean_loss_over_noise_is_the_enumerated_bound(fields):
     model = small_model(vocab_size=4, objective="marginal", **fields)
     ids = torch.tensor([[1, 3]])
     order = RevealOrder.from_config(model.config)
-    bound = float(count_form(*nats_of_all_masks(model, ids, order, "subtoken"))) / 2
+    bound = float(count_form(*nats_of_all_masks(model, ids, order, "marginal"))) / 2
     torch.manual_seed(5)
     with torch.no_grad():
         losses = torch.tensor([model(ids.expand(60, -1), labels=ids.expand(60, -1)).loss.item() for _ in range(50)])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .code_table_prime_v2 import check_ids
-from .denoising_prime_v2 import DRAW_ELEMENTS, Canvas, DenoisingProcess, to_probabilities
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_process_prime_v2 import DRAW_ELEMENTS, Canvas, DenoisingProcess, to_probabilities
 from .likelihood_prime_v2 import TOKENS_PER_PASS
 
 
@@ -21,7 +21,7 @@ class GreedyProcess(DenoisingProcess):
     """Deterministic decode of whole tokens, whatever the config's reveal_order, in N passes a row (`generate`).
 
     N = min(max_denoising_steps, hidden tokens of the row). With r hidden and p passes left, a pass reveals ceil(r/p).
-    A logits processor is asked for every hidden token in every pass; what it gives decides id and confidence.
+    A logits processor is called for every hidden token in every pass; what it gives decides id and confidence.
     """
 
     def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
@@ -153,7 +153,7 @@ class Texts:
         proposed, confidence = torch.zeros_like(ids), torch.full_like(ids, -1.0, dtype=torch.double)
         chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
         for where in zip(at.split(chunk), columns.split(chunk), strict=True):
-            logits = model.filtered_logits(hidden_states[where], states[where])
+            logits = model.token_logits(hidden_states[where], states[where])
             proposed[where], confidence[where] = proposals(logits)
         chosen = most_confident(confidence, torch.ones_like(lengths))
         self.hidden[picked, :width] = hidden & ~chosen

@@ -191,8 +191,8 @@ class DenoisingProcess:
         """Tokens (B, T) bool that are not fully known."""
         return self.canvas.ids == self.model.config.mask_token_id
 
-    def scores(self, picked: Tensor, asked: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One pass over the rows `picked` (R,): logits (M, V) of the tokens `asked` (R, T) bool, in pieces.
+    def scores(self, picked: Tensor, target_mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One pass over the rows `picked` (R,): logits (M, V) of the tokens of `target_mask` (R, T) bool, in pieces.
 
         Yields (numbers within `picked` (M,), columns (M,), logits after carry-over filter and logits processors).
         """
@@ -200,16 +200,19 @@ class DenoisingProcess:
         self._last = time.perf_counter()
         mask = None if canvas.real.all() else canvas.real[picked].long()
         hidden_states = self.model.model(
-            canvas.states[picked], attention_mask=mask, position_ids=canvas.position_ids[picked], needed=asked
+            canvas.states[picked],
+            attention_mask=mask,
+            position_ids=canvas.position_ids[picked],
+            target_mask=target_mask,
         ).last_hidden_state  # (M, D)
-        at, columns = asked.nonzero(as_tuple=True)
+        at, columns = target_mask.nonzero(as_tuple=True)
         self._tick("network")
         known = self._known_ids(picked) if self.processors else None
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
         for start in range(0, len(at), chunk):
             part = slice(start, start + chunk)
             states = canvas.states[picked[at[part]], columns[part]]  # (M, S)
-            logits = self.model.filtered_logits(hidden_states[part], states)  # (M, V)
+            logits = self.model.token_logits(hidden_states[part], states)  # (M, V)
             self._tick("network")
             context = None if known is None else known[at[part]]
             if context is not None or not self.model.config.carry_over:

@@ -37,23 +37,23 @@ def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
     return hash64(seed, Stream.SEQUENCE, hash64(positions, ids, scored.long()).sum())
 
 
-def draw_levels(key: Tensor, num_samples: int, refinement: int = 0) -> Tensor:
+def draw_levels(key: Tensor, num_samples: int, round_number: int = 0) -> Tensor:
     """Levels (K,) float64 of K = `num_samples` draws, rising; one in each of K equal strata of (0, 1).
 
-    refinement r > 0: the r-th lot of draws after the first K / 2^(r-1), as many as there are before it. Each earlier
+    round_number r > 0: the r-th lot of draws after the first K / 2^(r-1), as many as there are before it. Each earlier
     draw lies in one half of its stratum, a new one is drawn in the other half, so that all 2 K together have one draw
     in each of 2 K strata (nested scrambling, Owen 1995, in one dimension).
     """
-    before = num_samples if refinement == 0 else num_samples >> (refinement - 1)
+    before = num_samples if round_number == 0 else num_samples >> (round_number - 1)
     numbers = torch.arange(before, device=key.device)
     levels = (numbers + uniforms(hash64(key, numbers), Stream.DRAW)) / before
-    for lot in range(1, refinement + 1):
+    for lot in range(1, round_number + 1):
         count = len(levels)
         numbers = torch.arange(count, device=key.device)
         upper = (levels * 2 * count).floor() - 2 * numbers  # 1 where the upper half is taken
-        within = uniforms(hash64(key, Stream.REFINEMENT, lot, numbers), Stream.DRAW)
+        within = uniforms(hash64(key, Stream.ROUND, lot, numbers), Stream.DRAW)
         new = (2 * numbers + 1 - upper + within) / (2 * count)
-        if lot == refinement:
+        if lot == round_number:
             return new
         levels = torch.cat([levels, new]).sort().values
     return levels
@@ -66,12 +66,12 @@ def sampled_rows(
     order: RevealOrder,
     num_samples: int,
     key: Tensor,
-    refinement: int = 0,
+    round_number: int = 0,
 ) -> Iterator[Rows]:
     """`num_samples` draws of the count form, the number of hidden units spread evenly over 1..n; factor n/k."""
     draws = torch.arange(num_samples, device=ids.device)
-    keys = hash64(key, draws) if refinement == 0 else hash64(key, Stream.REFINEMENT, refinement, draws)
-    levels = draw_levels(key, num_samples, refinement)
+    keys = hash64(key, draws) if round_number == 0 else hash64(key, Stream.ROUND, round_number, draws)
+    levels = draw_levels(key, num_samples, round_number)
     for start in range(0, num_samples, ROWS_PER_PIECE):
         piece = slice(start, start + ROWS_PER_PIECE)
         maskable = scored.expand(len(keys[piece]), -1)
@@ -112,20 +112,20 @@ def all_mask_rows(ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder
 
 
 def chain_rows(ids: Tensor, scored: Tensor, sequence: int) -> Iterator[Rows]:
-    """A row for each scored token, left to right: that token is asked for, it and the later ones are hidden."""
+    """A row for each scored token, left to right: that token is predicted, it and the later ones are hidden."""
     positions = torch.arange(len(ids), device=ids.device)
     for targets in scored.nonzero().squeeze(1).split(ROWS_PER_PIECE):  # (R,)
         hidden = scored & (positions >= targets.unsqueeze(1))  # (R, L)
-        asked = positions == targets.unsqueeze(1)
+        is_target = positions == targets.unsqueeze(1)
         ones = torch.ones(len(targets), dtype=torch.double, device=ids.device)
-        noise = Noise(~hidden.unsqueeze(-1), asked.long(), ones, asked)
+        noise = Noise(~hidden.unsqueeze(-1), is_target.long(), ones, is_target)
         yield Rows(ids.expand(len(targets), -1), noise, ones, sequence)
 
 
 def order_rows(
     ids: Tensor, scored: Tensor, sequence: int, order: RevealOrder, orders: Iterator[Tensor]
 ) -> Iterator[Rows]:
-    """A row for each unit of each order: what comes later is hidden, and that unit alone is asked for.
+    """A row for each unit of each order: what comes later is hidden, and only that unit is predicted.
 
     orders: ranks (n,) of the n = scored tokens x units, 0 being revealed first.
     """
@@ -138,10 +138,10 @@ def order_rows(
         for start in range(0, num_units, ROWS_PER_PIECE):
             steps = torch.arange(start, min(num_units, start + ROWS_PER_PIECE), device=ids.device).unsqueeze(1)
             hidden = (maskable & (ranks >= steps)).view(len(steps), -1, units)
-            asked = (maskable & (ranks == steps)).view(len(steps), -1, units)
-            goal = asked if order.kind == "digit" else order.next_visible(hidden.sum(-1))
-            asked_tokens, ones = asked.any(-1), torch.ones(len(steps), dtype=torch.double, device=ids.device)
-            noise = Noise(order.visible_digits(hidden), asked_tokens.long(), ones, asked_tokens, goal)
+            targets = (maskable & (ranks == steps)).view(len(steps), -1, units)
+            target_digits = targets if order.kind == "digit" else order.next_visible(hidden.sum(-1))
+            target_tokens, ones = targets.any(-1), torch.ones(len(steps), dtype=torch.double, device=ids.device)
+            noise = Noise(order.visible_digits(hidden), target_tokens.long(), ones, target_tokens, target_digits)
             yield Rows(ids.expand(len(steps), -1), noise, ones, sequence)
 
 
