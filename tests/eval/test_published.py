@@ -23,7 +23,7 @@ def model():
 def test_its_expectation_is_the_time_form_of_the_papers_loss(model, mask_unit, kind):
     """4 standard errors. The weight's offset of 1e-6 moves the mean by about 1e-5."""
     ids = torch.tensor([[3, 1]])
-    exact = -float(time_form(*nats_of_all_masks(model, ids, RevealOrder(kind, 3), "token")))
+    exact = -float(time_form(*nats_of_all_masks(model, ids, RevealOrder(kind, 3), "joint")))
     draws = published_score(model, ids[0], 0, PublishedSettings(6400, mask_unit=mask_unit))
     means = draws.view(-1, 32).mean(1)  # of a batch, whose levels are spread evenly
     assert abs(means.mean() - exact) < 4 * means.std() / 200**0.5

@@ -62,7 +62,7 @@ def test_each_bound_of_the_optimal_denoiser_equals_the_entropy(kind, table, shuf
     so carry-over changes nothing."""
     carry_over = shuffle_seed == 0
     model, law, ids = optimal(table, shuffle_seed, carry_over=carry_over)
-    nats, counts = nats_of_all_masks(model, ids, RevealOrder.from_config(model.config, kind), "subtoken")
+    nats, counts = nats_of_all_masks(model, ids, RevealOrder.from_config(model.config, kind), "marginal")
     assert expected(law, count_form(nats, counts)) == pytest.approx(entropy(law), abs=1e-10)  # as CLOSE
     assert expected(law, time_form(nats, counts)) == pytest.approx(entropy(law), abs=1e-10)
 
@@ -82,7 +82,7 @@ def test_chain_of_the_optimal_denoiser_is_the_log_probability_of_each_sequence(t
 @pytest.mark.parametrize("table", TABLES, ids=str)
 def test_the_papers_loss_falls_below_the_entropy_unless_a_token_is_one_digit(table, shuffle_seed):
     model, law, ids = optimal(table, shuffle_seed)
-    nats, counts = nats_of_all_masks(model, ids, RevealOrder.from_config(model.config, "digit"), "token")
+    nats, counts = nats_of_all_masks(model, ids, RevealOrder.from_config(model.config, "digit"), "joint")
     loss = expected(law, count_form(nats, counts))
     assert loss == pytest.approx(expected(law, time_form(nats, counts)), abs=1e-10)
     if model.config.num_subtokens == 1:
@@ -98,8 +98,8 @@ def test_two_tokens_that_differ_in_k_digits_have_the_published_numbers(k):
     codes = torch.tensor([[0] * k, [1] * k])
     model = optimal_model(law, 1, codes, vocab_size=2, base=2, num_subtokens=k)
     order = RevealOrder("digit", k)
-    joint = count_form(*nats_of_all_masks(model, all_sequences(2, 1), order, "token"))
-    marginal = count_form(*nats_of_all_masks(model, all_sequences(2, 1), order, "subtoken"))
+    joint = count_form(*nats_of_all_masks(model, all_sequences(2, 1), order, "joint"))
+    marginal = count_form(*nats_of_all_masks(model, all_sequences(2, 1), order, "marginal"))
     assert expected(law, joint) == pytest.approx(math.log(2) / k, abs=1e-12)
     assert expected(law, marginal) == pytest.approx(math.log(2), abs=1e-12)
 
@@ -124,7 +124,7 @@ def test_each_bound_of_a_random_network_is_above_its_exact_any_order_likelihood(
     and Jensen's inequality puts it above -log of the mean."""
     ids = all_sequences(network.config.vocab_size, 2)
     order = RevealOrder.from_config(network.config, kind)
-    nats, counts = nats_of_all_masks(network, ids, order, "subtoken")
+    nats, counts = nats_of_all_masks(network, ids, order, "marginal")
     exact = AnyOrder(network, order, ids)
     if network.config.carry_over or kind == "token":
         assert exact.nats.neg().exp().sum() == pytest.approx(1, abs=1e-5)  # as NETWORK; it is a law on sequences
@@ -163,12 +163,12 @@ def test_the_bound_is_the_mean_over_the_orders_of_revealing_units_one_by_one(kin
 
 def test_what_is_called_a_bound():
     digit, token, nested = RevealOrder("digit", 4), RevealOrder("token", 4), RevealOrder("nested", 4, (2, 4))
-    assert is_bound("subtoken", "elbo", 4, digit, None)
-    assert is_bound("subtoken", "elbo", 4, token, None)
-    assert is_bound("subtoken", "elbo", 4, nested, None)
-    assert is_bound("token", "elbo", 4, token, None)
-    assert is_bound("token", "elbo", 1, RevealOrder("digit", 1), None)
-    assert not is_bound("token", "elbo", 4, digit, None)
-    assert not is_bound("token", "elbo", 4, nested, None)
-    assert not is_bound("subtoken", "low_variance", 4, digit, None)
-    assert not is_bound("subtoken", "elbo", 4, digit, 0.5)
+    assert is_bound("marginal", "elbo", 4, digit, None)
+    assert is_bound("marginal", "elbo", 4, token, None)
+    assert is_bound("marginal", "elbo", 4, nested, None)
+    assert is_bound("joint", "elbo", 4, token, None)
+    assert is_bound("joint", "elbo", 1, RevealOrder("digit", 1), None)
+    assert not is_bound("joint", "elbo", 4, digit, None)
+    assert not is_bound("joint", "elbo", 4, nested, None)
+    assert not is_bound("marginal", "low_variance", 4, digit, None)
+    assert not is_bound("marginal", "elbo", 4, digit, 0.5)

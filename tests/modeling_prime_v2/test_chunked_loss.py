@@ -215,7 +215,7 @@ def naive_loss(model, ids, noise_keys, noise_levels):
     noise = draw_noise(torch.ones_like(ids, dtype=torch.bool), order, noise_keys, noise_levels, config.noise_form)
     states = torch.where(noise.visible, model.encode(ids), config.base)
     hidden_states = model.model(states).last_hidden_state
-    kind = {"token": "token", "subtoken": {"digit": "digits", "token": "token", "nested": "prefix"}[order.kind]}
+    kind = {"joint": "token", "marginal": {"digit": "digits", "token": "token", "nested": "prefix"}[order.kind]}
     total = 0.0
     # Without carry-over the paper's loss has a term for the tokens that are seen whole too.
     everywhere = config.objective == "joint" and order.kind == "digit" and not config.carry_over

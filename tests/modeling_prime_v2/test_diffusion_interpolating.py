@@ -137,7 +137,7 @@ def test_the_order_does_not_depend_on_where_padding_and_given_tokens_lie():
 # Rows of the network
 
 
-def test_elements_of_a_worked_example():
+def test_inputs_of_a_worked_example():
     """Text of padding, a given token 7, scored 1 2 3, a given token 8; the third scored token is revealed first."""
     ids = torch.tensor([[9, 7, 1, 2, 3, 8]])
     scored = torch.tensor([[0, 0, 1, 1, 1, 0]], dtype=torch.bool)
@@ -148,13 +148,13 @@ def test_elements_of_a_worked_example():
     assert found.ids.tolist() == [[11, 7, 11, 11, 3, 8]]
     assert found.order_ids.tolist() == [[x, 0, x, x, 2, 1]]
     assert found.visible_until[:, 1:].tolist() == [[0, 2, 2, 2, 1]]
-    assert found.targets.tolist() == [[no, no, 1, 2, no, no]]
+    assert found.target_ids.tolist() == [[no, no, 1, 2, no, no]]
     found = sequential_inputs(texts, places, num_clean)
     assert found.ids.tolist() == [[11, 7, 1, 2, 3, 8, 11, 11]]
     assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3]]
     assert found.order_ids.tolist() == [[x, 0, 3, 4, 2, 1, x, x]]
     assert found.visible_until.tolist() == [[-1, 0, 3, 4, 2, 1, 2, 3]]
-    assert found.targets.tolist() == [[no] * 6 + [1, 2]]
+    assert found.target_ids.tolist() == [[no] * 6 + [1, 2]]
 
 
 def test_joined_rows_are_padded_and_kept_in_order():

@@ -188,7 +188,7 @@ def test_few_units_are_summed_over_and_not_drawn(model, ids, method):
 def test_every_mask_of_the_tokens_outside_the_prompt(model):
     ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
     order = RevealOrder("digit", 3)
-    exact = -float(count_form(*masks_with_prompt(model, ids, 1, order, "subtoken")))
+    exact = -float(count_form(*masks_with_prompt(model, ids, 1, order, "marginal")))
     result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=63)
     assert result.value.item() == pytest.approx(exact, abs=1e-5)  # as NETWORK
     assert result.stderr.item() == 0
