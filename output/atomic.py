@@ -40,8 +40,36 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON with an indent of 1 and a line end; ValueError for a number that is not finite."""
-    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON as `json_text` has it; ValueError for a number that is not finite."""
+    return write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """JSON with a line for each key of a dictionary and for each row of a table, which is a list of containers.
+
+    Rows and lists of numbers or strings are one line however long, so that a record is short and a row is found.
+    """
+    return _layout(content, "\n") + "\n"
+
+
+def _layout(value: Any, line_end: str) -> str:
+    """line_end: a line end and the indentation of the line that the value begins on."""
+    deeper = line_end + " "
+    if isinstance(value, dict) and value:
+        # Keys as json writes them, which makes strings of numbers.
+        keys = [
+            json.dumps({key: 0}, ensure_ascii=False, allow_nan=False).removeprefix("{").removesuffix("0}")
+            for key in value
+        ]
+        lines = [key + _layout(each, deeper) for key, each in zip(keys, value.values(), strict=True)]
+        return f"{{{deeper}{f',{deeper}'.join(lines)}{line_end}}}"
+    if isinstance(value, list | tuple) and any(isinstance(each, dict | list | tuple) for each in value):
+        return f"[{deeper}{f',{deeper}'.join(map(_one_line, value))}{line_end}]"
+    return _one_line(value)
+
+
+def _one_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,4 +81,4 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["sync_folder", "write_json", "write_text", "written_whole"]
+__all__ = ["json_text", "sync_folder", "write_json", "write_text", "written_whole"]
