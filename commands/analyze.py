@@ -181,7 +181,7 @@ def _windows(
     Documents are read until they fill `max_windows` windows. A shorter text gives fewer windows, or, where it does not
     fill one, a single window of all its tokens. What fills no window is left out.
     """
-    from prime_v2.data.documents import corpus_fingerprint
+    from prime_v2.data.splits import corpus_fingerprint
     from prime_v2.eval.loading import load_tokenizer
     from prime_v2.eval.windows import encode_documents, window_and_stride
     from prime_v2.studies.analysis.attention import MIN_WINDOW

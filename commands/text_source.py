@@ -26,7 +26,8 @@ class TextSource:
 
         run_folder: a run of train.py, whose seed and shares decide which side a document of another source is on.
         """
-        from prime_v2.data.documents import deduplicate, read_documents, split_of
+        from prime_v2.data.documents import read_documents
+        from prime_v2.data.splits import deduplicate, split_of
 
         is_hub = self.source != "docs" and not Path(self.source).expanduser().exists()
         documents = read_documents(self.source, text_field=self.text_field, split=self.split or hub_split)

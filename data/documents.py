@@ -1,22 +1,19 @@
-"""Documents to train and evaluate on: from files, from hub data sets, or from the installed packages' documentation.
+"""Documents to train and evaluate on: from files, from hub data sets, or from the corpus `docs`.
 
-A document is a non-empty string. Everything here is a pure function of its input: the same files, or the same package
-versions, give the same documents in the same order on every machine.
+A document is a non-empty string. The same files give the same documents in the same order on every machine.
+
+Local JSON and text are read here, not by `datasets`, whose readers change documents: its `json` infers types (the text
+"2020-01-01" becomes a time, a number may become text, a field that is missing None), and its `text` turns every
+carriage return into a line end.
 """
 
-import ast
-import gc
-import hashlib
-import importlib.metadata
 import itertools
 import json
-import platform
 import re
-import sys
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
+
+from prime_v2.data.docs_corpus import docs_documents, is_encodable
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -24,46 +21,6 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 # second size, so that a split between documents is possible, and at any line end where none has come by the first.
 WHOLE_TEXT_FILE_BYTES = 64 * 1024
 MIN_TEXT_PIECE_BYTES = 4 * 1024
-
-# What the source "docs" reads beside the standard library: dependencies of this package, direct and indirect, that
-# have much documentation. "python" stands for the standard library.
-DOCS_SOURCES = (
-    "python",
-    "accelerate",
-    "aiohttp",
-    "click",
-    "datasets",
-    "evaluate",
-    "fsspec",
-    "huggingface-hub",
-    "jinja2",
-    "lm-eval",
-    "matplotlib",
-    "mpmath",
-    "networkx",
-    "nltk",
-    "numpy",
-    "pandas",
-    "peft",
-    "pillow",
-    "rich",
-    "safetensors",
-    "scikit-learn",
-    "scipy",
-    "sympy",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "typer",
-)
-SKIPPED_FOLDERS = {"..", "test", "tests", "testing", "_testing", "idle_test"}
-MIN_DOCSTRING_CHARACTERS = 200
-# Share of letters among what is not whitespace, chosen by reading what falls on either side.
-MIN_PROSE_SHARE = 0.8
-# With these two, 0.01% of the runs of 13 words on the test side of `split_of` occur on the training side; with a share
-# of 0.5 it is 1.7%, without looking at runs 7%, and without any removal 17%.
-RUN_WORDS = 8
-MAX_SEEN_SHARE = 0.1
 
 
 def read_documents(
@@ -211,17 +168,9 @@ def _field(row: dict, text_field: str, place: str) -> str:
         raise ValueError(f"{place} has no field {text_field!r}; its fields are {', '.join(row) or 'none'}")
     if not isinstance(row[text_field], str):
         raise ValueError(f"{place}: the field {text_field!r} is {type(row[text_field]).__name__}, not text")
-    if not _is_encodable(row[text_field]):
+    if not is_encodable(row[text_field]):
         raise ValueError(f"{place}: the field {text_field!r} holds half of a surrogate pair, which is no character")
     return row[text_field]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _hub_documents(source: str, text_field: str, split: str, streaming: bool) -> Iterator[str]:
@@ -240,188 +189,4 @@ def _hub_documents(source: str, text_field: str, split: str, streaming: bool) ->
         yield _field(row, text_field, f"{source} row {number}")
 
 
-def docs_documents(sources: Iterable[str] = DOCS_SOURCES) -> Iterator[str]:
-    """English from the documentation strings of installed packages: one document per module file.
-
-    Docstrings of modules, classes and methods (`ast`, nothing is imported) of at least 200 characters, dedented, in
-    the order of (source, path, position). Of these the paragraphs of prose are kept; doctests, tables and print-outs
-    are not. Packages repeat themselves (`transformers` documents the same arguments in hundreds of models), which
-    would carry training text over into the held-out text: a paragraph is kept only if it is new, see `_Novelty`.
-
-    sources: "python" for the standard library, or names of distributions; those not installed are skipped.
-    """
-    novelty = _Novelty()
-    for source in sources:
-        for path in _module_files(source):
-            paragraphs = [text for docstring in _docstrings(path) for text in _prose(docstring) if novelty.add(text)]
-            document = "\n\n".join(paragraphs)
-            if len(document) >= MIN_DOCSTRING_CHARACTERS:
-                yield document
-
-
-def docs_versions(sources: Iterable[str] = DOCS_SOURCES) -> dict[str, str]:
-    """Version of each source that `docs_documents` can read here, for the record; those not installed are left out."""
-    versions = {}
-    for source in sources:
-        if source == "python":
-            versions[source] = platform.python_version()
-        elif (distribution := _distribution(source)) is not None:
-            versions[source] = distribution.version
-    return versions
-
-
-def _distribution(name: str) -> importlib.metadata.Distribution | None:
-    try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _module_files(source: str) -> list[Path]:
-    """The .py files of a source that belong to the release itself, sorted by path; no tests."""
-    if source == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        # By name: this folder also has site-packages and a distributor's additions, which differ between machines.
-        folders = [root / name for name in sys.stdlib_module_names]
-        found = [path for folder in folders for path in (folder.with_suffix(".py"), *folder.rglob("*.py"))]
-        paths = {path.relative_to(root).as_posix(): path for path in found}
-    else:
-        distribution = _distribution(source)
-        files = (distribution.files or []) if distribution else []
-        paths = {file.as_posix(): Path(file.locate()) for file in files if file.suffix == ".py"}
-    names = sorted(name for name in paths if not SKIPPED_FOLDERS & set(PurePosixPath(name).parts))
-    return [paths[name] for name in names if paths[name].is_file()]
-
-
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    """Dedented docstrings of the module, its classes and their methods, in the order of the file."""
-    source = path.read_bytes()
-    # Parsing takes nearly all the time: leave out what has no long triple-quoted string.
-    if all(match.end() - match.start() < MIN_DOCSTRING_CHARACTERS for match in _TRIPLE_QUOTED.finditer(source)):
-        return
-    tree = _parse(source)
-    nodes: list[_Documented] = [] if tree is None else [tree]
-    while nodes:
-        node = nodes.pop()
-        docstring = ast.get_docstring(node)
-        if docstring and len(docstring) >= MIN_DOCSTRING_CHARACTERS and _is_encodable(docstring):
-            yield docstring
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            nodes += [child for child in reversed(node.body) if isinstance(child, _Documented)]
-
-
-def _parse(source: bytes) -> ast.Module | None:
-    was_collecting = gc.isenabled()
-    # A syntax tree has no cycles; looking for them while it grows doubles the time.
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            return ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None  # templates and files for other versions of Python
-    finally:
-        if was_collecting:
-            gc.enable()
-
-
-_TRIPLE_QUOTED = re.compile(rb"\"\"\".*?\"\"\"|'''.*?'''", re.DOTALL)
-
-
-def _prose(docstring: str) -> list[str]:
-    """The paragraphs that read as English."""
-    paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", docstring):
-        num_letters = len(re.sub(r"[\W\d_]", "", paragraph))
-        num_characters = len(re.sub(r"\s", "", paragraph))
-        if ">>>" not in paragraph and num_letters >= MIN_PROSE_SHARE * num_characters > 0:
-            paragraphs.append(paragraph.strip("\n").rstrip())
-    return paragraphs
-
-
-class _Novelty:
-    """What of a text has been seen: paragraphs, up to case, digits and punctuation, and their runs of 8 words."""
-
-    def __init__(self) -> None:
-        self._word_numbers: dict[str, int] = {}
-        self._paragraphs: set[int] = set()
-        self._runs: set[int] = set()
-
-    def add(self, paragraph: str) -> bool:
-        """Whether a paragraph is new: not equal to an earlier one, and at most a tenth of its runs seen. Remembers it.
-
-        Of two equal paragraphs the second is thus refused, and so is one that only renames things in an earlier one.
-        """
-        words = [
-            self._word_numbers.setdefault(word, len(self._word_numbers))
-            for word in re.findall("[a-z]+", paragraph.lower())
-        ]
-        # The hash of a tuple of integers is the same in every process, that of a string is not.
-        key = hash(tuple(words))
-        if key in self._paragraphs:
-            return False
-        self._paragraphs.add(key)
-        runs = {hash(tuple(words[i : i + RUN_WORDS])) for i in range(len(words) - RUN_WORDS + 1)}
-        is_new = len(runs & self._runs) <= MAX_SEEN_SHARE * len(runs)
-        self._runs |= runs
-        return is_new
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _normalised(document: str) -> str:
-    return " ".join(document.casefold().split())
-
-
-def deduplicate(documents: Iterable[str]) -> Iterator[str]:
-    """The documents without those equal to an earlier one up to case and whitespace; in order, 16 bytes each held."""
-    seen = set()
-    for document in documents:
-        key = _digest(_normalised(document))
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def split_of(document: str, *, seed: int = 0, dev_share: float = 0.02, test_share: float = 0.02) -> str:
-    """The side of a document: "train", "dev" or "test", with these probabilities over documents.
-
-    A pure function of the seed and of the text up to case and whitespace, so that equal documents are on one side on
-    every machine. The test side does not depend on `dev_share`. ValueError for shares outside [0, 1) or a sum >= 1.
-    """
-    if not (0 <= dev_share < 1 and 0 <= test_share < 1 and dev_share + test_share < 1):
-        raise ValueError(
-            f"dev_share={dev_share} and test_share={test_share} must be at least 0 and leave a share for training, "
-            "e.g. 0.02 and 0.02"
-        )
-    position = int.from_bytes(_digest(f"{seed}\n{_normalised(document)}")[:8], "big") / 2**64
-    if position < test_share:
-        return "test"
-    return "dev" if position >= 1 - dev_share else "train"
-
-
-class Fingerprint:
-    """SHA-256 over a sequence of documents, added one by one; it depends on their order and boundaries."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, document: str) -> None:
-        data = document.encode()
-        self._hash.update(len(data).to_bytes(8, "big") + data)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def corpus_fingerprint(documents: Iterable[str]) -> str:
-    """64 hexadecimal digits that name a sequence of documents, for the record of a run."""
-    fingerprint = Fingerprint()
-    for document in documents:
-        fingerprint.add(document)
-    return fingerprint.hexdigest()
+__all__ = ["FILE_SUFFIXES", "folder_files", "read_documents", "read_rows"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from prime_v2.data.documents import Fingerprint
+from prime_v2.data.splits import Fingerprint
 from prime_v2.output.atomic import written_whole
 from prime_v2.random_prime_v2 import Stream, permutation, uniforms
 
@@ -218,6 +218,10 @@ class PackedBlocks:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._ids[index].astype(np.int64)
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` blocks, or all of fewer: (n, block_size) int64."""
+        return torch.from_numpy(self._ids[:count].astype(np.int64))
 
     def __reduce__(self):
         # A memmap would pickle as a copy of the data; worker processes open the file themselves.

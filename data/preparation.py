@@ -1,11 +1,13 @@
 """From a source of text to a tokenizer and packed splits in a run's folder."""
 
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import numpy as np
 from accelerate import PartialState
 
 from prime_v2.code_table_prime_v2 import digits_needed
-from prime_v2.data.documents import deduplicate, docs_versions, read_documents, split_of
+from prime_v2.data.docs_corpus import docs_versions
+from prime_v2.data.documents import read_documents
 from prime_v2.data.packing import PackedBlocks, pack_blocks
 from prime_v2.data.sources import change_of, fingerprint_of, is_fingerprint
+from prime_v2.data.splits import deduplicate, split_of
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import folder_lock
 from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal, writing
@@ -54,8 +58,8 @@ class TextOptions:
     seed: int
 
 
-def documents_of(text: TextOptions, split: str) -> Iterator[str]:
-    """Documents of one split (train, dev, test), decided by each document's content and the seed, without repeats.
+def documents_by_side(text: TextOptions) -> Iterator[tuple[str, str]]:
+    """(split, document) of each document, once: train, dev or test by the document's content and the seed.
 
     A stream is not deduplicated, since the digests of a hub-scale set would fill the memory; equal documents are on
     the same side of the split all the same.
@@ -67,9 +71,9 @@ def documents_of(text: TextOptions, split: str) -> Iterator[str]:
         streaming=text.streaming,
         max_documents=text.max_documents,
     )
-    chosen = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
-    documents = documents if text.streaming else deduplicate(documents)
-    return (document for document in documents if chosen(document) == split)
+    side_of = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
+    for document in documents if text.streaming else deduplicate(documents):
+        yield side_of(document), document
 
 
 def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list[int]]]:
@@ -185,8 +189,7 @@ def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer
     num_subtokens = code_options.get("num_subtokens") or digits_needed(vocab_size, base)
     if codes in SOURCES:
         train = PackedBlocks(shared / "train")
-        blocks = np.stack([train[i] for i in range(min(len(train), MAX_CODE_BLOCKS))])
-        table = codes_from_text(codes, blocks, vocab_size, base, num_subtokens)
+        table = codes_from_text(codes, train.first(MAX_CODE_BLOCKS).numpy(), vocab_size, base, num_subtokens)
     else:
         table = tree_codes(_vectors(Path(codes), vocab_size), base, num_subtokens)
     return {"base": base, "codes": table}
@@ -214,47 +217,72 @@ def _check_same_text(text: TextOptions, shared: Path) -> None:
 
 def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
     fingerprint = fingerprint_of(text.data)  # before it is read, so that a change meanwhile is seen later
-    source = text
-    if text.data == "docs":  # parsed once, then read for each split
-        source = _cached_docs(text, folder / "docs.jsonl")
-    if text.tokenizer == "bpe":
-        bpe = train_bpe(documents_of(source, "train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
-        tokenizer = build_tokenizer(
-            bpe, num_subtokens=1, special_tokens={"eos_token": EOS_TOKEN}, model_max_length=text.block_size
-        )
-    elif (Path(text.tokenizer) / "code_table.json").is_file():  # a PrimeV2Tokenizer, e.g. of a trained model
-        tokenizer = recode_tokenizer(PrimeV2Tokenizer.from_pretrained(text.tokenizer), num_subtokens=1)
-    else:
-        tokenizer = build_tokenizer(text.tokenizer, num_subtokens=1)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {text.tokenizer} has no EOS token to put between documents; use one that has")
-    limits = {"dev": text.eval_sequences, "test": text.test_sequences} if text.streaming else {}
-    for split in splits:
-        documents = documents_of(source, split)
-        if split in limits:
-            documents = islice(documents, DOCUMENTS_PER_EVAL_BLOCK * limits[split])
-        try:
-            pack_blocks(
-                documents,
-                encode_batch(tokenizer),
-                block_size=text.block_size,
-                eos_token_id=tokenizer.eos_token_id,
-                vocab_size=tokenizer.code_table.shape[0],
-                path=folder / split,
-                # The bytes of what is measured count only where the tokens hold them.
-                find_loss=None if split == "train" else partial(first_loss, tokenizer),
-            )
-        except ValueError as error:
-            shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
-            raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
+    tokenizer = None if text.tokenizer == "bpe" else _whole_tokens_of(text.tokenizer)
+    with _documents_by_side_on_disk(text, folder / "documents", splits) as documents_of:
+        if tokenizer is None:
+            bpe = train_bpe(documents_of("train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
+            special = {"eos_token": EOS_TOKEN}
+            tokenizer = build_tokenizer(bpe, num_subtokens=1, special_tokens=special, model_max_length=text.block_size)
+        for split in splits:
+            try:
+                pack_blocks(
+                    documents_of(split),
+                    encode_batch(tokenizer),
+                    block_size=text.block_size,
+                    eos_token_id=tokenizer.eos_token_id,
+                    vocab_size=tokenizer.code_table.shape[0],
+                    path=folder / split,
+                    # The bytes of a split that is measured count only where its tokens hold them.
+                    find_loss=None if split == "train" else partial(first_loss, tokenizer),
+                )
+            except ValueError as error:
+                shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
+                raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
     tokenizer.save_pretrained(folder / WHOLE_TOKENS)
-    content = {**vars(text), "source": fingerprint}
-    write_json(folder / "text.json", content)
+    write_json(folder / "text.json", {**vars(text), "source": fingerprint})
     write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
 
 
-def _cached_docs(text: TextOptions, path: Path) -> TextOptions:
-    with open(path, "w", encoding="utf-8") as file:
-        for document in read_documents("docs", max_documents=text.max_documents):
-            file.write(json.dumps({"text": document}) + "\n")
-    return TextOptions(**{**vars(text), "data": str(path), "text_field": "text"})
+def _whole_tokens_of(name: str) -> PrimeV2Tokenizer:
+    """A tokenizer by its name or folder, its tokens not split into digits; ValueError for one without EOS."""
+    if (Path(name) / "code_table.json").is_file():  # a PrimeV2Tokenizer, e.g. of a trained model
+        tokenizer = recode_tokenizer(PrimeV2Tokenizer.from_pretrained(name), num_subtokens=1)
+    else:
+        tokenizer = build_tokenizer(name, num_subtokens=1)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name} has no EOS token to put between documents; use one that has")
+    return tokenizer
+
+
+@contextmanager
+def _documents_by_side_on_disk(
+    text: TextOptions, folder: Path, splits: tuple[str, ...]
+) -> Iterator[Callable[[str], Iterator[str]]]:
+    """Reads the source once, into files in `folder`, which go at the end; yields a reader of the documents of a split.
+
+    The training documents are read from there twice where a BPE is trained. Of a stream only as many are kept for dev
+    and test as their blocks may need.
+    """
+    left = dict.fromkeys(splits, math.inf)
+    if text.streaming:
+        wanted = {"dev": text.eval_sequences, "test": text.test_sequences}
+        left = {split: DOCUMENTS_PER_EVAL_BLOCK * count for split, count in wanted.items()}
+
+    def documents_of(split: str) -> Iterator[str]:
+        with open(folder / split, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
+    folder.mkdir(parents=True)
+    try:
+        with ExitStack() as stack:
+            files = {split: stack.enter_context(open(folder / split, "w", encoding="utf-8")) for split in splits}
+            for split, document in documents_by_side(text):
+                if left.get(split, 0) > 0:
+                    files[split].write(json.dumps(document) + "\n")
+                    left[split] -= 1
+                    if not any(left.values()):
+                        break
+        yield documents_of
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from prime_v2.data.documents import docs_versions, folder_files
+from prime_v2.data.docs_corpus import docs_versions
+from prime_v2.data.documents import folder_files
 
 
 def fingerprint_of(source: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_v2.data.documents import Fingerprint, read_rows, split_of
+from prime_v2.data.documents import read_rows
+from prime_v2.data.splits import Fingerprint, split_of
 from prime_v2.tokenization.round_trip import first_loss
 
 ANSWER, PROMPT = "{answer}", "{prompt}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.data.documents import FILE_SUFFIXES, corpus_fingerprint, read_documents
+from prime_v2.data.documents import FILE_SUFFIXES, read_documents
+from prime_v2.data.splits import corpus_fingerprint
 
 # Rows of the hub's data sets that only a script reads, as the hub itself has converted them: no script is run.
 CONVERTED = "refs/convert/parquet"

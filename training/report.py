@@ -27,13 +27,6 @@ from prime_v2.training.sharding import whole
 from prime_v2.training.trainer import TRACE, DiffusionTrainer
 
 
-def first_blocks(blocks: PackedBlocks | Examples, count: int) -> torch.Tensor | Examples:
-    """The first `count` blocks (N, L), or of questions with answers the first examples."""
-    if isinstance(blocks, Examples):
-        return blocks.first(count)
-    return torch.stack([torch.from_numpy(blocks[i]) for i in range(min(count, len(blocks)))])
-
-
 def score_held_out(
     model, tokenizer, blocks: torch.Tensor | Examples, bytes_per_token: float | None, **options: Any
 ) -> dict[str, Any]:
@@ -165,7 +158,7 @@ def generate_samples(model, tokenizer, run: Any, test: PackedBlocks | Examples, 
 
 def final_evaluation(model, tokenizer, run: Any, test: PackedBlocks | Examples, seed: int) -> dict[str, Any]:
     """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
-    blocks = first_blocks(test, run.test_sequences)
+    blocks = test.first(run.test_sequences)
     options = {"num_samples": run.eval_num_samples, "seed": seed, "keep_sequences": True}
     methods = {"bound": bound_method(model.config)}
     if "paper_loss" in model.likelihood_methods:
@@ -270,7 +263,7 @@ def finish(
     plot_training(
         trainer.state.log_history,
         folder / "loss.png",
-        unigram_entropy=unigram_entropy(scored_ids(first_blocks(data["dev"], run.eval_sequences)).bincount()),
+        unigram_entropy=unigram_entropy(scored_ids(data["dev"].first(run.eval_sequences)).bincount()),
         title=f"{folder.name} (dev split)",
         loss_is_bound=results["training"]["loss_is_bound"],
     )

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prime_v2.data.packing import StreamedBlocks, TrainingOrder
-from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_of, encode_batch, prepare_text
+from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_by_side, encode_batch, prepare_text
 from prime_v2.families import family_named
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import folder_lock
@@ -30,7 +30,7 @@ from prime_v2.training.checkpoint_checks import last_whole_checkpoint
 from prime_v2.training.course import RECORD, RUN, Holds, check_folder, course_of
 from prime_v2.training.finetuning import start_from
 from prime_v2.training.options import RunOptions, parse_options
-from prime_v2.training.report import bytes_held, estimate, finish, first_blocks, print_summary, score_dev
+from prime_v2.training.report import bytes_held, estimate, finish, print_summary, score_dev
 from prime_v2.training.sharding import prepare_sharding
 from prime_v2.training.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 
@@ -72,7 +72,7 @@ def training_set(run: RunOptions, training: TrainingArguments, tokenizer, data):
         return TrainingOrder(data["train"], num_samples, training.seed)
     text = text_options(run, training.seed)
     return StreamedBlocks(
-        lambda _: documents_of(text, "train"),
+        lambda _: (document for side, document in documents_by_side(text) if side == "train"),
         encode_batch(tokenizer),
         block_size=run.block_size,
         eos_token_id=tokenizer.eos_token_id,
@@ -110,7 +110,7 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
         score=partial(
             score_dev,
             tokenizer=tokenizer,
-            blocks=first_blocks(data["dev"], run.eval_sequences),
+            blocks=data["dev"].first(run.eval_sequences),
             draws=run.eval_num_samples,
             bytes_per_token=bytes_held(data["dev"]),
         ),

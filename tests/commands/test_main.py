@@ -18,7 +18,7 @@ from prime_v2.commands.base import bad_input
 from prime_v2.commands.generate import PICTURES, DraftView
 from prime_v2.commands.main import app
 from prime_v2.commands.ppl import render_score
-from prime_v2.data.documents import split_of
+from prime_v2.data.splits import split_of
 from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
 from prime_v2.eval.perplexity import score_text
 from prime_v2.output.paths import without_places

@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from prime_v2.data import packing
-from prime_v2.data.documents import corpus_fingerprint
 from prime_v2.data.packing import (
     PackedBlocks,
     StreamedBlocks,
@@ -22,6 +21,7 @@ from prime_v2.data.packing import (
     pack_blocks,
     short_length,
 )
+from prime_v2.data.splits import corpus_fingerprint
 
 EOS = 256
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands.main import app
 from prime_v2.commands.ppl import render_table
-from prime_v2.data.documents import corpus_fingerprint
+from prime_v2.data.splits import corpus_fingerprint
 from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.perplexity import score_text
 from prime_v2.eval.suites import SUITES, TextSet, local_source, nearest, read_suite, sets_trained_on

@@ -11,7 +11,7 @@ from prime_v2.data.packing import pack_blocks
 from prime_v2.data.preparation import encode_batch
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.round_trip import first_loss
-from prime_v2.training.report import bytes_held, first_blocks, print_summary, score_dev, score_held_out
+from prime_v2.training.report import bytes_held, print_summary, score_dev, score_held_out
 
 DOCUMENTS = [f"The {word} fox jumps over {word} dogs, again and again." for word in ("quick", "Slow", "red", "Blue")]
 
@@ -47,11 +47,11 @@ def test_dev_scores_are_over_documents_and_count_the_bytes_of_the_text(model, tm
     blocks = packed(tmp_path, tokenizer)
     held = bytes_held(blocks)
     assert held == blocks.bytes_per_token
-    scored = score_held_out(model, tokenizer, first_blocks(blocks, 99), held, num_samples=1, keep_sequences=True)
+    scored = score_held_out(model, tokenizer, blocks.first(99), held, num_samples=1, keep_sequences=True)
     assert scored["interval_over"] == "documents"
     assert scored["text_bytes"] == blocks.bytes
     assert sum(scored["clusters"]["sequences"]) == len(blocks) and scored["num_clusters"] < len(blocks)
-    dev = score_dev(model, tokenizer, first_blocks(blocks, 99), 1, held)
+    dev = score_dev(model, tokenizer, blocks.first(99), 1, held)
     assert dev["eval_bound"] == scored["nats_per_token"]
     assert (dev["eval_bound_stderr"], dev["eval_bound_degrees"]) == (scored["stderr"], scored["degrees"])
     assert dev["eval_bits_per_byte"] == scored["bits_per_byte"]
@@ -62,9 +62,9 @@ def test_a_tokenizer_that_does_not_keep_the_text_has_no_bits_per_byte(model, tmp
     blocks = packed(tmp_path, tokenizer)
     assert blocks.tokenizer_loss.startswith("'The quick")
     assert bytes_held(blocks) is None
-    dev = score_dev(model, tokenizer, first_blocks(blocks, 4), 1, bytes_held(blocks))
+    dev = score_dev(model, tokenizer, blocks.first(4), 1, bytes_held(blocks))
     assert not any("byte" in name for name in dev)
-    bound = score_held_out(model, tokenizer, first_blocks(blocks, 4), None, num_samples=1)
+    bound = score_held_out(model, tokenizer, blocks.first(4), None, num_samples=1)
     bound["tokenizer_loss"] = blocks.tokenizer_loss
     print_summary({"results": {"evaluation": {"bound": bound}, "samples": []}}, tmp_path)
     shown = capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_the_record_of_an_earlier_version_is_printed_too(model, tmp_path, capsys
     """As when the command of a finished run is given again: its intervals took sequences as independent."""
     tokenizer = make_tokenizer()
     blocks = packed(tmp_path, tokenizer)
-    bound = score_held_out(model, tokenizer, first_blocks(blocks, 4), bytes_held(blocks), num_samples=1)
+    bound = score_held_out(model, tokenizer, blocks.first(4), bytes_held(blocks), num_samples=1)
     for name in ("interval_over", "num_clusters", "degrees"):
         del bound[name]
     print_summary({"results": {"evaluation": {"bound": bound}, "samples": []}}, tmp_path)
