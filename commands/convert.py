@@ -1,24 +1,13 @@
 """`prime-v2 convert`: a published checkpoint file to a folder that Transformers loads (docs/convert.md)."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from prime_v2.commands.options import FOLDER, Json
-
-
-class Layout(StrEnum):
-    """Names and shapes of a checkpoint's tensors."""
-
-    lit_gpt = "lit_gpt"
-    mdlm = "mdlm"
-    megatron = "megatron"
 
 
 @dataclass(frozen=True)
@@ -28,7 +17,6 @@ class Source:
     checkpoint: Path
     tokenizer: str
     permutation: Path | None = None
-    layout: str = "lit_gpt"
     base: int = 2
     num_heads: int | None = None
     max_length: int = 2048
@@ -50,9 +38,6 @@ def convert(
             help="The index shuffle of a model over sub-tokens: .pt, .npy or .json [default: whole tokens].",
         ),
     ] = None,
-    layout: Annotated[
-        Layout, typer.Option("--format", help="Layout of the file; mdlm and megatron say why they are not converted.")
-    ] = Layout.lit_gpt,
     base: Annotated[int, typer.Option(min=2, metavar="B", help="Values of a digit, with --permutation.")] = 2,
     num_heads: Annotated[
         int | None,
@@ -77,7 +62,7 @@ def convert(
     from prime_v2.output.progress import quiet_libraries
 
     quiet_libraries()
-    source = Source(checkpoint, tokenizer, permutation, layout.value, base, num_heads, max_length, drop_padding)
+    source = Source(checkpoint, tokenizer, permutation, base, num_heads, max_length, drop_padding)
     written = convert_checkpoint(source, out)
     if as_json:
         print(json.dumps(written, indent=1))
@@ -106,12 +91,13 @@ def convert_checkpoint(source: Source, out: Path) -> dict[str, Any]:
     from prime_v2.hub_card.convert_card import render_converted_card
     from prime_v2.hub_card.convert_files import read_permutation, read_tensors
     from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
+    from prime_v2.output.atomic import folder_written_whole
+    from prime_v2.output.seals import sha256_of
 
     out = _check_out(out)
-    lit_gpt.refuse_layout(source.layout)
     permutation = None if source.permutation is None else read_permutation(source.permutation)
     tensors = read_tensors(source.checkpoint)
-    lit_gpt.refuse_layout(tensors=tensors)
+    lit_gpt.refuse_layout(tensors)
     try:
         sizes = lit_gpt.sizes_of(tensors, source.base, permutation is not None, source.num_heads)
     except ValueError as error:
@@ -126,7 +112,7 @@ def convert_checkpoint(source: Source, out: Path) -> dict[str, Any]:
         model = PrimeV2ForMaskedDiffusion(config)
     model.load_state_dict(weights, assign=True)
     facts = {
-        "sha256": _digest(source.checkpoint),
+        "sha256": sha256_of(source.checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     dropped = sizes.rows - config.vocab_size
@@ -134,18 +120,16 @@ def convert_checkpoint(source: Source, out: Path) -> dict[str, Any]:
         config.to_dict(),
         model_name=out.name,
         source=source.checkpoint.name,
-        layout=source.layout,
         permutation=None if source.permutation is None else source.permutation.name,
         dropped=dropped,
         **facts,
     )
 
-    def write(folder: Path) -> None:
+    with folder_written_whole(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-    files = _write_whole(out, write)
+        files = sorted(path.name for path in folder.iterdir())
     return {"folder": str(out), "files": files, **facts, "dropped_rows": dropped, "config": config.to_dict()}
 
 
@@ -172,26 +156,6 @@ def _tokenizer(source: Source, sizes: Any, permutation: Any) -> Any:
     if permutation is None:
         return whole
     return recode_tokenizer(whole, sizes.base, codes=codes_of(permutation, sizes, vocab_size).numpy())
-
-
-def _digest(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(out: Path, write: Callable[[Path], None]) -> list[str]:
-    """write(folder) into a folder beside `out`, which takes its place at the end; the names of its files."""
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        folder = Path(work) / out.name
-        folder.mkdir()
-        write(folder)
-        files = sorted(path.name for path in folder.iterdir())
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    return files
 
 
 __all__ = ["Source", "convert", "convert_checkpoint"]

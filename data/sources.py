@@ -1,11 +1,11 @@
 """Whether a source of text still is what was read: a fingerprint of its files, its revision, or its packages."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from prime_v2.data.docs_corpus import docs_versions
 from prime_v2.data.documents import folder_files
+from prime_v2.output.seals import sha256_of
 
 
 def fingerprint_of(source: str) -> dict[str, Any]:
@@ -41,9 +41,7 @@ def is_fingerprint(value: Any) -> bool:
 
 
 def _state_of(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {**_times_of(path), "sha256": digest}
+    return {**_times_of(path), "sha256": sha256_of(path)}
 
 
 def _times_of(path: Path) -> dict[str, int]:

@@ -81,9 +81,6 @@ def render_card(
     Raises ValueError for a value that the record lacks, a number that is not finite, a bound that is none, and a
     perplexity beside a loss that is not a bound.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-    from jinja2 import Environment, StrictUndefined
-
     check_score(look_up(record, "results.evaluation.bound"), "results.evaluation.bound")
     # Only MDM-Prime models have the paper's loss, and of these only the ones that read any set of visible digits.
     loss, config = look_up(record, "results.evaluation").get("paper_loss"), look_up(record, "results.config")
@@ -93,21 +90,9 @@ def render_card(
     elif not has_none:
         raise ValueError("the record has no results.evaluation.paper_loss; write the card from a complete record")
     exact = bool(record["results"]["evaluation"]["bound"].get("is_exact"))
-    data = ModelCardData(
-        license=LICENSE_ID,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=list(TAGS),
-        model_name=model_name,
-    )
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"count": _count, "fence": _fence, "pm": _plus_minus, "perplexity": _perplexity}
-    environment.filters |= {"bits": _bits, "number": _number, "scientific": _scientific, "duration": duration}
-    template = environment.from_string(files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8"))
-    text = template.render(
-        card_data=data.to_yaml(),
+    return fill_template(
+        TEMPLATE,
+        {"license": LICENSE_ID, "model_name": model_name},
         model_name=model_name,
         plot=plot,
         hashes=hashes,
@@ -116,6 +101,22 @@ def render_card(
         get=lambda path: look_up(record, path),
         has=lambda path: _has(record, path),
     )
+
+
+def fill_template(name: str, metadata: dict[str, Any], **facts: Any) -> str:
+    """The text of a card from the template of this name. metadata: of the block at its top; facts: its variables."""
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment, StrictUndefined
+
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS), **metadata)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"fence": _fence, "pm": _plus_minus, "perplexity": _perplexity, "bits": _bits}
+    forms = {"count": "{:,}", "number": "{:.4f}", "scientific": "{:.2e}"}
+    environment.filters |= {key: form.format for key, form in forms.items()} | {"duration": duration}
+    template = environment.from_string(files(__package__).joinpath("templates", name).read_text(encoding="utf-8"))
+    text = template.render(card_data=data.to_yaml(), **facts)
     ModelCard(text)  # raises where the metadata block cannot be read back
     return text
 
@@ -150,18 +151,6 @@ def check_score(score: dict[str, Any], path: str) -> None:
         raise ValueError(f"{path} of the record has a perplexity, but is no bound; it must not be reported as one")
 
 
-def _count(value: Any) -> str:
-    return f"{value:,}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _scientific(value: float) -> str:
-    return f"{value:.2e}"
-
-
 def _plus_minus(score: dict[str, Any]) -> str:
     """Nats per token with the standard error, where there is one."""
     nats, stderr = look_up(score, "nats_per_token"), look_up(score, "stderr")
@@ -189,4 +178,4 @@ def _fence(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
-__all__ = ["find_record", "render_card", "write_card"]
+__all__ = ["fill_template", "find_record", "render_card", "write_card"]

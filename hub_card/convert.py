@@ -48,18 +48,16 @@ LAYER = {
 }
 IN_LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 
-# Layouts that are known and not converted: what their names contain, and why.
+# Layouts that are known and not converted: what the names of their tensors contain, and why.
 REFUSED = {
-    "mdlm": (
-        ("adaLN_modulation", "sigma_map."),
+    ("adaLN_modulation", "sigma_map."): (
         "an MDLM checkpoint cannot be expressed here: its blocks have LayerNorm with a shift, scale and gate made "
         "from the noise level (adaLN) and a GELU network with biases, where this network has RMSNorm, no input for "
-        "the noise level, and SwiGLU without biases",
+        "the noise level, and SwiGLU without biases"
     ),
-    "megatron": (
-        ("linear_qkv", "linear_fc1"),
+    ("linear_qkv", "linear_fc1"): (
         "a Megatron checkpoint is not converted: the layout of the published ones (MDM-Prime-v2 on C4) could not be "
-        "established; give a file of the lit_gpt layout",
+        "established; give a file of the lit_gpt layout"
     ),
 }
 
@@ -98,10 +96,10 @@ class Sizes:
         }
 
 
-def refuse_layout(name: str | None = None, tensors: Iterable[str] = ()) -> None:
-    """ValueError for a layout that is known and not converted, by its name or by its tensors'."""
-    for layout, (marks, reason) in REFUSED.items():
-        if layout == name or any(mark in tensor for tensor in tensors for mark in marks):
+def refuse_layout(tensors: Iterable[str]) -> None:
+    """ValueError for the names of the tensors of a layout that is known and not converted."""
+    for marks, reason in REFUSED.items():
+        if any(mark in tensor for tensor in tensors for mark in marks):
             raise ValueError(reason)
 
 

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from prime_v2.hub_card.card import write_card
 from prime_v2.hub_card.files import hub_files
+from prime_v2.output.atomic import folder_written_whole
+from prime_v2.output.places import check_new_folder
 
 
 def export_model(model_dir: str | os.PathLike[str], out: str | os.PathLike[str], record: dict[str, Any]) -> Path:
@@ -16,18 +17,12 @@ def export_model(model_dir: str | os.PathLike[str], out: str | os.PathLike[str],
     Raises ValueError for an `out` that exists and for what `hub_files` and `write_card` refuse.
     """
     target = Path(out)
-    if target.exists():
-        raise ValueError(f"{target} exists; give the name of a new folder")
+    check_new_folder(target)
     names = hub_files(model_dir)
-    if not target.absolute().parent.is_dir():
-        raise ValueError(f"{target.absolute().parent} does not exist; make it first")
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as aside:
-        whole = Path(aside) / target.name
-        whole.mkdir()
+    with folder_written_whole(target) as folder:
         for name in names:
-            shutil.copyfile(Path(model_dir) / name, whole / name)
-        write_card(whole, record)
-        os.replace(whole, target)
+            shutil.copyfile(Path(model_dir) / name, folder / name)
+        write_card(folder, record)
     return target
 
 

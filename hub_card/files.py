@@ -1,11 +1,11 @@
 """The files that loading a model takes, and their hashes."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from prime_v2.output.seals import sha256_of
 from prime_v2.validation_config_prime_v2 import read_mapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,11 +42,7 @@ def hub_files(model_dir: str | os.PathLike[str]) -> list[str]:
 
 def file_hashes(folder: str | os.PathLike[str], names: list[str]) -> dict[str, str]:
     """SHA-256 of each file, in hexadecimal."""
-    hashes = {}
-    for name in names:
-        with open(Path(folder) / name, "rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: sha256_of(Path(folder) / name) for name in names}
 
 
 def _code(folder: Path, auto_map: dict[str, Any]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: beside their place, synced, then moved there.
+"""Files and folders that are written whole or not at all: beside their place, then moved there.
 
 A crash or a full disk leaves no torn file, and an earlier file stays until the new one is complete.
 """
@@ -30,6 +30,16 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that is at `path`, new or an empty one before, once the block ends without an error."""
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as aside:
+        folder = Path(aside) / path.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -81,4 +91,4 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["json_text", "sync_folder", "write_json", "write_text", "written_whole"]
+__all__ = ["folder_written_whole", "json_text", "sync_folder", "write_json", "write_text", "written_whole"]

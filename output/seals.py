@@ -32,10 +32,16 @@ def write_seal(folder: Path, name: str, parts: Iterable[str] = (".",)) -> None:
     for path in sorted(found - {folder / name}):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(folder).as_posix()] = sha256_of(path)
     write_json(folder / name, {**digests, ITSELF: _digest_of(digests)})
     for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync_folder(each)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(digests: dict[str, str]) -> str:
@@ -61,8 +67,7 @@ def check_seal(folder: Path, name: str, *, only_listed: bool) -> None:
         if not stat.S_ISREG(os.lstat(found[each]).st_mode):
             raise Damaged(f"{each} is no plain file")
         try:
-            with open(found[each], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(found[each])
         except OSError as error:
             raise Damaged(f"{each}: {error.strerror}") from None
         if digest != expected:
@@ -138,6 +143,7 @@ __all__ = [
     "check_seal",
     "disk_trouble",
     "read_json",
+    "sha256_of",
     "write_seal",
     "writing",
 ]

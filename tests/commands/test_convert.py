@@ -329,10 +329,8 @@ def test_other_layouts_say_what_is_in_the_way(files, tmp_path, layout):
     checkpoint, options = files
     names = {"mdlm": "backbone.blocks.0.adaLN_modulation.weight", "megatron": "decoder.layers.0.linear_qkv.weight"}
     part = {"mdlm": "LayerNorm with a shift, scale and gate made from the noise level", "megatron": "could not be"}
-    asked = refused(checkpoint, tmp_path / "out", *options, "--format", layout)
     torch.save({"state_dict": {names[layout]: torch.zeros(2)}}, checkpoint)
-    assert refused(checkpoint, tmp_path / "out", *options) == asked
-    assert part[layout] in asked
+    assert part[layout] in refused(checkpoint, tmp_path / "out", *options)
 
 
 def test_a_tokenizer_of_another_model_is_refused(files, tmp_path):
