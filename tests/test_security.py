@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_runs import refused, run
 from safetensors.torch import load_file, save_file
-from test_main import refused, run
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from prime_v2 import (

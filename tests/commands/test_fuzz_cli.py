@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_networks import SHAPE
 from fuzzing import COUNTS, cases
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import TINY
 from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
@@ -136,7 +136,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fuzz")
     torch.manual_seed(0)
     tokenizer = build_tokenizer(train_bpe([TEXT] * 3, 262), special_tokens={"eos_token": "<|endoftext|>"})
-    shape = SHAPE | {"vocab_size": len(tokenizer.code_table), "max_position_embeddings": 24}
+    shape = TINY | {"vocab_size": len(tokenizer.code_table), "max_position_embeddings": 24}
     PrimeV2ForMaskedDiffusion(PrimeV2Config(**shape, eos_token_id=0)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     (root / "text.txt").write_text(f"{TEXT}\n{TEXT[::-1]}\n")

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_runs import refused, run
 from rich.console import Console
-from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands.base import bad_input
 from prime_v2.commands.generate import PICTURES, DraftView
-from prime_v2.commands.main import app
 from prime_v2.commands.ppl import render_score
 from prime_v2.data.splits import split_of
 from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
@@ -27,22 +26,6 @@ from prime_v2.tokenization import count_tokens, entropy_table
 from prime_v2.tokenization.bpe import train_bpe
 
 DOCUMENTS = [f"document {i} says that the quick brown fox jumps over {i * 7} lazy dogs" for i in range(12)]
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-def refused(*arguments: object) -> str:
-    """The sentence of a refusal, which must be all that it prints."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    start = f"prime-v2 {arguments[0]}: error: "
-    assert lines[0].startswith(start)
-    return lines[0].removeprefix(start)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from enumeration import small_model
+from networks import small_model
 
 from prime_v2.eval.answers import Choice, ChoiceError, Settings, score_questions
 from prime_v2.likelihood_prime_v2 import METHODS

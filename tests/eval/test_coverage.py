@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from enumeration import all_sequences, small_model
+from enumeration import all_sequences
+from networks import small_model
 from scipy.stats import t
 
 from prime_v2.eval.answers import interval

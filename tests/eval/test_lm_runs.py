@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from enumeration import small_model
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from networks import small_model
 from tokenizers import processors
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer

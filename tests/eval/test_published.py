@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from enumeration import nats_of_all_masks, small_model, time_form
+from enumeration import nats_of_all_masks, time_form
+from networks import small_model
 
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.eval import published

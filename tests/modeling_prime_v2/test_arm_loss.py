@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from arm_networks import START, after_start, padded, small_arm, some_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from test_chunked_loss import LargestTensor
+from networks import START, after_start, padded, small_arm, some_ids
+from observers import LargestTensor
 from torch import nn
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2

@@ -13,9 +13,9 @@ from enumeration import (
     entropy,
     nats_of_all_masks,
     optimal_model,
-    small_model,
     time_form,
 )
+from networks import small_model
 
 from prime_v2.diffusion_prime_v2 import RevealOrder, is_bound
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from enumeration import naive_nats, small_config, small_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from enumeration import naive_nats
+from networks import small_config, small_model
+from observers import LargestTensor
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2
 from prime_v2.chunked_loss_prime_v2 import HiddenTokens, hidden_nll
@@ -287,22 +288,6 @@ def test_bfloat16_autocast_is_close_to_float32(objective):
     for name, parameter in model.named_parameters():
         error = (parameter.grad - reference[name]).norm() / reference[name].norm()
         assert error < 0.15, name
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            # An expanded view has more elements than its memory.
-            if isinstance(each, torch.Tensor) and 0 not in each.stride():
-                self.numel = max(self.numel, each.numel())
-        return result
 
 
 @pytest.mark.parametrize("fields", [{"objective": "joint"}, {"objective": "marginal"}], ids=str)

@@ -5,19 +5,21 @@ import math
 
 import pytest
 import torch
-from enumeration import all_sequences, correlated_law, entropy, gauss_legendre
-from enumeration import optimal_model as optimal_masked_model
-from hypothesis import given
-from hypothesis import strategies as st
-from interpolating_networks import (
+from enumeration import (
+    all_sequences,
+    correlated_law,
     decoding_orders,
+    entropy,
+    gauss_legendre,
     naive_bound,
     naive_log_likelihood,
+    optimal_interpolating,
     optimal_model,
     query_log_probabilities,
-    small_config,
-    small_model,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import small_config, small_interpolating
 from scipy.stats import chisquare
 
 from prime_v2.diffusion_interpolating_prime_v2 import (
@@ -173,7 +175,7 @@ def test_joined_rows_are_padded_and_kept_in_order():
 )
 def test_queries_give_the_probabilities_of_plain_causal_attention_over_the_sorted_order(fields, implementation):
     """Rows of different lengths with padding on both sides and given tokens between the scored ones."""
-    model = small_model(**fields)
+    model = small_interpolating(**fields)
     model.set_attn_implementation(implementation)
     ids = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(0))
     real, scored = torch.ones(6, 8, dtype=torch.bool), torch.ones(6, 8, dtype=torch.bool)
@@ -206,7 +208,7 @@ def test_queries_give_the_probabilities_of_plain_causal_attention_over_the_sorte
 
 def test_masked_tokens_do_not_see_each_other_and_known_ones_look_back_alone():
     """`model(input_ids)`: the logits of a mask do not depend on other masks, and follow the left-to-right order."""
-    model = small_model()
+    model = small_interpolating()
     ids = torch.tensor([[3, 11, 5, 11, 2]])
     logits = model(ids).logits[0]
     for place in (1, 3):
@@ -226,7 +228,7 @@ def test_masked_tokens_do_not_see_each_other_and_known_ones_look_back_alone():
 @pytest.mark.parametrize("alpha_0", [0.0, 0.3, 0.5, 1.0])
 def test_the_bound_of_a_random_network_is_the_mean_over_orders_and_above_its_log_likelihood(alpha_0):
     """By plain loops over the sets that the diffusion reveals and their orders. The sum of all p is 1."""
-    model = small_model(seed=3, vocab_size=3, alpha_0=alpha_0).double()
+    model = small_interpolating(seed=3, vocab_size=3, alpha_0=alpha_0).double()
     ids, total = all_sequences(3, 3), 0.0
     found = model.log_likelihood(ids, num_samples=100)
     assert found.stderr.eq(0).all() and found.is_bound
@@ -240,7 +242,7 @@ def test_the_bound_of_a_random_network_is_the_mean_over_orders_and_above_its_log
 
 
 def test_given_tokens_come_first_and_are_not_scored():
-    model = small_model(seed=4, vocab_size=5, alpha_0=0.4).double()
+    model = small_interpolating(seed=4, vocab_size=5, alpha_0=0.4).double()
     ids, prompt = [3, 1, 4, 2, 0], [0, 1, 0, 0, 1]
     bound, _ = naive_bound(model, ids, [each == 0 for each in prompt])
     found = model.log_likelihood(torch.tensor([ids]), prompt_mask=torch.tensor([prompt]), num_samples=100)
@@ -253,7 +255,7 @@ def test_given_tokens_come_first_and_are_not_scored():
 def test_the_bound_of_the_optimal_denoiser_is_the_entropy(vocab_size, length, alpha_0):
     """Correlated tokens, both ends and the middle. Sums of under 10,000 float64 terms of order 1."""
     law, ids = correlated_law(vocab_size, length), all_sequences(vocab_size, length)
-    model = optimal_model(law, vocab_size, length, alpha_0=alpha_0)
+    model = optimal_interpolating(law, vocab_size, length, alpha_0=alpha_0)
     found = model.log_likelihood(ids, num_samples=200)
     assert found.stderr.eq(0).all()
     assert float((law * -found.value).sum()) == pytest.approx(entropy(law), abs=1e-10)
@@ -264,15 +266,15 @@ def test_the_bound_of_the_optimal_denoiser_is_the_entropy(vocab_size, length, al
 def test_alpha_0_of_one_is_masked_diffusion():
     """Each text's bound is that of `PrimeV2ForMaskedDiffusion` with whole tokens and the same denoiser."""
     law, ids = correlated_law(3, 4), all_sequences(3, 4)
-    ours = optimal_model(law, 3, 4, alpha_0=1.0).log_likelihood(ids, num_samples=100)
-    masked = optimal_masked_model(law, 4, vocab_size=3, num_subtokens=1)
+    ours = optimal_interpolating(law, 3, 4, alpha_0=1.0).log_likelihood(ids, num_samples=100)
+    masked = optimal_model(law, 4, vocab_size=3, num_subtokens=1)
     expected = masked.log_likelihood(ids, method="token", num_samples=100)
     assert ours.stderr.eq(0).all() and expected.stderr.eq(0).all()
     torch.testing.assert_close(ours.value, expected.value, rtol=0, atol=1e-10)
 
 
 def test_alpha_0_of_zero_is_the_product_from_left_to_right():
-    model = small_model(seed=5, alpha_0=0.0)
+    model = small_interpolating(seed=5, alpha_0=0.0)
     ids, scored = [3, 1, 4, 1, 5, 9], [True, False, True, True, True, True]
     expected = float(naive_log_likelihood(model, ids, scored, (0, 1, 2, 3, 4)).detach())
     prompt = torch.tensor([[not each for each in scored]])
@@ -291,7 +293,7 @@ def test_alpha_0_of_zero_is_the_product_from_left_to_right():
 def test_the_expected_loss_is_the_bound_whatever_the_share(alpha_0, share):
     """The loss is constant between the levels at which a count changes: the sum over these pieces, of the mean over
     keys that give each order of three tokens once, is the exact expectation."""
-    model = small_model(seed=6, vocab_size=4, alpha_0=alpha_0, ar_share=share)
+    model = small_interpolating(seed=6, vocab_size=4, alpha_0=alpha_0, ar_share=share)
     text, n = [2, 0, 3], 3
     places = [tuple(each) for each in random_places(torch.ones(100, n, dtype=torch.bool), torch.arange(100)).tolist()]
     keys = torch.tensor([places.index(each) for each in itertools.permutations(range(n))])
@@ -380,12 +382,12 @@ def test_what_is_called_a_bound():
 )
 def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises(Exception, match=message) as caught:
-        small_config(**fields)
+        small_config("interpolating", **fields)
     assert "Strict" in type(caught.value).__name__
 
 
 def test_fields_have_defaults_and_survive_a_file(tmp_path):
-    config = small_config(alpha_0=0.25)
+    config = small_config("interpolating", alpha_0=0.25)
     assert (config.ar_share, config.loss_weight, config.mask_token_id) == (None, "elbo", 11)
     config.save_pretrained(tmp_path)
     again = type(config).from_pretrained(tmp_path)

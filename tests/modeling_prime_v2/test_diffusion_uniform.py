@@ -4,24 +4,27 @@ import math
 
 import pytest
 import torch
-from enumeration import all_sequences, correlated_law, entropy, gauss_legendre
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import kstest
-from uniform_networks import (
+from enumeration import (
+    all_sequences,
     chain_law,
+    correlated_law,
+    entropy,
     estimates,
     exact_bound,
     expected_integrand,
     forward_chances,
+    gauss_legendre,
     naive_integrand,
     naive_posterior,
     naive_reverse_step,
-    optimal_model,
+    optimal_uniform,
     reverse_chain,
-    small_model,
     time_nodes,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import small_uniform
+from scipy.stats import kstest
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2
 from prime_v2 import diffusion_uniform_prime_v2 as diffusion_uniform_prime_v2
@@ -202,7 +205,7 @@ def test_an_unknown_kind_is_refused():
 def test_the_bound_of_the_optimal_denoiser_is_the_entropy(vocab_size, length):
     """Correlated tokens. Both ends of time are in the integral: nothing is added, nothing is left out."""
     law = correlated_law(vocab_size, length, seed=vocab_size * length)
-    bound = exact_bound(optimal_model(law, vocab_size, length), all_sequences(vocab_size, length))
+    bound = exact_bound(optimal_uniform(law, vocab_size, length), all_sequences(vocab_size, length))
     # The quadrature's error falls as its points^-4, from 4e-8 for 100 points.
     assert float((law * bound).sum()) == pytest.approx(entropy(law), abs=1e-8)
 
@@ -210,7 +213,7 @@ def test_the_bound_of_the_optimal_denoiser_is_the_entropy(vocab_size, length):
 @pytest.mark.parametrize(("vocab_size", "length"), LAWS)
 def test_with_the_posterior_given_a_noised_token_itself_the_bound_is_above_the_entropy(vocab_size, length):
     law = correlated_law(vocab_size, length, seed=vocab_size * length)
-    model = optimal_model(law, vocab_size, length, own=True)
+    model = optimal_uniform(law, vocab_size, length, own=True)
     bound = exact_bound(model, all_sequences(vocab_size, length))
     assert float((law * bound).sum()) > entropy(law) + 0.3
 
@@ -220,7 +223,7 @@ def test_both_losses_are_least_for_the_optimal_denoiser(kind):
     """At each time, in expectation over texts and noise: its gradient with respect to every logit is zero."""
     law, times = correlated_law(3, 2), torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)
     x, z = all_sequences(3, 2), all_sequences(3, 2)
-    model = optimal_model(law, 3, 2)
+    model = optimal_uniform(law, 3, 2)
     for time in times:
         chance = law.unsqueeze(1) * forward_chances(x.unsqueeze(1), z, 1 - time, 3).prod(-1)  # (X, Z)
         logits = estimates(model, z, time.expand(len(z))).log().requires_grad_()  # (Z, L, V)
@@ -253,7 +256,7 @@ def test_an_integral_between_two_times_lacks_what_its_ends_cost():
     """The optimal denoiser: with both ends it is the entropy, but for the dependence of tokens drawn in one step at
     t0 and of what is left at t1, which are of second order."""
     law, ids, (t_0, t_1) = correlated_law(3, 2), all_sequences(3, 2), (1e-3, 1 - 1e-3)
-    model = optimal_model(law, 3, 2)
+    model = optimal_uniform(law, 3, 2)
     nodes, weights = gauss_legendre(200)
     u_0, u_1 = (torch.tensor(each, dtype=torch.double).logit() for each in (t_0, t_1))
     times = (u_0 + (u_1 - u_0) * nodes).sigmoid()
@@ -308,7 +311,7 @@ def discrete_bound(model, ids, num_steps: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def network():
-    return small_model(seed=3, vocab_size=3).double()
+    return small_uniform(seed=3, vocab_size=3).double()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fuzz_networks import KINDS, LIMIT, VOCAB_SIZE, network
 from fuzzing import Refusal, attempt, cases, options
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import KINDS, LIMIT, VOCAB_SIZE, network
 
 MASK, EOS = VOCAB_SIZE, 2
 NAN, INF = float("nan"), float("inf")

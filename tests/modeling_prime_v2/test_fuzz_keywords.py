@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from fuzz_networks import KINDS, SHAPE, network
 from fuzzing import Refusal, attempt, cases
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import KINDS, TINY, network
 
 from prime_v2.families import FAMILIES
 from prime_v2.generation_config_prime_v2 import OPTIONS, idle_options
@@ -149,7 +149,7 @@ def test_a_keyword_is_refused_by_its_name_or_changes_nothing(kind, function):
 def test_a_field_is_refused_by_its_name_or_changes_nothing(family):
     config_class, model_class = FAMILIES[family].config_class, FAMILIES[family].model_class
     real = sorted(set(config_class.__dataclass_fields__) | {"rope_theta", "rope_scaling", "partial_rotary_factor"})
-    plain = config_class(**SHAPE)
+    plain = config_class(**TINY)
     torch.manual_seed(0)
     weights = model_class(plain).state_dict()
     kept = {name: value for name, value in vars(plain).items() if name in config_class.__dataclass_fields__}
@@ -160,7 +160,7 @@ def test_a_field_is_refused_by_its_name_or_changes_nothing(family):
         name, value = case
         if name in real or name.startswith("_") or name == "self":
             return
-        found = attempt(f"fields of {family}", lambda: config_class(**SHAPE, **{name: value}))
+        found = attempt(f"fields of {family}", lambda: config_class(**TINY, **{name: value}))
         if isinstance(found, Refusal):
             assert is_named(name, found) or "num_labels" in name, found
             return

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fuzz_networks import KINDS, LIMIT, VOCAB_SIZE, network
 from fuzzing import Refusal, attempt, cases
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import KINDS, LIMIT, VOCAB_SIZE, network
 
 TOLERANCE = 1e-4  # float32 logits: the shape of a batch changes the order of sums
 MASK_TYPES = [torch.long, torch.bool, torch.int32, torch.float32, torch.uint8]

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from small_networks import ORDERS, one_thread, prompts, small_model  # noqa: F401 (one_thread is an autouse fixture)
+from networks import ORDERS, one_layer, prompts
+from observers import Favour, Recorder
 from transformers import (
     AutoModel,
     GenerationConfig,
@@ -30,14 +31,14 @@ from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 
 def test_a_seed_reproduces_and_another_one_differs():
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = one_layer(), prompts(3, 4)
     first = model.generate(prompt, max_new_tokens=12, seed=7)
     assert torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=7))
     assert not torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=8))
 
 
 def test_without_a_seed_torch_s_generator_decides():
-    model, prompt, drawn = small_model(), prompts(2, 4), []
+    model, prompt, drawn = one_layer(), prompts(2, 4), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         drawn.append(model.generate(prompt, max_new_tokens=12))
@@ -46,7 +47,7 @@ def test_without_a_seed_torch_s_generator_decides():
 
 
 def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
-    model, prompt = small_model(), prompts(1, 4)
+    model, prompt = one_layer(), prompts(1, 4)
     rows = model.generate(prompt.repeat(3, 1), max_new_tokens=12, seed=7)
     assert len({tuple(row) for row in rows.tolist()}) == 3
     assert torch.equal(rows[:1], model.generate(prompt, max_new_tokens=12, seed=7))
@@ -54,7 +55,7 @@ def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_other_rows_their_order_and_padding_on_any_side_change_nothing(order):
-    model = small_model(num_subtokens=6, **ORDERS[order] | ({"stage_digits": [2, 6]} if order == "nested" else {}))
+    model = one_layer(num_subtokens=6, **ORDERS[order] | ({"stage_digits": [2, 6]} if order == "nested" else {}))
     lengths, full = [5, 3, 1, 4], prompts(4, 5)
     alone = [
         model.generate(full[i : i + 1, :n], max_new_tokens=9, seed=7, max_denoising_steps=10)[0, n:]
@@ -73,7 +74,7 @@ def test_other_rows_their_order_and_padding_on_any_side_change_nothing(order):
 
 
 def test_ids_outside_the_vocabulary_may_stand_in_padding():
-    model = small_model()
+    model = one_layer()
     ids, mask = torch.tensor([[-1, 999, 50, 3]]), torch.tensor([[0, 0, 0, 1]])
     out = model.generate(ids, mask, max_new_tokens=5, seed=0)
     assert torch.equal(out[:, :4], ids)
@@ -81,7 +82,7 @@ def test_ids_outside_the_vocabulary_may_stand_in_padding():
 
 
 def test_drawing_in_chunks_changes_nothing(monkeypatch):
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = one_layer(), prompts(3, 4)
     whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4)
     monkeypatch.setattr("prime_v2.generation_process_prime_v2.DRAW_ELEMENTS", 100)
     assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4))
@@ -103,7 +104,7 @@ def test_a_draw_never_takes_a_token_of_probability_zero():
 
 
 def test_generating_leaves_the_mode_the_input_and_the_options_of_the_model_as_they_were():
-    model, prompt = small_model(attention_dropout=0.5).train(), prompts(2, 4)
+    model, prompt = one_layer(attention_dropout=0.5).train(), prompts(2, 4)
     before, options = prompt.clone(), model.generation_config.to_dict()
     first = model.generate(prompt, max_new_tokens=8, seed=0)
     assert model.training and torch.equal(prompt, before) and model.generation_config.to_dict() == options
@@ -114,7 +115,7 @@ def test_generating_leaves_the_mode_the_input_and_the_options_of_the_model_as_th
 
 
 def test_prompt_and_suffix_are_kept_in_order_and_new_tokens_are_in_the_vocabulary():
-    model, prompt, suffix = small_model(), prompts(2, 4), prompts(2, 3, seed=2)
+    model, prompt, suffix = one_layer(), prompts(2, 4), prompts(2, 3, seed=2)
     out = model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0)
     assert torch.equal(out[:, :4], prompt) and torch.equal(out[:, 12:], suffix) and out.shape == (2, 15)
     assert out.min() >= 0 and out.max() < 50
@@ -122,21 +123,21 @@ def test_prompt_and_suffix_are_kept_in_order_and_new_tokens_are_in_the_vocabular
 
 
 def test_a_suffix_may_be_padded():
-    model, prompt, suffix = small_model(), prompts(1, 4), prompts(1, 2, seed=2)
+    model, prompt, suffix = one_layer(), prompts(1, 4), prompts(1, 2, seed=2)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
     padded = model.generate(prompt, mask, torch.cat([suffix, torch.tensor([[49]])], 1), max_new_tokens=8, seed=0)
     assert torch.equal(padded[:, :-1], model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0))
 
 
 def test_masked_tokens_of_a_prompt_are_filled_in_where_they_stand():
-    model, ids = small_model(), torch.tensor([[3, 50, 7, 50, 9]])
+    model, ids = one_layer(), torch.tensor([[3, 50, 7, 50, 9]])
     out = model.generate(ids, max_length=5, seed=0)
     assert out.shape == (1, 5) and out[0, [0, 2, 4]].tolist() == [3, 7, 9] and out.max() < 50
     assert model.generate(ids, max_new_tokens=2, seed=0).shape == (1, 7)
 
 
 def test_without_a_prompt_generation_starts_fresh_or_with_bos():
-    model = small_model()
+    model = one_layer()
     assert model.generate(max_new_tokens=5, seed=0).shape == (1, 5)
     out = model.generate(max_new_tokens=5, seed=0, bos_token_id=4)
     assert out.shape == (1, 6) and out[0, 0] == 4
@@ -144,25 +145,13 @@ def test_without_a_prompt_generation_starts_fresh_or_with_bos():
 
 
 def test_the_default_length_is_what_the_context_leaves():
-    model = small_model()
+    model = one_layer()
     assert model.generate(prompts(1, 4), seed=0).shape == (1, 32)
-
-
-class Favour:
-    """A logits processor that makes some tokens likelier, and keeps what it was given."""
-
-    def __init__(self, tokens, by):
-        self.tokens, self.by, self.seen = tokens, by, []
-
-    def __call__(self, input_ids, scores):
-        self.seen.append((input_ids, scores.shape))
-        scores[:, self.tokens] += self.by
-        return scores
 
 
 @pytest.mark.parametrize("order", ["digit", "token"])
 def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same_tokens(order):
-    model, prompt = small_model(reveal_order=order), prompts(40, 2)
+    model, prompt = one_layer(reveal_order=order), prompts(40, 2)
     options = {"max_new_tokens": 12, "seed": 0, "max_denoising_steps": 64, "return_dict_in_generate": True}
     favour = LogitsProcessorList([Favour([7, 8], 4.0)])
     free = model.generate(prompt, logits_processor=favour, **options)
@@ -176,7 +165,7 @@ def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same
 
 
 def test_eos_comes_from_the_model_config_pads_by_itself_and_none_turns_it_off():
-    model = small_model(eos_token_id=7)
+    model = one_layer(eos_token_id=7)
     favour = LogitsProcessorList([Favour([7], 30.0)])
     options = {"max_new_tokens": 6, "seed": 0, "logits_processor": favour}
     suffix = prompts(1, 2)
@@ -189,7 +178,7 @@ def test_eos_comes_from_the_model_config_pads_by_itself_and_none_turns_it_off():
 
 
 def test_low_temperature_and_low_top_p_give_the_likeliest_token():
-    model, prompt = small_model(reveal_order="token"), prompts(3, 4)
+    model, prompt = one_layer(reveal_order="token"), prompts(3, 4)
     masked = torch.cat([prompt, torch.full((3, 5), 50)], 1)
     likeliest = model(masked).logits[:, 4:].argmax(-1)
     options = {"max_new_tokens": 5, "max_denoising_steps": 1}
@@ -216,7 +205,7 @@ def test_temperature_and_top_p_match_a_naive_computation():
 
 
 def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabulary():
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = one_layer(), prompts(3, 4)
     favour = Favour([0], 0.0)
     banned = SuppressTokensLogitsProcessor(list(range(25, 50)))
     ids = torch.cat([torch.full((3, 1), 49), prompt], 1)
@@ -235,13 +224,13 @@ def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_v
 )
 def test_a_token_partly_revealed_survives_processors_that_change_their_mind(processor):
     """`NoRepeatNGram(1)` bans every token seen so far, and may ban all that a partly visible token can become."""
-    model = small_model(12)
+    model = one_layer(12)
     out = model.generate(prompts(4, 2, 12), max_new_tokens=8, seed=0, logits_processor=[processor])
     assert out.min() >= 0 and out.max() < 12
 
 
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
-    model, prompt, seen = small_model(), prompts(2, 4), []
+    model, prompt, seen = one_layer(), prompts(2, 4), []
 
     def second_row(ids, scores):
         seen.append(ids)
@@ -258,22 +247,8 @@ def test_stopping_criteria_finish_their_rows_with_one_more_pass():
     assert out.num_forward.tolist() == [2, 2]
 
 
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def put(self, value):
-        self.calls.append(("put", value))
-
-    def put_draft(self, value):
-        self.calls.append(("draft", value))
-
-    def end(self):
-        self.calls.append(("end", None))
-
-
 def test_a_streamer_gets_prompt_drafts_and_result():
-    model, prompt, recorder = small_model(), prompts(1, 4), Recorder()
+    model, prompt, recorder = one_layer(), prompts(1, 4), Recorder()
     out = model.generate(
         prompt, suffix_ids=prompts(1, 2), max_new_tokens=8, seed=0, streamer=recorder, return_dict_in_generate=True
     )
@@ -287,7 +262,7 @@ def test_a_streamer_gets_prompt_drafts_and_result():
 
 
 def test_a_streamer_without_padding_or_masks_in_what_is_settled():
-    model, recorder = small_model(), Recorder()
+    model, recorder = one_layer(), Recorder()
     ids, mask = torch.tensor([[9, 9, 3, 50, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
     out = model.generate(ids, mask, max_new_tokens=2, seed=0, streamer=recorder)
     assert recorder.calls[0][1].tolist() == [[3]] and torch.equal(recorder.calls[-2][1], out[:, 3:])
@@ -298,7 +273,7 @@ def test_transformers_own_diffusion_streamer_prints_the_result(capsys):
         def decode(self, ids, **kwargs):
             return "".join(f"<{int(each)}>" for each in ids)
 
-    out = small_model().generate(prompts(1, 2), max_new_tokens=3, seed=0, streamer=TextDiffusionStreamer(Tokenizer()))
+    out = one_layer().generate(prompts(1, 2), max_new_tokens=3, seed=0, streamer=TextDiffusionStreamer(Tokenizer()))
     printed = capsys.readouterr().out
     assert "<50>" in printed and "\033[33m" in printed
     assert printed.rstrip().endswith("".join(f"<{each}>" for each in out[0].tolist()[2:]))
@@ -308,7 +283,7 @@ def test_transformers_own_diffusion_streamer_prints_the_result(capsys):
 
 
 def test_the_call_wins_over_its_config_over_the_model_s_over_the_default():
-    model = small_model()
+    model = one_layer()
     model.generation_config = PrimeV2GenerationConfig(max_new_tokens=3, seed=5, return_dict_in_generate=True)
     assert model.generate().sequences.shape == (1, 3)
     assert torch.equal(model.generate().sequences, model.generate().sequences), "the model's seed"
@@ -320,13 +295,13 @@ def test_the_call_wins_over_its_config_over_the_model_s_over_the_default():
 
 
 def test_the_output_is_a_model_output():
-    out = small_model().generate(max_new_tokens=2, seed=0, return_dict_in_generate=True)
+    out = one_layer().generate(max_new_tokens=2, seed=0, return_dict_in_generate=True)
     assert isinstance(out, PrimeV2GenerationOutput)
     assert list(out) == ["sequences", "num_forward", "network_seconds", "sampling_seconds", "tokens_per_forward"]
 
 
 def test_saving_and_loading_keeps_the_generation_config(tmp_path):
-    model = small_model()
+    model = one_layer()
     model.generation_config = PrimeV2GenerationConfig(
         max_new_tokens=6, temperature=0.5, eos_token_id=[7, 8], seed=3, return_dict_in_generate=False
     )
@@ -352,7 +327,7 @@ def test_saving_and_loading_keeps_the_generation_config(tmp_path):
 
 
 def test_a_folder_without_generation_config_loads_and_one_with_a_broken_file_does_not(tmp_path):
-    small_model().save_pretrained(tmp_path)
+    one_layer().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     assert PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path).generate(max_new_tokens=2).shape == (1, 2)
     (tmp_path / "generation_config.json").write_text("{")
@@ -401,11 +376,11 @@ def test_bad_options_are_refused_by_the_config_and_by_the_call(options, message)
     with pytest.raises(ValueError, match=message):
         PrimeV2GenerationConfig(**options)
     with pytest.raises(ValueError, match=message):
-        small_model().generate(prompts(1, 2), **options)
+        one_layer().generate(prompts(1, 2), **options)
 
 
 def test_a_plain_config_s_unsupported_option_and_an_attribute_set_later_are_refused():
-    model = small_model()
+    model = one_layer()
     with pytest.raises(ValueError, match="top_k=5 is not an option"):
         model.generate(generation_config=GenerationConfig(top_k=5))
     model.generation_config.top_kk = 5
@@ -443,18 +418,18 @@ BAD_INPUTS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=[message[:40] for _, message in BAD_INPUTS])
 def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model().generate(**arguments)
+        one_layer().generate(**arguments)
 
 
 def test_a_streamer_that_wants_logits_is_refused():
     recorder = Recorder()
     recorder._takes_logits = True
     with pytest.raises(ValueError, match="this streamer wants the logits of drafts"):
-        small_model().generate(IDS, streamer=recorder)
+        one_layer().generate(IDS, streamer=recorder)
 
 
 def test_a_network_that_is_not_finite_is_reported():
-    model = small_model()
+    model = one_layer()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the network's logits are not finite"):
         model.generate(IDS, max_new_tokens=2)
@@ -462,4 +437,4 @@ def test_a_network_that_is_not_finite_is_reported():
 
 def test_options_do_not_come_from_a_model_config():
     with pytest.raises(NotImplementedError, match="PrimeV2Config holds no generation options"):
-        PrimeV2GenerationConfig.from_model_config(small_model().config)
+        PrimeV2GenerationConfig.from_model_config(one_layer().config)

@@ -1,13 +1,10 @@
-"""`generate` of autoregressive models: its law, seeds, start token, lengths, and what Transformers calls back.
-
-The chi-square tests reject at p < 1e-6 (`test_generation_distribution.FALSE_ALARM`): their false-alarm probability for
-a fresh seed. With the seeds fixed here their outcome does not change from run to run.
-"""
+"""`generate` of autoregressive models: its law, seeds, start token, lengths, and what Transformers calls back."""
 
 import pytest
 import torch
-from arm_networks import START, SUBTOKENS, after_start, law, padded, peer_of, small_arm, some_ids
-from test_generation_distribution import ROWS, assert_follows
+from chi_square import ROWS, assert_follows
+from enumeration import causal_law
+from networks import START, SUBTOKENS, after_start, padded, peer_of, small_arm, some_ids
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -43,7 +40,7 @@ def greedy_by_hand(model, prompt: list[int], count: int) -> list[int]:
 def test_samples_follow_the_enumerated_law(fields, length, prompt):
     """That law is `log_likelihood`'s: of all texts, or of what follows the prompt."""
     model = small_arm(**fields)
-    exact = law(model, length, prompt[1:] if prompt[:1] == (START,) else prompt)
+    exact = causal_law(model, length, prompt[1:] if prompt[:1] == (START,) else prompt)
     exact = {(*prompt, *each[len(each) - length :]): p for each, p in exact.items()}
     every = torch.tensor(list(exact))
     given = (torch.arange(every.shape[1]) < len(prompt)).expand(len(every), -1)

@@ -1,20 +1,13 @@
-"""`generate` against enumerated distributions, with and without skipping the steps that reveal nothing.
-
-The chi-square tests reject at p < 1e-6 (FALSE_ALARM): that is their false-alarm probability for a fresh seed. With the
-seeds fixed here their outcome does not change from run to run.
-"""
+"""`generate` against enumerated distributions, with and without skipping the steps that reveal nothing."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from scipy.stats import chisquare
-from small_networks import ORDERS, one_thread, small_model  # noqa: F401 (one_thread is an autouse fixture)
+from chi_square import ROWS, assert_follows, distance
+from networks import ORDERS, one_layer
 from torch import nn
-
-FALSE_ALARM = 1e-6
-ROWS = 20_000
 
 
 def unit_digits(config) -> list[list[int]]:
@@ -76,21 +69,6 @@ def exact_distribution(model, given: list[int], num_steps: int) -> dict[tuple, f
     return total
 
 
-def assert_follows(samples: torch.Tensor, exact: dict[tuple, float]) -> None:
-    """Chi-square test of samples (N, T) against exact probabilities, outcomes expected less than 5 times pooled."""
-    counts = dict.fromkeys(exact, 0)
-    for row in samples.tolist():
-        assert tuple(row) in counts, f"{row} has probability 0"
-        counts[tuple(row)] += 1
-    cells = {}
-    for each, p in exact.items():
-        cell = each if p * len(samples) >= 5 else "rare"
-        expected, seen = cells.get(cell, (0.0, 0))
-        cells[cell] = expected + p * len(samples), seen + counts[each]
-    expected, seen = zip(*cells.values(), strict=True)
-    assert chisquare(seen, expected).pvalue > FALSE_ALARM
-
-
 def all_steps_sampler(model, given: torch.Tensor, num_steps: int, seed: int) -> torch.Tensor:
     """The reverse process step by step, as the paper writes it: no step is skipped, no reveal step drawn ahead."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
@@ -111,15 +89,11 @@ def all_steps_sampler(model, given: torch.Tensor, num_steps: int, seed: int) -> 
     return model.decode(states)
 
 
-def distance(p: dict, q: dict) -> float:
-    return sum(abs(p[each] - q[each]) for each in p) / 2
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_samples_follow_the_enumerated_distribution_of_a_random_network(order, num_steps):
     """Two tokens of two binary digits, V = 3 so that a code is unused; finite steps, ties and all, are enumerated."""
-    model = small_model(3, **ORDERS[order])
+    model = one_layer(3, **ORDERS[order])
     exact = exact_distribution(model, [3, 3], num_steps)
     empty = torch.empty(ROWS, 0, dtype=torch.long)
     assert_follows(model.generate(empty, max_new_tokens=2, max_denoising_steps=num_steps, seed=1), exact)
@@ -128,16 +102,16 @@ def test_samples_follow_the_enumerated_distribution_of_a_random_network(order, n
 
 def test_the_enumerated_distributions_differ_enough_for_the_test_to_tell_them_apart():
     """A distance of 0.02 adds at least 4 * ROWS * 0.02**2 = 32 to the chi-square statistic."""
-    digit = exact_distribution(small_model(3), [3, 3], 3)
-    others = [exact_distribution(small_model(3), [3, 3], 1)]
-    others += [exact_distribution(small_model(3, **ORDERS[order]), [3, 3], 3) for order in ("token", "nested")]
+    digit = exact_distribution(one_layer(3), [3, 3], 3)
+    others = [exact_distribution(one_layer(3), [3, 3], 1)]
+    others += [exact_distribution(one_layer(3, **ORDERS[order]), [3, 3], 3) for order in ("token", "nested")]
     for other in others:
         assert distance(digit, other) > 0.02
 
 
 def test_infilled_samples_follow_the_enumerated_distribution_between_prompt_and_suffix():
     """A masked token inside the prompt, one new token, and a suffix, with padding before the prompt."""
-    model = small_model(4)
+    model = one_layer(4)
     exact = exact_distribution(model, [2, 4, 4, 1], 2)
     prompt, mask = torch.tensor([[0, 2, 4]]).repeat(ROWS, 1), torch.tensor([[0, 1, 1]]).repeat(ROWS, 1)
     suffix = torch.tensor([[1]]).repeat(ROWS, 1)
@@ -146,7 +120,7 @@ def test_infilled_samples_follow_the_enumerated_distribution_between_prompt_and_
 
 
 def test_without_carry_over_in_the_config_the_sampler_filters_all_the_same():
-    model = small_model(3, carry_over=False)
+    model = one_layer(3, carry_over=False)
     exact = exact_distribution(model, [3, 3], 3)
     empty = torch.empty(ROWS, 0, dtype=torch.long)
     assert_follows(model.generate(empty, max_new_tokens=2, max_denoising_steps=3, seed=4), exact)
@@ -175,7 +149,7 @@ class Oracle(nn.Module):
 def test_many_steps_with_the_optimal_denoiser_sample_the_data_distribution(order):
     """Correlated tokens and digits. Of 1,024 steps two of four units share one with probability < 0.6%, a distance of
     less than 0.006 that moves the chi-square statistic by less than 3."""
-    model = small_model(4, **ORDERS[order]).double()
+    model = one_layer(4, **ORDERS[order]).double()
     probabilities = torch.rand(4, 4, dtype=torch.double, generator=torch.Generator().manual_seed(5)) ** 4 + 0.01
     probabilities /= probabilities.sum()
     model.model, model.lm_head = Oracle(model.code_table.codes, probabilities), nn.Linear(4, 4, bias=False)
@@ -195,7 +169,7 @@ def test_many_steps_with_the_optimal_denoiser_sample_the_data_distribution(order
 
 def test_passes_are_as_few_as_the_steps_that_reveal_something():
     """n units over N steps occupy N (1 - (1 - 1/N)^n) of them on average; 2,000 rows, 5 standard errors: 6e-7."""
-    model = small_model(3)
+    model = one_layer(3)
     units, num_steps = 12, 8
     out = model.generate(
         torch.empty(2000, 0, dtype=torch.long),

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from interpolating_networks import query_log_probabilities, small_model
+from enumeration import query_log_probabilities
+from networks import small_interpolating
+from observers import Favour
 from transformers import MaxTimeCriteria, NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
@@ -51,7 +53,7 @@ class _NoStream:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
     """Rows of different lengths, padding, masks inside prompts, a suffix, rows that end early by EOS."""
-    model = small_model(seed=3, **fields)
+    model = small_interpolating(seed=3, **fields)
     model.set_attn_implementation(implementation)
     ids, mask = prompts(5, 6), torch.ones(5, 6, dtype=torch.long)
     ids[1, 2], ids[2, 5], mask[3, :4], mask[4, 3:] = MASK, MASK, 0, 0
@@ -76,7 +78,7 @@ def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
 
 def test_the_network_is_fed_new_tokens_and_queries_alone(monkeypatch):
     """One row, left to right: the prompt and a query, then a token and a query in each pass."""
-    model, widths = small_model(alpha_0=0.0), []
+    model, widths = small_interpolating(alpha_0=0.0), []
     forward = model.model.forward
     monkeypatch.setattr(
         model.model, "forward", lambda ids, **rest: widths.append(ids.shape[1]) or forward(ids, **rest)
@@ -92,7 +94,7 @@ def test_the_network_is_fed_new_tokens_and_queries_alone(monkeypatch):
 
 
 def test_a_seed_reproduces_and_another_one_differs():
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = small_interpolating(), prompts(3, 4)
     first = model.generate(prompt, max_new_tokens=12, seed=7)
     assert torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=7))
     assert not torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=8))
@@ -104,7 +106,7 @@ def test_a_seed_reproduces_and_another_one_differs():
 
 
 def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
-    model, prompt = small_model(), prompts(1, 4)
+    model, prompt = small_interpolating(), prompts(1, 4)
     rows = model.generate(prompt.repeat(3, 1), max_new_tokens=12, seed=7)
     assert len({tuple(row) for row in rows.tolist()}) == 3
     assert torch.equal(rows[:1], model.generate(prompt, max_new_tokens=12, seed=7))
@@ -112,7 +114,7 @@ def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
 
 @pytest.mark.parametrize("options", [{"seed": 7, "max_denoising_steps": 4}, {"do_sample": False}], ids=str)
 def test_other_rows_their_order_and_padding_on_any_side_change_nothing(options):
-    model, lengths, full = small_model(), [5, 3, 1, 4], prompts(4, 5)
+    model, lengths, full = small_interpolating(), [5, 3, 1, 4], prompts(4, 5)
     options = options | {"max_new_tokens": 9}
     alone = [model.generate(full[i : i + 1, :n], **options)[0, n:] for i, n in enumerate(lengths)]
     for side in ("left", "right", "both"):
@@ -128,7 +130,7 @@ def test_other_rows_their_order_and_padding_on_any_side_change_nothing(options):
 
 
 def test_drawing_in_chunks_changes_nothing(monkeypatch):
-    model, prompt, target = small_model(), prompts(3, 4), torch.arange(16).expand(3, -1) >= 4
+    model, prompt, target = small_interpolating(), prompts(3, 4), torch.arange(16).expand(3, -1) >= 4
     whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=2)
     found = model.greedy_matches(whole, None, target)
     monkeypatch.setattr("prime_v2.generation_interpolating_prime_v2.DRAW_ELEMENTS", 25)
@@ -137,7 +139,7 @@ def test_drawing_in_chunks_changes_nothing(monkeypatch):
 
 
 def test_generating_leaves_the_mode_and_the_input_as_they_were():
-    model, prompt = small_model(attention_dropout=0.5).train(), prompts(2, 4)
+    model, prompt = small_interpolating(attention_dropout=0.5).train(), prompts(2, 4)
     before = prompt.clone()
     first = model.generate(prompt, max_new_tokens=8, seed=0)
     assert model.training and torch.equal(prompt, before)
@@ -148,7 +150,7 @@ def test_generating_leaves_the_mode_and_the_input_as_they_were():
 
 
 def test_prompt_and_suffix_are_kept_in_order_and_masks_are_filled_in_where_they_stand():
-    model, prompt, suffix = small_model(), prompts(2, 4), prompts(2, 3, seed=2)
+    model, prompt, suffix = small_interpolating(), prompts(2, 4), prompts(2, 3, seed=2)
     out = model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0)
     assert torch.equal(out[:, :4], prompt) and torch.equal(out[:, 12:], suffix) and out.shape == (2, 15)
     assert out.min() >= 0 and out.max() < MASK
@@ -158,20 +160,8 @@ def test_prompt_and_suffix_are_kept_in_order_and_masks_are_filled_in_where_they_
     assert model.generate(max_new_tokens=5, seed=0, bos_token_id=4)[0, 0] == 4
 
 
-class Favour:
-    """A logits processor that makes some tokens likelier, and keeps what it was given."""
-
-    def __init__(self, tokens, by):
-        self.tokens, self.by, self.seen = tokens, by, []
-
-    def __call__(self, input_ids, scores):
-        self.seen.append((input_ids, scores.shape))
-        scores[:, self.tokens] += self.by
-        return scores
-
-
 def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same_tokens():
-    model, prompt = small_model(), prompts(40, 2)
+    model, prompt = small_interpolating(), prompts(40, 2)
     options = {"max_new_tokens": 12, "seed": 0, "max_denoising_steps": 6, "return_dict_in_generate": True}
     options["logits_processor"] = [Favour([7, 8], 1.0)]
     free = model.generate(prompt, **options)
@@ -184,7 +174,7 @@ def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same
 
 
 def test_low_temperature_and_low_top_p_give_the_likeliest_token():
-    model, prompt = small_model(alpha_0=0.0), prompts(3, 4)
+    model, prompt = small_interpolating(alpha_0=0.0), prompts(3, 4)
     likeliest = model.generate(prompt, max_new_tokens=5, do_sample=False)
     for seed, narrow in enumerate(({"temperature": 1e-6}, {"top_p": 1e-9})):
         assert torch.equal(model.generate(prompt, max_new_tokens=5, seed=seed, **narrow), likeliest)
@@ -192,7 +182,7 @@ def test_low_temperature_and_low_top_p_give_the_likeliest_token():
 
 
 def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabulary():
-    model, prompt, favour = small_model(), prompts(3, 4), Favour([0], 0.0)
+    model, prompt, favour = small_interpolating(), prompts(3, 4), Favour([0], 0.0)
     banned = SuppressTokensLogitsProcessor(list(range(5, 11)))
     out = model.generate(prompt, max_new_tokens=10, seed=0, logits_processor=[banned, favour])
     assert out[:, 4:].max() < 5
@@ -204,7 +194,7 @@ def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_v
 
 
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
-    model, prompt, seen = small_model(), prompts(2, 4), []
+    model, prompt, seen = small_interpolating(), prompts(2, 4), []
 
     def second_row(ids, scores):
         seen.append(ids)
@@ -235,7 +225,7 @@ def test_a_streamer_gets_prompt_drafts_and_result():
         def end(self):
             calls.append(("end", None))
 
-    model, prompt = small_model(), prompts(1, 4)
+    model, prompt = small_interpolating(), prompts(1, 4)
     out = model.generate(
         prompt, suffix_ids=prompts(1, 2), max_new_tokens=8, seed=0, streamer=Recorder(), return_dict_in_generate=True
     )
@@ -275,7 +265,7 @@ def naive_decode(model, ids: list[int], processor=None) -> list[int]:
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 def test_the_deterministic_decode_is_left_to_right_whatever_alpha_0_and_steps_are(alpha_0):
-    model = small_model(seed=5, alpha_0=alpha_0)
+    model = small_interpolating(seed=5, alpha_0=alpha_0)
     rows = [[3, MASK, 4, MASK], [1, 2, 3, 4], [MASK, MASK, 5, 9]]
     expected = [naive_decode(model, [*row, *[MASK] * 5, 8]) for row in rows]
     options = {"suffix_ids": torch.full((3, 1), 8), "max_new_tokens": 5, "return_dict_in_generate": True}
@@ -291,13 +281,13 @@ def test_the_deterministic_decode_is_left_to_right_whatever_alpha_0_and_steps_ar
 
 
 def test_equal_tokens_fall_to_the_lowest_id():
-    model = small_model()
+    model = small_interpolating()
     torch.nn.init.zeros_(model.lm_head.weight)
     assert model.generate(torch.tensor([[5, MASK, 6]]), max_length=3, do_sample=False).tolist() == [[5, 0, 6]]
 
 
 def test_a_processor_takes_part_in_the_decode():
-    model, processor = small_model(seed=5), NoRepeatNGramLogitsProcessor(1)
+    model, processor = small_interpolating(seed=5), NoRepeatNGramLogitsProcessor(1)
     row = [3, MASK, 4, *[MASK] * 4]
     out = model.generate(torch.tensor([row]), max_length=7, do_sample=False, logits_processor=[processor])
     assert out[0].tolist() == naive_decode(model, row, processor)
@@ -323,7 +313,7 @@ def texts(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
 
 
 def test_greedy_matches_says_what_the_decode_gives_in_one_row_a_text(monkeypatch):
-    model, sizes = small_model(seed=5), []
+    model, sizes = small_interpolating(seed=5), []
     ids, mask, target, expected = texts(model)
     generated = []
     for row in range(len(ids)):
@@ -366,7 +356,7 @@ BAD_INPUTS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=[message[:40] for _, message in BAD_INPUTS])
 def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model().generate(**arguments)
+        small_interpolating().generate(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -381,11 +371,11 @@ def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
 )
 def test_bad_texts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model().greedy_matches(*arguments)
+        small_interpolating().greedy_matches(*arguments)
 
 
 def test_a_network_that_is_not_finite_is_reported():
-    model = small_model()
+    model = small_interpolating()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the network's logits are not finite"):
         model.generate(IDS, max_new_tokens=2)
@@ -394,7 +384,7 @@ def test_a_network_that_is_not_finite_is_reported():
 
 
 def test_options_are_kept_with_the_model(tmp_path):
-    model = small_model()
+    model = small_interpolating()
     model.generation_config = PrimeV2GenerationConfig(max_new_tokens=6, temperature=0.5, seed=3)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)

@@ -8,17 +8,19 @@ import itertools
 
 import pytest
 import torch
-from enumeration import all_sequences, correlated_law
-from scipy.stats import chisquare
-from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
-from uniform_networks import (
+from enumeration import (
+    all_sequences,
     chain_law,
+    correlated_law,
     estimates,
     naive_posterior,
-    optimal_model,
+    optimal_uniform,
     reverse_chain,
-    small_model,
 )
+from networks import small_uniform
+from observers import Favour, Recorder
+from scipy.stats import chisquare
+from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from prime_v2.generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationOutput
 from prime_v2.modeling_uniform_prime_v2 import PrimeV2ForUniformDiffusion
@@ -49,7 +51,7 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def network():
-    return small_model(seed=3, vocab_size=3, scale=0.3)
+    return small_uniform(seed=3, vocab_size=3, scale=0.3)
 
 
 # The law of the samples
@@ -76,7 +78,7 @@ def test_many_steps_with_the_optimal_denoiser_sample_the_data_distribution():
     statistic of 3,000 samples by less than 1."""
     law = correlated_law(3, 2, seed=2)
     law = 0.9 * law + 0.1 / 9
-    model = optimal_model(law, 3, 2)
+    model = optimal_uniform(law, 3, 2)
     chain = chain_law(reverse_chain(model, 256, 2), UNIFORM)
     assert distance(chain, law) < 0.003
     assert distance(law, UNIFORM) > 0.2
@@ -128,14 +130,18 @@ def test_temperature_and_top_p_change_the_estimate_of_every_step(network, option
 
 
 def test_a_seed_reproduces_and_another_one_differs():
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = small_uniform(), prompts(3, 4)
     first = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=8)
     assert torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=8))
     assert not torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=8, max_denoising_steps=8))
 
 
 def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
-    model, prompt, options = small_model(), prompts(1, 4), {"max_new_tokens": 12, "seed": 7, "max_denoising_steps": 8}
+    model, prompt, options = (
+        small_uniform(),
+        prompts(1, 4),
+        {"max_new_tokens": 12, "seed": 7, "max_denoising_steps": 8},
+    )
     rows = model.generate(prompt.repeat(3, 1), **options)
     assert len({tuple(row) for row in rows.tolist()}) == 3
     assert torch.equal(rows[:1], model.generate(prompt, **options))
@@ -143,7 +149,7 @@ def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_other_rows_their_order_and_padding_on_any_side_change_nothing(do_sample):
-    model, lengths, full = small_model(), [5, 3, 1, 4], prompts(4, 5)
+    model, lengths, full = small_uniform(), [5, 3, 1, 4], prompts(4, 5)
     options = {"max_new_tokens": 9, "max_denoising_steps": 6, "do_sample": do_sample}
     options |= {"seed": 7} if do_sample else {}
     alone = [model.generate(full[i : i + 1, :n], **options)[0, n:] for i, n in enumerate(lengths)]
@@ -160,14 +166,18 @@ def test_other_rows_their_order_and_padding_on_any_side_change_nothing(do_sample
 
 
 def test_drawing_in_chunks_changes_nothing(monkeypatch):
-    model, prompt, options = small_model(), prompts(3, 4), {"max_new_tokens": 12, "seed": 7, "max_denoising_steps": 4}
+    model, prompt, options = (
+        small_uniform(),
+        prompts(3, 4),
+        {"max_new_tokens": 12, "seed": 7, "max_denoising_steps": 4},
+    )
     whole = model.generate(prompt, **options)
     monkeypatch.setattr("prime_v2.generation_uniform_prime_v2.DRAW_ELEMENTS", 30)
     assert torch.equal(whole, model.generate(prompt, **options))
 
 
 def test_generating_leaves_the_mode_and_the_input_as_they_were():
-    model, prompt = small_model(attention_dropout=0.5).train(), prompts(2, 4)
+    model, prompt = small_uniform(attention_dropout=0.5).train(), prompts(2, 4)
     before = prompt.clone()
     first = model.generate(prompt, max_new_tokens=8, seed=0, max_denoising_steps=4)
     assert model.training and torch.equal(prompt, before)
@@ -179,7 +189,7 @@ def test_generating_leaves_the_mode_and_the_input_as_they_were():
 
 
 def test_every_row_takes_one_pass_a_step_and_the_network_never_sees_the_mask(monkeypatch):
-    model, given = small_model(), []
+    model, given = small_uniform(), []
     forward = model.model.forward
     monkeypatch.setattr(
         model.model,
@@ -194,20 +204,8 @@ def test_every_row_takes_one_pass_a_step_and_the_network_never_sees_the_mask(mon
     assert all(int(ids.max()) < 11 and ids[:, [0, 2]].tolist() == [[3, 5]] for ids, _ in given)
 
 
-class Favour:
-    """A logits processor that makes some tokens likelier, and keeps what it was given."""
-
-    def __init__(self, tokens, by):
-        self.tokens, self.by, self.seen = tokens, by, []
-
-    def __call__(self, input_ids, scores):
-        self.seen.append((input_ids.clone(), scores.shape))
-        scores[:, self.tokens] += self.by
-        return scores
-
-
 def test_after_the_first_eos_comes_padding_with_the_same_tokens_before_it():
-    model, prompt = small_model(), prompts(20, 2)
+    model, prompt = small_uniform(), prompts(20, 2)
     options = {"max_new_tokens": 12, "seed": 0, "max_denoising_steps": 8, "return_dict_in_generate": True}
     favour = LogitsProcessorList([Favour([7, 8], 2.0)])
     free = model.generate(prompt, logits_processor=favour, **options)
@@ -219,7 +217,7 @@ def test_after_the_first_eos_comes_padding_with_the_same_tokens_before_it():
 
 
 def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabulary():
-    model, prompt, favour = small_model(), prompts(3, 4), Favour([0], 0.0)
+    model, prompt, favour = small_uniform(), prompts(3, 4), Favour([0], 0.0)
     banned = SuppressTokensLogitsProcessor([1, 2, 5, 6, 7, 8, 9, 10])
     ids = torch.cat([torch.full((3, 1), 10), prompt], 1)
     mask = (torch.arange(5) > 0).long().repeat(3, 1)
@@ -234,7 +232,7 @@ def test_logits_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_v
 
 
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
-    model, prompt, seen = small_model(), prompts(2, 4), []
+    model, prompt, seen = small_uniform(), prompts(2, 4), []
 
     def second_row(ids, scores):
         seen.append(ids)
@@ -252,22 +250,8 @@ def test_stopping_criteria_finish_their_rows_with_one_more_pass():
     assert greedy.max() < 11
 
 
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def put(self, value):
-        self.calls.append(("put", value))
-
-    def put_draft(self, value):
-        self.calls.append(("draft", value))
-
-    def end(self):
-        self.calls.append(("end", None))
-
-
 def test_a_streamer_gets_prompt_drafts_and_result():
-    model, prompt, recorder = small_model(), prompts(1, 4), Recorder()
+    model, prompt, recorder = small_uniform(), prompts(1, 4), Recorder()
     out = model.generate(
         prompt, suffix_ids=prompts(1, 2), max_new_tokens=8, seed=0, streamer=recorder, max_denoising_steps=6
     )
@@ -280,7 +264,7 @@ def test_a_streamer_gets_prompt_drafts_and_result():
 
 
 def test_saving_and_loading_keeps_the_generation_config(tmp_path):
-    model = small_model()
+    model = small_uniform()
     model.generation_config = PrimeV2GenerationConfig(max_new_tokens=6, temperature=0.5, max_denoising_steps=4, seed=3)
     model.save_pretrained(tmp_path)
     loaded = PrimeV2ForUniformDiffusion.from_pretrained(tmp_path)
@@ -316,7 +300,7 @@ def naive_greedy(model, prompt: list[int], num_new: int, num_steps: int) -> tupl
 def test_the_decode_is_that_of_plain_loops(num_steps):
     total = 0
     for seed in range(4):
-        model, prompt = small_model(seed=seed), prompts(1, 3, seed=seed)
+        model, prompt = small_uniform(seed=seed), prompts(1, 3, seed=seed)
         expected, revised = naive_greedy(model, prompt[0].tolist(), 7, num_steps)
         out = model.generate(prompt, max_new_tokens=7, do_sample=False, max_denoising_steps=num_steps)
         assert out[0].tolist() == expected
@@ -325,7 +309,7 @@ def test_the_decode_is_that_of_plain_loops(num_steps):
 
 
 def test_the_decode_has_no_randomness():
-    model, prompt, found = small_model(), prompts(1, 4).repeat(2, 1), []
+    model, prompt, found = small_uniform(), prompts(1, 4).repeat(2, 1), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         found.append(model.generate(prompt, max_new_tokens=9, do_sample=False))
@@ -336,7 +320,7 @@ def test_the_decode_has_no_randomness():
 
 def test_greedy_matches_says_whether_the_decode_gives_the_targets():
     """Targets in the middle, padding on both sides, rows of different length, small passes."""
-    model, lengths = small_model(eos_token_id=7), [9, 5, 7, 4]
+    model, lengths = small_uniform(eos_token_id=7), [9, 5, 7, 4]
     ids, mask = torch.full((4, 11), 2), torch.zeros(4, 11, dtype=torch.long)
     targets = torch.zeros(4, 11, dtype=torch.bool)
     for row, n in enumerate(lengths):
@@ -376,7 +360,7 @@ def test_texts_that_cannot_be_compared_are_refused(arguments, message):
     ids = torch.tensor([[1, 2, 3]])
     defaults = {"input_ids": ids, "attention_mask": None, "target_mask": ids > 1}
     with pytest.raises(ValueError, match=message):
-        small_model().greedy_matches(**(defaults | arguments))
+        small_uniform().greedy_matches(**(defaults | arguments))
 
 
 # Bad input
@@ -403,18 +387,18 @@ BAD_INPUTS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=[message[:40] for _, message in BAD_INPUTS])
 def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model().generate(**arguments)
+        small_uniform().generate(**arguments)
 
 
 def test_a_streamer_that_wants_logits_is_refused():
     recorder = Recorder()
     recorder._takes_logits = True
     with pytest.raises(ValueError, match="this streamer wants the logits of drafts"):
-        small_model().generate(IDS, streamer=recorder)
+        small_uniform().generate(IDS, streamer=recorder)
 
 
 def test_a_network_that_is_not_finite_is_reported():
-    model = small_model()
+    model = small_uniform()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the network's logits are not finite"):
         model.generate(IDS, max_new_tokens=2)

@@ -1,34 +1,13 @@
-"""`generate` of interpolating diffusion against enumerated distributions, and how many passes it takes.
-
-The chi-square tests reject at p < 1e-6 (FALSE_ALARM): that is their false-alarm probability for a fresh seed. With the
-seeds fixed here their outcome does not change from run to run.
-"""
+"""`generate` of interpolating diffusion against enumerated distributions, and how many passes it takes."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from interpolating_networks import optimal_model, query_log_probabilities, small_model
-from scipy.stats import chisquare
-
-FALSE_ALARM = 1e-6
-ROWS = 20_000
-
-
-def assert_follows(samples: torch.Tensor, exact: dict[tuple, float]) -> None:
-    """Chi-square test of samples (N, T) against exact probabilities, outcomes expected less than 5 times pooled."""
-    counts = dict.fromkeys(exact, 0)
-    for row in samples.tolist():
-        assert tuple(row) in counts, f"{row} has probability 0"
-        counts[tuple(row)] += 1
-    cells = {}
-    for each, p in exact.items():
-        cell = each if p * len(samples) >= 5 else "rare"
-        expected, seen = cells.get(cell, (0.0, 0))
-        cells[cell] = expected + p * len(samples), seen + counts[each]
-    expected, seen = zip(*cells.values(), strict=True)
-    assert chisquare(seen, expected).pvalue > FALSE_ALARM
+from chi_square import ROWS, assert_follows
+from enumeration import optimal_interpolating, query_log_probabilities
+from networks import small_interpolating
 
 
 @torch.no_grad()
@@ -73,7 +52,7 @@ def exact_distribution(model, given: list[int], num_steps: int) -> dict[tuple, f
 @pytest.mark.parametrize(("alpha_0", "num_steps"), [(0.5, 2), (0.5, 1), (1.0, 2), (0.0, 2)])
 def test_samples_follow_the_enumerated_distribution_of_a_random_network(alpha_0, num_steps, use_cache):
     """Three tokens of three ids; finite steps, ties and orders are enumerated."""
-    model = small_model(seed=1, vocab_size=3, num_hidden_layers=1, alpha_0=alpha_0)
+    model = small_interpolating(seed=1, vocab_size=3, num_hidden_layers=1, alpha_0=alpha_0)
     exact = exact_distribution(model, [3, 3, 3], num_steps)
     empty = torch.empty(ROWS, 0, dtype=torch.long)
     options = {"max_new_tokens": 3, "max_denoising_steps": num_steps, "seed": 1, "use_cache": use_cache}
@@ -84,7 +63,7 @@ def test_the_enumerated_distributions_differ_enough_for_the_test_to_tell_them_ap
     """A distance of 0.02 adds at least 4 * ROWS * 0.02**2 = 32 to the chi-square statistic."""
     laws = []
     for alpha_0, num_steps in ((0.5, 2), (0.5, 1), (1.0, 2), (0.0, 2)):
-        model = small_model(seed=1, vocab_size=3, num_hidden_layers=1, alpha_0=alpha_0)
+        model = small_interpolating(seed=1, vocab_size=3, num_hidden_layers=1, alpha_0=alpha_0)
         laws.append(exact_distribution(model, [3, 3, 3], num_steps))
     for p, q in itertools.combinations(laws, 2):
         assert sum(abs(p[each] - q[each]) for each in p) / 2 > 0.02
@@ -92,7 +71,7 @@ def test_the_enumerated_distributions_differ_enough_for_the_test_to_tell_them_ap
 
 def test_infilled_samples_follow_the_enumerated_distribution_between_prompt_and_suffix():
     """A masked token inside the prompt, one new token, and a suffix, with padding before the prompt."""
-    model = small_model(seed=2, vocab_size=4, num_hidden_layers=1)
+    model = small_interpolating(seed=2, vocab_size=4, num_hidden_layers=1)
     exact = exact_distribution(model, [2, 4, 4, 1], 2)
     prompt, mask = torch.tensor([[0, 2, 4]]).repeat(ROWS, 1), torch.tensor([[0, 1, 1]]).repeat(ROWS, 1)
     suffix = torch.tensor([[1]]).repeat(ROWS, 1)
@@ -105,7 +84,7 @@ def test_many_steps_with_the_optimal_denoiser_sample_the_data_distribution(alpha
     """Correlated tokens. Of 4,096 steps two of three tokens share one with probability < 0.1%."""
     law = (torch.rand(4**3, dtype=torch.double, generator=torch.Generator().manual_seed(5)) ** 4 + 0.001).clone()
     law = law / law.sum()
-    model = optimal_model(law, 4, 3, alpha_0=alpha_0)
+    model = optimal_interpolating(law, 4, 3, alpha_0=alpha_0)
     out = model.generate(
         torch.empty(ROWS, 0, dtype=torch.long),
         max_new_tokens=3,
@@ -120,7 +99,7 @@ def test_many_steps_with_the_optimal_denoiser_sample_the_data_distribution(alpha
 def test_passes_are_the_steps_that_reveal_something_and_one_for_each_token_that_is_left():
     """n tokens over N steps, each with chance alpha_0: N (1 - (1 - alpha_0/N)^n) steps and n (1 - alpha_0) tokens.
     2,000 rows, 5 standard errors: 6e-7."""
-    model, n, num_steps = small_model(alpha_0=0.6, num_hidden_layers=1), 12, 4
+    model, n, num_steps = small_interpolating(alpha_0=0.6, num_hidden_layers=1), 12, 4
     out = model.generate(
         torch.empty(2000, 0, dtype=torch.long),
         max_new_tokens=n,

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from interpolating_networks import query_log_probabilities, small_model
+from enumeration import query_log_probabilities
+from networks import small_interpolating
 
 from prime_v2.diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, draw_terms, sequential_share
 from prime_v2.modeling_interpolating_prime_v2 import PrimeV2ForInterpolatingDiffusion
@@ -24,7 +25,7 @@ def some_noise(batch: int, start: int = 0) -> dict:
 
 @pytest.fixture
 def model():
-    return small_model()
+    return small_interpolating()
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def naive_loss(model, texts: ScoredTexts, noise: dict) -> torch.Tensor:
     ids=str,
 )
 def test_loss_and_gradients_are_those_of_a_plain_loop(fields):
-    model, ids, noise = small_model(**fields).double(), some_ids(4, 5), some_noise(4)
+    model, ids, noise = small_interpolating(**fields).double(), some_ids(4, 5), some_noise(4)
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[0, 1:3], mask[2, 3:], mask[3, :2] = -100, 0, 0
     loss = model(ids, mask, labels=labels, **noise).loss
@@ -129,7 +130,7 @@ def test_every_process_makes_the_same_calls_whatever_its_levels_are(model, seen)
         assert len(seen) == 2
         assert sorted(kwargs["visible_until"].shape[0] for _, kwargs in seen) == [1, 2]
     for alpha_0 in (0.0, 1.0):
-        small_model(alpha_0=alpha_0)(ids, labels=ids)
+        small_interpolating(alpha_0=alpha_0)(ids, labels=ids)
 
 
 def test_tokens_with_label_minus_100_and_padding_are_shown_and_not_scored(model, seen):
@@ -246,7 +247,7 @@ def test_levels_of_a_batch_are_stratified(model, seen):
     ids=str,
 )
 def test_every_loss_says_whether_it_is_a_bound(fields, expected):
-    model, ids = small_model(**fields), some_ids(2, 3)
+    model, ids = small_interpolating(**fields), some_ids(2, 3)
     assert model(ids, labels=ids).is_bound is expected is model.loss_is_bound
     assert model(ids).is_bound is None
     assert (model.bound_method, model.likelihood_methods) == ("interpolating", ("interpolating", "chain"))
@@ -257,7 +258,7 @@ def test_every_loss_says_whether_it_is_a_bound(fields, expected):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_loads_with_the_same_loss_and_tied_heads_stay_tied(tmp_path, tied):
-    model, ids = small_model(tie_word_embeddings=tied), some_ids(3, 5)
+    model, ids = small_interpolating(tie_word_embeddings=tied), some_ids(3, 5)
     model.save_pretrained(tmp_path)
     again = PrimeV2ForInterpolatingDiffusion.from_pretrained(tmp_path)
     noise = some_noise(3)
@@ -272,7 +273,7 @@ def test_a_saved_model_loads_with_the_same_loss_and_tied_heads_stay_tied(tmp_pat
 def test_attention_that_cannot_take_the_mask_is_refused():
     for implementation in ("flash_attention_2", "flex_attention"):
         with pytest.raises((ValueError, ImportError), match="(?i)flash|flex"):
-            small_model(attn_implementation=implementation)
+            small_interpolating(attn_implementation=implementation)
 
 
 def test_the_vocabulary_cannot_be_resized(model):

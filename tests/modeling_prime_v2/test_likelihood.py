@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from enumeration import all_sequences, count_form, nats_of_all_masks, small_model
+from enumeration import all_sequences, count_form, nats_of_all_masks
+from networks import small_model
 
 from prime_v2 import likelihood_rows_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from arm_networks import START, SUBTOKENS, law, padded, small_arm, some_ids
-from enumeration import all_sequences
+from enumeration import all_sequences, causal_law
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import START, SUBTOKENS, padded, small_arm, some_ids
 
 from prime_v2.eval.causal import CausalScorer
 
@@ -55,7 +55,7 @@ def test_it_is_a_law_on_sequences_the_product_of_next_token_probabilities(fields
     model = small_arm(vocab_size=5, **fields)
     values = model.log_likelihood(all_sequences(5, 3)).value
     assert values.exp().sum().item() == pytest.approx(1, abs=1e-4)  # 125 float32 products of three softmaxes
-    torch.testing.assert_close(values.exp(), torch.tensor(list(law(model, 3).values())).double(), **NETWORK)
+    torch.testing.assert_close(values.exp(), torch.tensor(list(causal_law(model, 3).values())).double(), **NETWORK)
 
 
 def test_the_loss_is_the_mean_of_minus_the_log_likelihoods(model, rows):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from small_networks import ORDERS, one_thread, prompts, small_model  # noqa: F401 (one_thread is an autouse fixture)
+from networks import ORDERS, one_layer, prompts
 from transformers import AutoModel, GenerationConfig, NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_greedy_prime_v2 import most_confident, proposals
@@ -25,7 +25,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def model(request):
-    return small_model(**NETWORKS[request.param])
+    return one_layer(**NETWORKS[request.param])
 
 
 def nearest_known(ids: list[int]) -> list[int]:
@@ -100,7 +100,7 @@ def test_ids_and_passes_are_those_of_the_naive_loop_for_every_padding_and_batch(
 
 
 def test_the_same_call_gives_the_same_tokens_and_touches_no_generator():
-    model, prompt = small_model(attention_dropout=0.5).train(), prompts(2, 4)
+    model, prompt = one_layer(attention_dropout=0.5).train(), prompts(2, 4)
     state = torch.get_rng_state()
     first = model.generate(prompt, max_new_tokens=9, do_sample=False)
     assert torch.equal(torch.get_rng_state(), state) and model.training
@@ -109,7 +109,7 @@ def test_the_same_call_gives_the_same_tokens_and_touches_no_generator():
 
 
 def test_the_reveal_order_of_the_training_changes_nothing():
-    made = [small_model(**NETWORKS[name]).generate(prompts(2, 4), do_sample=False) for name in ("digit", "nested")]
+    made = [one_layer(**NETWORKS[name]).generate(prompts(2, 4), do_sample=False) for name in ("digit", "nested")]
     assert torch.equal(*made)
 
 
@@ -122,14 +122,14 @@ def test_hidden_tokens_are_spread_over_the_steps_the_larger_shares_first():
 
     prompt = torch.tensor([[1, 2, 3], [1, MASK, MASK]])
     options = {"max_new_tokens": 8, "max_denoising_steps": 3, "do_sample": False, "return_dict_in_generate": True}
-    out = small_model().generate(prompt, stopping_criteria=[count], **options)
+    out = one_layer().generate(prompt, stopping_criteria=[count], **options)
     assert left == [[5, 6], [2, 3], [0, 0]]
     assert out.num_forward.tolist() == [3, 3]
     assert out.tokens_per_forward.tolist() == [8 / 3, 10 / 3]
 
 
 def test_equal_tokens_fall_to_the_lowest_id_and_equal_confidence_to_the_left():
-    model, seen = small_model(), []
+    model, seen = one_layer(), []
     torch.nn.init.zeros_(model.lm_head.weight)
 
     def record(ids, scores):
@@ -183,7 +183,7 @@ def test_after_the_first_eos_comes_padding_though_tokens_to_its_left_may_be_know
 
 def test_an_eos_known_first_waits_for_the_tokens_to_its_left():
     """A logits processor makes the third of five tokens the first to be known, as EOS."""
-    model, drafts = small_model(), []
+    model, drafts = one_layer(), []
 
     def eos_in_the_middle(ids, scores):
         if len(scores) == 5:
@@ -204,7 +204,7 @@ def test_an_eos_known_first_waits_for_the_tokens_to_its_left():
 
 @pytest.mark.parametrize("processor", [NoRepeatNGramLogitsProcessor(1), NoRepeatNGramLogitsProcessor(2)])
 def test_logits_processors_decide_ids_and_confidence(processor):
-    model = small_model()
+    model = one_layer()
     for row in rows_to_fill():
         given = [*row, *[MASK] * 5]
         expected, _ = naive_decode(model, given, 4, processor=processor)
@@ -213,7 +213,7 @@ def test_logits_processors_decide_ids_and_confidence(processor):
 
 
 def test_deciding_in_chunks_changes_nothing(monkeypatch):
-    model, prompt = small_model(), prompts(3, 4)
+    model, prompt = one_layer(), prompts(3, 4)
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4)
     target = torch.arange(16).expand(3, -1) >= 4
     found = model.greedy_matches(whole, None, target)
@@ -224,7 +224,7 @@ def test_deciding_in_chunks_changes_nothing(monkeypatch):
 
 
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
-    model, prompt, seen = small_model(), prompts(2, 4), []
+    model, prompt, seen = one_layer(), prompts(2, 4), []
 
     def second_row(ids, scores):
         seen.append(ids)
@@ -253,7 +253,7 @@ def test_a_streamer_gets_a_draft_after_each_pass():
         def end(self):
             calls.append("end")
 
-    out = small_model().generate(prompts(1, 4), max_new_tokens=6, do_sample=False, streamer=Streamer())[0].tolist()
+    out = one_layer().generate(prompts(1, 4), max_new_tokens=6, do_sample=False, streamer=Streamer())[0].tolist()
     assert calls[0] == out[:4] and calls[-2:] == [out[4:], "end"]
     drafts = calls[1:-2]
     assert [draft.count(MASK) for draft in drafts] == [5, 4, 3, 2, 1, 0]
@@ -264,7 +264,7 @@ def test_a_streamer_gets_a_draft_after_each_pass():
 
 
 def test_sampling_options_are_ignored_below_do_sample_false_and_refused_beside_or_above_it():
-    model, prompt = small_model(), prompts(1, 4)
+    model, prompt = one_layer(), prompts(1, 4)
     greedy = model.generate(prompt, max_new_tokens=6, do_sample=False)
     model.generation_config = PrimeV2GenerationConfig(max_new_tokens=6, temperature=0.5, top_p=0.9, seed=3)
     sampled = model.generate(prompt)
@@ -288,7 +288,7 @@ def test_sampling_options_are_ignored_below_do_sample_false_and_refused_beside_o
 
 
 def test_a_folder_keeps_do_sample_and_brings_the_code_of_the_decode(tmp_path):
-    model, prompt = small_model(), prompts(2, 4)
+    model, prompt = one_layer(), prompts(2, 4)
     model.generation_config = PrimeV2GenerationConfig(max_new_tokens=6, do_sample=False)
     expected = model.generate(prompt)
     model.save_pretrained(tmp_path)
@@ -360,7 +360,7 @@ def test_greedy_matches_is_the_decode_and_a_comparison(model):
 
 
 def test_rows_stop_at_their_first_wrong_token_and_share_passes_within_the_budget():
-    model, seen = small_model(), []
+    model, seen = one_layer(), []
     rows, targets = texts(model)
     expected = model.greedy_matches(*pad(rows, targets, 12, 0))
     hook = model.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[:2]))
@@ -375,7 +375,7 @@ def test_rows_stop_at_their_first_wrong_token_and_share_passes_within_the_budget
 
 
 def test_a_row_without_targets_matches_and_inputs_and_mode_stay():
-    model = small_model(attention_dropout=0.5).train()
+    model = one_layer(attention_dropout=0.5).train()
     ids, target = prompts(2, 5), torch.tensor([[False] * 5, [False, True, False, True, True]])
     before = ids.clone(), target.clone()
     found = model.greedy_matches(ids, None, target)
@@ -395,11 +395,11 @@ BAD_TEXTS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_TEXTS, ids=[message[:30] for _, message in BAD_TEXTS])
 def test_bad_texts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model().greedy_matches(*arguments)
+        one_layer().greedy_matches(*arguments)
 
 
 def test_a_network_that_is_not_finite_is_reported():
-    model = small_model()
+    model = one_layer()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the network's logits are not finite"):
         model.greedy_matches(IDS, None, TARGET)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from enumeration import all_sequences
-from interpolating_networks import naive_log_likelihood, small_model
+from enumeration import all_sequences, naive_log_likelihood
+from networks import small_interpolating
 
 from prime_v2.eval.answers import interval
 from prime_v2.likelihood_interpolating_prime_v2 import METHODS, num_states
@@ -16,7 +16,7 @@ ALL = 10_000  # draws that no test case has as many rows as
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model(seed=2, vocab_size=5)
+    return small_interpolating(seed=2, vocab_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def padded(rows: list[torch.Tensor], side: str, length: int, fill: int = 0) -> t
 @pytest.mark.parametrize("alpha_0", [0.05, 0.3, 0.7, 1.0])
 def test_draws_agree_with_the_enumerated_expectation(ids, alpha_0):
     """4 standard errors, 16 comparisons: a false alarm for one choice of the seed in 1,000; the seed is fixed."""
-    model = small_model(seed=2, vocab_size=5, alpha_0=alpha_0)
+    model = small_interpolating(seed=2, vocab_size=5, alpha_0=alpha_0)
     exact = model.log_likelihood(ids, num_samples=ALL)
     assert exact.stderr.tolist() == [0] * 4 and exact.degrees.isinf().all()
     assert exact.num_forward.tolist() == [num_states(3, alpha_0)] * 4
@@ -131,7 +131,7 @@ def test_equal_keys_share_their_draws():
     """Two texts that differ in the last token alone: their draws move together, the difference is far surer."""
     ids = torch.randint(11, (1, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     ids[1, -1] = (ids[0, -1] + 3) % 11
-    model = small_model(seed=2, scale=0.2)
+    model = small_interpolating(seed=2, scale=0.2)
     common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([7, 7]), return_samples=True)
     difference, stderr = paired_difference(*common.samples)
     assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
@@ -218,12 +218,12 @@ def test_a_seed_gives_its_draws_and_another_others(model, ids):
 
 
 def test_the_share_of_the_training_changes_no_likelihood(model, ids):
-    other = small_model(seed=2, vocab_size=5, ar_share=0.9)
+    other = small_interpolating(seed=2, vocab_size=5, ar_share=0.9)
     assert torch.equal(other.log_likelihood(ids, num_samples=4).value, model.log_likelihood(ids, num_samples=4).value)
 
 
 def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
-    model = small_model(vocab_size=5, attention_dropout=0.5)
+    model = small_interpolating(vocab_size=5, attention_dropout=0.5)
     expected = model.log_likelihood(ids, num_samples=4).value
     model.train()
     assert torch.equal(model.log_likelihood(ids, num_samples=4).value, expected)
@@ -267,7 +267,7 @@ def test_bad_input_is_refused(model, arguments, message):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_network_that_is_not_finite_gives_an_error_and_no_number(ids, method, value):
-    model = small_model(vocab_size=5)
+    model = small_interpolating(vocab_size=5)
     with torch.no_grad():
         model.model.norm.weight[0] = value
     with pytest.raises(ValueError, match="log-likelihood of row 0 is .*: the network's logits are not finite"):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from enumeration import all_sequences, correlated_law, entropy
-from uniform_networks import exact_bound, optimal_model, small_model
+from enumeration import all_sequences, correlated_law, entropy, exact_bound, optimal_uniform
+from networks import small_uniform
 
 from prime_v2.eval.answers import interval
 from prime_v2.likelihood_prime_v2 import paired_difference, stratified_degrees, stratified_stderr
@@ -25,7 +25,7 @@ def padded(rows: list[torch.Tensor], side: str, length: int, fill: int = 0) -> t
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model(seed=2, vocab_size=4)
+    return small_uniform(seed=2, vocab_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def exact(ids):
-    return -exact_bound(small_model(seed=2, vocab_size=4).double(), ids)
+    return -exact_bound(small_uniform(seed=2, vocab_size=4).double(), ids)
 
 
 # Values
@@ -54,7 +54,7 @@ def test_monte_carlo_agrees_with_the_enumerated_bound(model, ids, exact):
 def test_the_bound_of_the_optimal_denoiser_is_estimated_without_bias():
     """The mean over texts and draws is minus the entropy; 4 standard errors."""
     law, ids = correlated_law(3, 2), all_sequences(3, 2)
-    result = optimal_model(law, 3, 2).log_likelihood(ids, num_samples=4000)
+    result = optimal_uniform(law, 3, 2).log_likelihood(ids, num_samples=4000)
     error = float((law * result.stderr).square().sum().sqrt())
     assert abs(float((law * result.value).sum()) + entropy(law)) < 4 * error
     assert error < 0.02
@@ -66,8 +66,8 @@ CASES = [(4, 2, [3, 7, 11, 1, 0, 9, 13, 15, 5, 6], 128), (3, 4, [3, 77, 11, 24, 
 @pytest.mark.parametrize(("vocab_size", "length", "rows", "num_samples"), CASES, ids=str)
 def test_intervals_hold_the_exact_value_as_often_as_they_say(vocab_size, length, rows, num_samples):
     """2,000 intervals of 95%, whose coverage varies by 0.5%; as tests/eval/test_coverage.py."""
-    model, ids = small_model(seed=2, vocab_size=vocab_size), all_sequences(vocab_size, length)[rows]
-    truth = -exact_bound(small_model(seed=2, vocab_size=vocab_size).double(), ids, num_points=100).repeat(200)
+    model, ids = small_uniform(seed=2, vocab_size=vocab_size), all_sequences(vocab_size, length)[rows]
+    truth = -exact_bound(small_uniform(seed=2, vocab_size=vocab_size).double(), ids, num_points=100).repeat(200)
     found = model.log_likelihood(ids.repeat(200, 1), num_samples=num_samples, keys=torch.arange(2000))
     low, high = interval(found.value, found.stderr, found.degrees)
     covered = float(((low <= truth) & (truth <= high)).double().mean())
@@ -80,7 +80,7 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(vocab_size, length,
 def test_the_prompt_is_given_clean_and_not_scored(model):
     """With a prompt in the middle, against noise on the scored tokens alone."""
     ids, prompt = torch.tensor([[3, 1, 2]]), torch.tensor([[0, 1, 0]])
-    exact = -exact_bound(small_model(seed=2, vocab_size=4).double(), ids, scored=~prompt[0].bool())
+    exact = -exact_bound(small_uniform(seed=2, vocab_size=4).double(), ids, scored=~prompt[0].bool())
     result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=4000)
     assert abs(float(result.value - exact)) < 4 * float(result.stderr)  # false alarm 6e-5, for a fresh seed
     assert result.num_scored.item() == 2
@@ -118,7 +118,7 @@ def test_value_error_and_degrees_are_those_of_the_draws(model, ids):
 
 def test_equal_keys_share_their_noise():
     """Two texts that differ in one token only: their draws move together, the difference is surer."""
-    model, ids = small_model(vocab_size=4, scale=0.2), torch.tensor([[3, 1, 0, 2, 3, 1], [3, 1, 0, 2, 3, 2]])
+    model, ids = small_uniform(vocab_size=4, scale=0.2), torch.tensor([[3, 1, 0, 2, 3, 1], [3, 1, 0, 2, 3, 2]])
     paired = apart = 0.0
     for key in range(6):
         common = model.log_likelihood(ids, num_samples=128, keys=torch.tensor([key, key]), return_samples=True)
@@ -178,7 +178,7 @@ def test_a_seed_gives_its_draws_and_another_others(model, ids):
 
 
 def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
-    model = small_model(vocab_size=4, attention_dropout=0.5)
+    model = small_uniform(vocab_size=4, attention_dropout=0.5)
     expected = model.log_likelihood(ids, num_samples=4).value
     model.train()
     assert torch.equal(model.log_likelihood(ids, num_samples=4).value, expected)
@@ -224,7 +224,7 @@ def test_bad_input_is_refused(model, arguments, message):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_network_that_is_not_finite_gives_an_error_and_no_number(ids, value):
-    model = small_model(vocab_size=4)
+    model = small_uniform(vocab_size=4)
     with torch.no_grad():
         model.model.norm.weight[0] = value
     with pytest.raises(ValueError, match="log-likelihood of row 0 is .*: the network's logits are not finite"):

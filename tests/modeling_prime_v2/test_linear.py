@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from enumeration import small_config
+from networks import small_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

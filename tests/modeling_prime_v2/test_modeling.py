@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from enumeration import small_config, small_model
+from networks import small_config, small_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments

@@ -4,17 +4,8 @@ import json
 
 import pytest
 import torch
-from arm_networks import (
-    SUBTOKENS,
-    after_start,
-    padded,
-    peer_name,
-    peer_of,
-    small_arm,
-    small_arm_config,
-    some_ids,
-)
 from huggingface_hub.errors import StrictDataclassError
+from networks import SUBTOKENS, after_start, padded, peer_name, peer_of, small_arm, small_config, some_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -192,16 +183,16 @@ def test_whole_tokens_have_no_code_table_and_the_shuffle_changes_nothing():
 
 
 def test_the_configuration_of_a_causal_model(tmp_path):
-    config = small_arm_config(num_subtokens=None, tie_word_embeddings=True)
+    config = small_config("arm", num_subtokens=None, tie_word_embeddings=True)
     assert (config.num_subtokens, config.base, config.causal) == (4, 2, True)
     assert config.auto_map["AutoModelForCausalLM"] == "modeling_arm_prime_v2.PrimeV2ForCausalLM"
     config.save_pretrained(tmp_path)
     assert PrimeV2ArmConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "prime_v2_arm"
     with pytest.raises(StrictDataclassError, match=r"num_subtokens=1 digits of base 2 .* use num_subtokens=4"):
-        small_arm_config(base=2)
+        small_config("arm", base=2)
     with pytest.raises(StrictDataclassError, match="num_attention_heads=3; use hidden_size=18"):
-        small_arm_config(num_attention_heads=3)
+        small_config("arm", num_attention_heads=3)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from enumeration import exact_bound, naive_integrand, naive_posterior
+from networks import small_config, small_uniform
+from observers import LargestTensor
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
-from uniform_networks import exact_bound, naive_integrand, naive_posterior, small_config, small_model
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2
 from prime_v2.configuration_prime_v2 import PrimeV2Config
@@ -36,8 +37,8 @@ def some_noise(batch: int = 3) -> dict:
 
 def test_without_time_it_is_the_network_of_whole_masked_tokens():
     """With the same weights; test_modeling.py holds that one against plain formulas."""
-    model = small_model(time_conditioning=False).model
-    fields = small_config().to_dict()
+    model = small_uniform(time_conditioning=False).model
+    fields = small_config("uniform").to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     other = PrimeV2Model(PrimeV2Config(num_subtokens=1, shuffle_ratio=0, **{name: fields[name] for name in names}))
     weights = model.state_dict()
@@ -53,7 +54,7 @@ def test_without_time_it_is_the_network_of_whole_masked_tokens():
 
 def test_times_scale_the_output_of_every_norm():
     """Against sinusoids, layers and norms written out, one row at a time."""
-    model, ids = small_model().model, some_ids()
+    model, ids = small_uniform().model, some_ids()
     embedding = model.time_embedding
     for row, time in enumerate(TIMES.tolist()):
         angles = [1000.0 * time * 10_000.0 ** (-k / 4) for k in range(4)]
@@ -74,12 +75,12 @@ def test_times_scale_the_output_of_every_norm():
 
 def test_at_first_the_time_changes_nothing_and_later_it_does():
     ids = some_ids()
-    fresh = PrimeV2ForUniformDiffusion(small_config()).eval()
+    fresh = PrimeV2ForUniformDiffusion(small_config("uniform")).eval()
     for name, parameter in fresh.named_parameters():
         if "time_scale" in name:
             assert (parameter == 0).all(), name
     assert torch.equal(fresh(ids, times=TIMES).logits, fresh(ids, times=1 - TIMES).logits)
-    model = small_model()
+    model = small_uniform()
     difference = model(ids, times=TIMES).logits - model(ids, times=TIMES.flip(0)).logits
     assert difference[[0, 2]].abs().amax((1, 2)).min() > 1e-2
     assert (difference[1] == 0).all()
@@ -87,7 +88,7 @@ def test_at_first_the_time_changes_nothing_and_later_it_does():
 
 def test_attention_is_bidirectional():
     """The first token's output depends on the last token."""
-    model, ids = small_model(), some_ids(1)
+    model, ids = small_uniform(), some_ids(1)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % 11
     difference = model(ids, times=TIMES[:1]).logits - model(changed, times=TIMES[:1]).logits
@@ -97,7 +98,7 @@ def test_attention_is_bidirectional():
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_batch_change_no_logits(side, implementation):
-    model, lengths = small_model(), (3, 7, 5)
+    model, lengths = small_uniform(), (3, 7, 5)
     model.set_attn_implementation(implementation)
     batch, mask = torch.full((3, 9), 4), torch.zeros(3, 9, dtype=torch.long)
     for i, length in enumerate(lengths):
@@ -110,7 +111,7 @@ def test_padding_and_batch_change_no_logits(side, implementation):
 
 
 def test_hidden_states_and_attentions_on_request():
-    model, ids = small_model(), some_ids()
+    model, ids = small_uniform(), some_ids()
     model.set_attn_implementation("eager")
     outputs = model(ids, times=TIMES, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
@@ -144,7 +145,7 @@ def naive_loss(model, ids, noise_keys, noise_levels, scored=None):
     ids=str,
 )
 def test_loss_and_gradient_of_every_parameter_equal_those_of_full_logits(fields):
-    model, ids, noise = small_model(**fields).double(), some_ids(), some_noise()
+    model, ids, noise = small_uniform(**fields).double(), some_ids(), some_noise()
     loss, expected = model(ids, labels=ids, **noise).loss, naive_loss(model, ids, **noise)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -155,7 +156,7 @@ def test_loss_and_gradient_of_every_parameter_equal_those_of_full_logits(fields)
 
 @pytest.mark.parametrize(("fields", "expected"), [({}, True), ({"loss_weight": "low_variance"}, False)], ids=str)
 def test_every_loss_says_whether_it_is_a_bound(fields, expected):
-    model, ids = small_model(**fields), some_ids()
+    model, ids = small_uniform(**fields), some_ids()
     output = model(ids, labels=ids)
     assert output.is_bound is model.loss_is_bound is expected
     assert output.loss.dtype == torch.float32 and output.logits is None
@@ -164,8 +165,8 @@ def test_every_loss_says_whether_it_is_a_bound(fields, expected):
 
 def test_the_mean_loss_over_noise_is_the_enumerated_bound():
     """4 standard errors: a false alarm for one seed in 16,000; the seed is fixed."""
-    model, ids = small_model(vocab_size=4, seed=2), torch.tensor([[1, 3]])
-    bound = float(exact_bound(small_model(vocab_size=4, seed=2).double(), ids)) / 2
+    model, ids = small_uniform(vocab_size=4, seed=2), torch.tensor([[1, 3]])
+    bound = float(exact_bound(small_uniform(vocab_size=4, seed=2).double(), ids)) / 2
     torch.manual_seed(5)
     with torch.no_grad():
         losses = torch.tensor([model(ids.expand(60, -1), labels=ids.expand(60, -1)).loss.item() for _ in range(50)])
@@ -177,7 +178,7 @@ def test_the_mean_loss_over_noise_is_the_enumerated_bound():
 @pytest.fixture
 def seen(monkeypatch):
     """(a model, what its network was given: noised ids and times, call by call)."""
-    model, given = small_model(), []
+    model, given = small_uniform(), []
     forward = model.model.forward
     monkeypatch.setattr(
         model.model, "forward", lambda *args, **kwargs: given.append(args[:2]) or forward(*args, **kwargs)
@@ -216,7 +217,7 @@ def test_inputs_that_are_masked_where_labels_are_scored_are_noised_from_the_labe
 
 
 def test_a_row_with_nothing_to_score_takes_no_part():
-    model, ids, noise = small_model(), some_ids(3, 5), some_noise(3)
+    model, ids, noise = small_uniform(), some_ids(3, 5), some_noise(3)
     labels = ids.clone()
     labels[1] = -100
     rest = {name: each[[0, 2]] for name, each in noise.items()}
@@ -226,7 +227,7 @@ def test_a_row_with_nothing_to_score_takes_no_part():
 
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch():
     """Rows of unequal numbers of scored tokens: the mean of the micro-batches' means would differ."""
-    model, ids = small_model(), some_ids(6, 7)
+    model, ids = small_uniform(), some_ids(6, 7)
     labels, noise = ids.clone(), some_noise(6)
     labels[0, 1:] = labels[3, :5] = labels[5, 2:] = -100
     whole = model(ids, labels=labels, **noise).loss
@@ -259,24 +260,10 @@ def test_noise_comes_from_torchs_generator_and_is_stratified(seen):
         assert (changed <= torch.tensor([1, 3, 5, 7])).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            # An expanded view has more elements than its memory.
-            if isinstance(each, torch.Tensor) and 0 not in each.stride():
-                self.numel = max(self.numel, each.numel())
-        return result
-
-
 @pytest.mark.parametrize("loss_weight", ["elbo", "low_variance"])
 def test_a_training_step_never_holds_a_tensor_of_batch_by_length_by_vocabulary(loss_weight, monkeypatch):
     vocab_size = 1024
-    model, ids = small_model(vocab_size=vocab_size, loss_weight=loss_weight), some_ids(4, 32, vocab_size)
+    model, ids = small_uniform(vocab_size=vocab_size, loss_weight=loss_weight), some_ids(4, 32, vocab_size)
     monkeypatch.setattr(chunked_loss_prime_v2, "CHUNK_ELEMENTS_CPU", 8 * vocab_size)
     with LargestTensor() as chunked:
         model(ids, labels=ids, **some_noise(4)).loss.backward()
@@ -288,7 +275,7 @@ def test_a_training_step_never_holds_a_tensor_of_batch_by_length_by_vocabulary(l
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_gradient(reentrant):
-    model, ids, noise, calls = small_model().train(), some_ids(), some_noise(), []
+    model, ids, noise, calls = small_uniform().train(), some_ids(), some_noise(), []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     model(ids, labels=ids, **noise).loss.backward()
     gradients = {name: each.grad.clone() for name, each in model.named_parameters()}
@@ -303,7 +290,7 @@ def test_activation_checkpointing_changes_no_gradient(reentrant):
 @pytest.mark.parametrize("loss_weight", ["elbo", "low_variance"])
 def test_bfloat16_autocast_is_close_to_float32(loss_weight):
     """A tiny size: bfloat16 products are slow on many processors."""
-    model, ids, noise = small_model(scale=0.1, loss_weight=loss_weight).train(), some_ids(), some_noise()
+    model, ids, noise = small_uniform(scale=0.1, loss_weight=loss_weight).train(), some_ids(), some_noise()
     full = model(ids, labels=ids, **noise).loss
     full.backward()
     reference = {name: each.grad.clone() for name, each in model.named_parameters()}
@@ -324,7 +311,7 @@ def grads_of(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("level", [1e-12, 1 - 1e-12])
 def test_a_bfloat16_network_has_a_finite_loss_at_both_ends_of_time(level):
-    model, ids = small_model().bfloat16(), some_ids()
+    model, ids = small_uniform().bfloat16(), some_ids()
     noise = some_noise() | {"noise_levels": torch.full((3,), level, dtype=torch.double)}
     loss = model(ids, labels=ids, **noise).loss
     loss.backward()
@@ -338,7 +325,7 @@ def test_a_bfloat16_network_has_a_finite_loss_at_both_ends_of_time(level):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_model_gives_the_same_loss():
     """Traced, not made into code, which takes minutes."""
-    model, ids, noise = small_model(), some_ids(), some_noise()
+    model, ids, noise = small_uniform(), some_ids(), some_noise()
     expected = model(ids, labels=ids, **noise).loss
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids, labels=ids, **noise).loss, expected, **CLOSE)
@@ -349,7 +336,7 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path):
     arguments = TrainingArguments(
         tmp_path, max_steps=2, per_device_eval_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    trainer = Trainer(small_model(), arguments, train_dataset=data, eval_dataset=data)
+    trainer = Trainer(small_uniform(), arguments, train_dataset=data, eval_dataset=data)
     assert 0 < trainer.train().training_loss < 40
     assert 0 < trainer.evaluate()["eval_loss"] < 40
     assert 0 < trainer.predict(data).metrics["test_loss"] < 40
@@ -360,7 +347,7 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"time_conditioning": False}], ids=str)
 def test_a_saved_model_loads_equal(fields, tmp_path):
-    model, ids = small_model(**fields), some_ids()
+    model, ids = small_uniform(**fields), some_ids()
     model.save_pretrained(tmp_path)
     loaded, report = PrimeV2ForUniformDiffusion.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -374,7 +361,7 @@ def test_a_saved_model_loads_equal(fields, tmp_path):
 
 
 def test_saving_writes_every_file_that_the_hub_needs_and_loading_warns_of_nothing(tmp_path, caplog):
-    small_model().save_pretrained(tmp_path)
+    small_uniform().save_pretrained(tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} <= written
     parts = ("configuration", "diffusion", "generation", "likelihood", "modeling")
@@ -393,7 +380,7 @@ def test_saving_writes_every_file_that_the_hub_needs_and_loading_warns_of_nothin
 
 
 def test_a_16_bit_model_has_float32_logits(tmp_path):
-    model, ids = small_model(scale=0.1), some_ids()
+    model, ids = small_uniform(scale=0.1), some_ids()
     model.save_pretrained(tmp_path)
     loaded = PrimeV2ForUniformDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
     logits, expected = loaded(ids, times=TIMES).logits, model(ids, times=TIMES).logits
@@ -429,7 +416,7 @@ def test_a_16_bit_model_has_float32_logits(tmp_path):
 )
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        small_model()(**{"input_ids": torch.tensor([[1, 2]]), "times": torch.tensor([0.5])} | arguments)
+        small_uniform()(**{"input_ids": torch.tensor([[1, 2]]), "times": torch.tensor([0.5])} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +436,7 @@ def test_bad_input_is_refused(arguments, message):
 def test_bad_labels_are_refused(changes, message):
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ValueError, match=message):
-        small_model()(**({"input_ids": ids, "labels": ids} | changes))
+        small_uniform()(**({"input_ids": ids, "labels": ids} | changes))
 
 
 @pytest.mark.parametrize(
@@ -466,9 +453,9 @@ def test_bad_labels_are_refused(changes, message):
 )
 def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises(Exception, match=message):
-        small_config(**fields)
+        small_config("uniform", **fields)
 
 
 def test_resizing_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size=11 is part of the noise, .*train a model"):
-        small_model().resize_token_embeddings(12)
+        small_uniform().resize_token_embeddings(12)

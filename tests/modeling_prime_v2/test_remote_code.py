@@ -1,4 +1,7 @@
-"""A saved folder in an environment that has transformers and torch, but not this package."""
+"""A saved folder of every family in an environment that has transformers and lm-eval, but not this package.
+
+A new entry of `FAMILIES` falls under all of this. One process there loads all folders: importing torch takes longest.
+"""
 
 import json
 import os
@@ -9,56 +12,94 @@ from pathlib import Path
 
 import pytest
 import torch
-from enumeration import small_model
+from networks import small_model
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from prime_v2.families import FAMILIES
 from prime_v2.tokenization import build_tokenizer
 from prime_v2.tokenization.bpe import train_bpe
 
-pytestmark = pytest.mark.slow  # a second process imports torch and transformers
+pytestmark = pytest.mark.slow  # a second process imports torch, transformers and lm-eval
 
 TEXT = "Every token is written as binary digits, after a shuffle of the vocabulary. " * 3
+CONTEXT, CONTINUATION = "Every token is", " written as binary digits"
+FIELDS: dict[str, dict] = {
+    "prime": {"shuffle_seed": 4, "subtoken_embedding": "sum"},
+    "arm": {"num_subtokens": 9, "base": 2, "shuffle_seed": 4},  # so that its code table is saved too
+    "interpolating": {"alpha_0": 0.4},
+}
 
-# Loads FOLDER in every way, saves it to AGAIN, loads that; writes tensors to OUT and a line of JSON to stdout.
+# What a model computes, the same in both processes.
+RESULTS = """
+import inspect
+import torch
+
+NOISE = {"noise_keys": torch.arange(1), "noise_levels": torch.tensor([0.5], dtype=torch.double)}
+
+def results(model, ids):
+    times = {"times": torch.tensor([0.4])} if "times" in inspect.signature(model.forward).parameters else {}
+    options, target = {"max_new_tokens": 6}, torch.arange(10)[None] >= 4
+    with torch.no_grad():
+        greedy = model.generate(ids[:, :4], do_sample=False, **options)
+        return {
+            "logits": model(ids, **times).logits,
+            "loss": model(ids, labels=ids, **NOISE).loss,
+            "log_likelihood": model.log_likelihood(ids, num_samples=4).value,
+            "generated": model.generate(ids[:, :4], seed=3, **options),
+            "greedy": greedy,
+            "matches": model.greedy_matches(greedy, None, target).matches,
+        }
+"""
+
+# For each folder below IN: loads it in every way, saves it below OUT, loads that; writes tensors and a line of JSON.
 SCRIPT = """
 import importlib.util, json, sys
-import torch
+from pathlib import Path
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-folder, again, out, text = sys.argv[1:]
-trust = {"trust_remote_code": True}
-config = AutoConfig.from_pretrained(folder, **trust)
-model = AutoModel.from_pretrained(folder, **trust)
-masked_lm = AutoModelForMaskedLM.from_pretrained(folder, **trust)
-tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-fresh = AutoModel.from_config(config, **trust)
-masked_lm.save_pretrained(again)
-tokenizer.save_pretrained(again)
-model_again = AutoModel.from_pretrained(again, **trust)
-tokenizer_again = AutoTokenizer.from_pretrained(again, **trust)
+given, out, text, context, continuation = sys.argv[1:]
+trust, printed = {"trust_remote_code": True}, {"package": importlib.util.find_spec("prime_v2") is not None}
+for folder in sorted(Path(given).iterdir()):
+    again = Path(out) / folder.name
+    config = AutoConfig.from_pretrained(folder, **trust)
+    autos = sorted(name for name in config.auto_map if name.startswith("AutoModel"))
+    models = {name: getattr(transformers, name).from_pretrained(folder, **trust) for name in autos}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+    fresh = AutoModel.from_config(config, **trust)
+    models[autos[-1]].save_pretrained(again)
+    tokenizer.save_pretrained(again)
+    models["again"] = AutoModel.from_pretrained(again, **trust)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    tensors = {"ids": ids, "digits": torch.as_tensor(tokenizer.encode_subtokens(ids))}
+    for name, model in models.items():
+        tensors |= {f"{name} {what}": each for what, each in results(model, ids).items()}
+    tensors |= {f"fresh {name}": each for name, each in fresh.named_buffers()}
+    save_file({name: each.clone().contiguous() for name, each in tensors.items()}, again.with_suffix(".tensors"))
+    printed[folder.name] = {
+        "models": {name: type(each).__name__ for name, each in models.items()},
+        "classes": [type(each).__name__ for each in (config, fresh, tokenizer)],
+        "bases": [[base.__name__ for base in type(each).__bases__] for each in models.values()],
+        "decoded": tokenizer.decode(ids[0]),
+        "ids_again": AutoTokenizer.from_pretrained(again, **trust)(text).input_ids == ids[0].tolist(),
+        "can_generate": model.can_generate(),
+    }
+    if "AutoModelForCausalLM" in autos:
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
 
-batch = tokenizer(text, return_tensors="pt")
-ids = batch["input_ids"]
-tensors = {"ids": ids, "digits": torch.as_tensor(tokenizer.encode_subtokens(ids))}
-with torch.no_grad():
-    for name, each in {"model": model, "masked_lm": masked_lm, "again": model_again}.items():
-        tensors[name] = each(**batch).logits
-        tensors[f"{name}_generated"] = each.generate(ids[:, :4], max_new_tokens=6, seed=3)
-        tensors[f"{name}_greedy"] = each.generate(ids[:, :4], max_new_tokens=6, do_sample=False)
-noise = {"noise_keys": torch.arange(1), "noise_levels": torch.tensor([0.5], dtype=torch.double)}
-tensors["loss"] = model(**batch, labels=ids, **noise).loss.detach()
-tensors["log_likelihood"] = model.log_likelihood(ids, num_samples=4).value
-tensors["fresh_codes"] = fresh.code_table.codes
-save_file({name: each.clone().contiguous() for name, each in tensors.items()}, out)
-print(json.dumps({
-    "package": importlib.util.find_spec("prime_v2") is not None,
-    "classes": [type(each).__name__ for each in (config, model, masked_lm, fresh, tokenizer, model_again)],
-    "bases": [[base.__name__ for base in type(each).__bases__] for each in (model, masked_lm)],
-    "decoded": tokenizer.decode(ids[0]),
-    "ids_again": tokenizer_again(text).input_ids == ids[0].tolist(),
-    "can_generate": model.can_generate(),
-}))
+        lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, **trust)
+        pairs = [("", continuation), (context, continuation)]
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        until = Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 6}), 0)
+        printed[folder.name] |= {
+            "lm": type(lm.model).__name__,
+            "scores": lm.loglikelihood(requests, disable_tqdm=True),
+            "text": lm.generate_until([until], disable_tqdm=True),
+        }
+print(json.dumps(printed))
 """
 
 
@@ -75,101 +116,114 @@ def bare_python(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """(folder, model, tokenizer), saved as any model and tokenizer are."""
-    folder = tmp_path_factory.mktemp("saved")
-    tokenizer = build_tokenizer(train_bpe([TEXT], 300), shuffle_seed=4)
-    model = small_model(
-        vocab_size=len(tokenizer.code_table),
-        shuffle_seed=4,
-        max_position_embeddings=256,
-        subtoken_embedding="sum",
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder, model, tokenizer
+def tokenizer():
+    bpe = PreTrainedTokenizerFast(tokenizer_object=train_bpe([TEXT], 300), eos_token="<|endoftext|>")
+    return build_tokenizer(bpe, shuffle_seed=4)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """(folder with one folder a family, models by family), saved as any model and tokenizer are."""
+    folder, networks = tmp_path_factory.mktemp("saved"), {}
+    end = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id) | {"bos_token_id": None}
+    sizes = {"vocab_size": len(tokenizer.code_table), "max_position_embeddings": 256}
+    for name in FAMILIES:
+        networks[name] = small_model(name, scale=0.1, **sizes, **end, **FIELDS.get(name, {}))
+        networks[name].save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder, networks
 
 
 @pytest.fixture(scope="module")
 def found(bare_python, saved, tmp_path_factory):
-    """(what the script printed, the tensors that it wrote, the folder that it saved)."""
+    """(what the script printed, the folder where it saved)."""
     work = tmp_path_factory.mktemp("work")
-    again, out = work / "again", work / "out.safetensors"
+    (work / "out").mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [bare_python, "-I", "-c", SCRIPT, saved[0], again, out, TEXT],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [bare_python, "-I", "-c", RESULTS + SCRIPT, saved[0], work / "out", TEXT, CONTEXT, CONTINUATION]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), load_file(out), again
+    return json.loads(done.stdout.splitlines()[-1]), work / "out"
 
 
-def test_the_package_is_not_importable_there(bare_python, tmp_path):
+@pytest.fixture(params=list(FAMILIES))
+def family(request, found, saved):
+    """(the family's entry, what was printed of it, its tensors, its folder, the one saved there, the model here)."""
+    name = request.param
+    (printed, out), (folder, models) = found, saved
+    return FAMILIES[name], printed[name], load_file(out / f"{name}.tensors"), folder / name, out / name, models[name]
+
+
+def test_the_package_is_not_importable_there(found, bare_python, tmp_path):
+    assert not found[0]["package"]
     done = subprocess.run([bare_python, "-I", "-c", "import prime_v2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "ModuleNotFoundError: No module named 'prime_v2'" in done.stderr
 
 
-def test_every_auto_class_gives_the_right_class(found):
-    printed, _, _ = found
-    assert not printed["package"]
-    model = "PrimeV2ForMaskedDiffusion"
-    assert printed["classes"] == ["PrimeV2Config", model, model, model, "PrimeV2Tokenizer", model]
+def test_every_auto_class_gives_the_right_class(family):
+    entry, printed, *_ = family
+    expected = entry.model[1]
+    head = "AutoModelForCausalLM" if entry.config_class.causal else "AutoModelForMaskedLM"
+    assert printed["models"] == dict.fromkeys(("AutoModel", head, "again"), expected)
+    assert printed["classes"] == [entry.config[1], expected, "PrimeV2Tokenizer"]
     assert printed["can_generate"]
     # Transformers gives a remote class that it takes for autoregressive a second, unfit generate().
-    assert printed["bases"] == [["PrimeV2PreTrainedModel", "PrimeV2GenerationMixin"]] * 2
+    assert printed["bases"] == [[base.__name__ for base in entry.model_class.__bases__]] * len(printed["models"])
 
 
-def test_logits_loss_and_likelihood_are_those_of_this_process(found, saved):
-    _, tensors, _ = found
-    _, model, _ = saved
-    # The same code and machine; the number of threads may differ, and with it the order of some sums.
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    with torch.no_grad():
-        logits = model(tensors["ids"]).logits
-        for name in ("model", "masked_lm", "again"):
-            torch.testing.assert_close(tensors[name], logits, **close)
-        noise = {"noise_keys": torch.arange(1), "noise_levels": torch.tensor([0.5], dtype=torch.double)}
-        loss = model(tensors["ids"], labels=tensors["ids"], **noise).loss
-    torch.testing.assert_close(tensors["loss"], loss, **close)
-    likelihood = model.log_likelihood(tensors["ids"], num_samples=4).value
-    torch.testing.assert_close(tensors["log_likelihood"], likelihood, **close)
+def test_every_result_is_that_of_this_process(family):
+    _, printed, tensors, _, _, model = family
+    here = {}
+    exec(RESULTS, here)
+    for what, expected in here["results"](model, tensors["ids"]).items():
+        for name in printed["models"]:
+            # The same code and machine; the number of threads may differ, and with it the order of some sums.
+            torch.testing.assert_close(tensors[f"{name} {what}"], expected, rtol=1e-5, atol=1e-5)
+    assert tensors["again matches"].tolist() == [True]
 
 
-def test_a_seed_generates_the_same_text_there(found, saved):
-    _, tensors, _ = found
-    expected = saved[1].generate(tensors["ids"][:, :4], max_new_tokens=6, seed=3)
-    greedy = saved[1].generate(tensors["ids"][:, :4], max_new_tokens=6, do_sample=False)
-    for name in ("model", "masked_lm", "again"):
-        assert torch.equal(tensors[f"{name}_generated"], expected)
-        assert torch.equal(tensors[f"{name}_greedy"], greedy)
+def test_a_model_from_the_configuration_has_the_buffers_of_the_saved_one(family):
+    """The code table is one."""
+    *_, tensors, _, _, model = family
+    for name, expected in model.named_buffers():
+        assert torch.equal(tensors[f"fresh {name}"], expected)
 
 
-def test_tokenizer_and_model_agree_on_the_digits(found, saved):
-    printed, tensors, _ = found
-    _, model, tokenizer = saved
+def test_tokenizer_and_model_agree_on_the_digits(family, tokenizer):
+    entry, printed, tensors, _, _, model = family
     assert tensors["ids"][0].tolist() == tokenizer(TEXT).input_ids
     assert printed["decoded"] == TEXT
     assert printed["ids_again"]
-    assert torch.equal(tensors["digits"], model.encode(tensors["ids"]))
-    assert torch.equal(torch.as_tensor(tokenizer.code_table), model.code_table.codes[:-1])
-    assert torch.equal(tensors["fresh_codes"], model.code_table.codes), "a model from the config alone has the table"
+    if entry.digits:
+        assert torch.equal(tensors["digits"], model.code_table.codes[tensors["ids"]])
+        assert torch.equal(torch.as_tensor(tokenizer.code_table), model.code_table.codes[: len(tokenizer.code_table)])
 
 
-def test_what_is_saved_there_is_complete(found, saved):
-    """The same files and the same map of classes, so that it can be passed on."""
-    _, _, again = found
-    names = [sorted(path.name for path in folder.iterdir() if path.is_file()) for folder in (saved[0], again)]
+def test_what_is_saved_there_is_complete(family):
+    """The same files and the same map of classes, so that it can be passed on; no code of another family."""
+    entry, *_, folder, again, _ = family
+    names = [sorted(path.name for path in each.iterdir() if path.is_file()) for each in (folder, again)]
     assert names[0] == names[1]
-    assert not (saved[0] / "trainer.py").exists()
-    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (saved[0], again)]
+    assert [name for name in names[0] if name.startswith("modeling_")] == [f"{entry.model[0]}.py"]
+    assert "trainer.py" not in names[0]
+    maps = [json.loads((each / "config.json").read_text())["auto_map"] for each in (folder, again)]
     assert maps[0] == maps[1]
-    for folder in (saved[0], again):
-        for path in folder.glob("*.py"):
-            assert path.read_bytes() == (saved[0] / path.name).read_bytes()
+    for path in again.glob("*.py"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name, each in FAMILIES.items() if each.config_class.causal])
+def test_lm_evals_own_model_scores_and_generates(name, found, saved, tokenizer):
+    """It feeds a context as it is, an empty one as the EOS token, which is the start token here."""
+    printed, model = found[0][name], saved[1][name]
+    assert printed["lm"] == FAMILIES[name].model[1]
+    context, continuation = (tokenizer(text, return_tensors="pt").input_ids for text in (CONTEXT, CONTINUATION))
+    alone, after = (value for value, _ in printed["scores"])
+    assert alone == pytest.approx(model.log_likelihood(continuation).value.item(), abs=1e-4)  # some 10 nats in float32
+    whole = torch.cat([context, continuation], dim=1)
+    log_p = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None]).squeeze(1)
+    assert after == pytest.approx(log_p[-continuation.shape[1] :].sum().item(), abs=1e-4)
+    new = model.generate(context, max_new_tokens=6, do_sample=False)[0, context.shape[1] :]
+    assert printed["text"] == [tokenizer.decode(new, skip_special_tokens=True)]

@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from fuzz_networks import LIMIT, SHAPE, VOCAB_SIZE
+from networks import LIMIT, TINY, VOCAB_SIZE
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -30,7 +30,7 @@ def model(request):
     """A small random network of each family, in evaluation mode; nobody changes it."""
     torch.manual_seed(0)
     family = FAMILIES[request.param]
-    return family.model_class(family.config_class(**SHAPE, bos_token_id=3)).eval()
+    return family.model_class(family.config_class(**TINY, bos_token_id=3)).eval()
 
 
 @pytest.fixture(params=["forward", "loss", "log_likelihood", "greedy_matches", "generate"])
@@ -257,7 +257,7 @@ def test_a_mask_of_four_axes_is_taken_by_the_family_that_transformers_makes_it_f
         model(IDS, seen.float())
     with pytest.raises(ValueError, match="such a mask is bool, or 0 where it attends"):
         model(IDS, seen.long())
-    eager = type(model)(type(model.config)(**SHAPE, attn_implementation="eager")).eval()
+    eager = type(model)(type(model.config)(**TINY, attn_implementation="eager")).eval()
     with pytest.raises(ValueError, match="is bool, which eager attention would add"):
         eager(IDS, seen)
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from enumeration import small_config, small_model
+from networks import small_config, small_model
 
 from prime_v2.tree_embedding_prime_v2 import PrimeV2TreeEmbedding
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from enumeration import small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import small_config
 from scipy.sparse.linalg import svds
 
 from prime_v2 import PrimeV2ForMaskedDiffusion

@@ -15,7 +15,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small_tokenizers import CHAT_TEMPLATE, small_base
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prime_v2.code_table_prime_v2 import PrimeV2CodeTable, build_code_table
@@ -32,10 +33,6 @@ TEXTS = [
     "x",
 ]
 CHAT = [{"role": "user", "content": "Which fox?"}, {"role": "assistant", "content": "The quick brown one."}]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 # Every way to call a tokenizer that must give what the wrapped one gives.
 CALLS = {
     "ids": lambda t: [t(text).data for text in TEXTS],
@@ -61,42 +58,6 @@ CALLS = {
     "sides": lambda t: (t.padding_side, t.truncation_side, t.model_max_length),
     "vocabulary": lambda t: {token: i for token, i in t.get_vocab().items() if token != "<|mask|>"},
 }
-
-
-def train_bpe(vocab_size: int = 400) -> Tokenizer:
-    """A byte-level BPE trained on this file."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return train_bpe()
-
-
-def small_base(bpe: Tokenizer) -> PreTrainedTokenizerFast:
-    """A Transformers tokenizer with special tokens in and after its vocabulary, a chat template and left padding."""
-    base = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    base.add_tokens([AddedToken("<|extra|>", lstrip=True, special=True)])
-    return base
 
 
 def load_base(name: str, bpe: Tokenizer) -> PreTrainedTokenizerFast:
@@ -139,11 +100,6 @@ def case(request, bpe, tmp_path_factory) -> tuple[PreTrainedTokenizerFast, Prime
     name, way = request.param
     base = load_base(name, bpe)
     return base, get_again(build_tokenizer(base, shuffle_seed=5), way, tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture(scope="module")
-def small(bpe) -> PrimeV2Tokenizer:
-    return build_tokenizer(small_base(bpe))
 
 
 def test_every_call_gives_what_the_wrapped_tokenizer_gives(case):
@@ -375,7 +331,7 @@ def test_the_shuffle_options_reach_the_table(bpe):
         ({"base": 2.0}, "base=2.0 must be an integer"),
         ({"shuffle_seed": True}, "shuffle_seed=True must be an integer"),
         ({"shuffle_ratio": 2}, r"shuffle_ratio=2 is outside \[0, 1\]"),
-        ({"mask_token": "the"}, "mask_token='the' is already the token .*; use one outside its vocabulary"),
+        ({"mask_token": "in"}, "mask_token='in' is already the token .*; use one outside its vocabulary"),
         ({"num_subtoken": 5}, "build_tokenizer has no argument num_subtoken=5; did you mean num_subtokens"),
         ({"shuffle_sed": 5}, "build_tokenizer has no argument shuffle_sed=5; did you mean shuffle_seed"),
         ({"model_max_lenght": 5}, "build_tokenizer has no argument model_max_lenght=5; did you mean model_max_length"),
@@ -416,8 +372,8 @@ OTHER_MASK = "cannot take the place of '<|mask|>', whose id .* means that all di
         ("pad_token", "<new>", NEW_TOKEN),
         ("pad_token", AddedToken("<new>"), NEW_TOKEN),
         ("eos_token", "<new>", NEW_TOKEN),
-        ("extra_special_tokens", ["the", "<new>"], NEW_TOKEN),
-        ("mask_token", "the", OTHER_MASK),
+        ("extra_special_tokens", ["in", "<new>"], NEW_TOKEN),
+        ("mask_token", "in", OTHER_MASK),
         ("mask_token", "<new>", OTHER_MASK),
         ("mask_token", None, OTHER_MASK),
         ("mask_token_id", 3, OTHER_MASK),

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from test_tokenizer import bpe, small, small_base  # noqa: F401  # fixtures
+from small_tokenizers import small_base
 from transformers import AutoTokenizer
 
 from prime_v2.tokenization import PrimeV2Tokenizer
 
 
-def test_a_table_for_another_vocabulary_is_refused(small, bpe):  # noqa: F811
+def test_a_table_for_another_vocabulary_is_refused(small, bpe):
     table = {"base": 2, "codes": small.code_table[:-1]}
     with pytest.raises(
         ValueError, match="the code table has 400 tokens, so the mask token must have the last id, 400"
@@ -79,7 +79,7 @@ def too_many_digits(content):
         (too_many_digits, "50 digits of base 2 do not fit in 63 bits"),
     ],
 )
-def test_a_damaged_code_table_is_refused(small, tmp_path, damage, message):  # noqa: F811
+def test_a_damaged_code_table_is_refused(small, tmp_path, damage, message):
     small.save_pretrained(tmp_path)
     path = tmp_path / "code_table.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def test_a_damaged_code_table_is_refused(small, tmp_path, damage, message):  # n
         (None, "code_table.json is missing beside the tokenizer"),
     ],
 )
-def test_a_file_that_is_no_code_table_is_refused(small, tmp_path, content, message):  # noqa: F811
+def test_a_file_that_is_no_code_table_is_refused(small, tmp_path, content, message):
     small.save_pretrained(tmp_path)
     path = tmp_path / "code_table.json"
     path.unlink() if content is None else path.write_bytes(content)

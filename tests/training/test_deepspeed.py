@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_sharding import CONFIGS, MODEL, ROOT, ROWS, TINY, check_same_run, cut
+from sharded_runs import CONFIGS, MODEL, ROOT, ROWS, TINY, check_same_run, cut
 
 from prime_v2.training import run as training
 

@@ -5,7 +5,6 @@ Each launch makes all runs that its tests look at, since starting two processes 
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,19 +17,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+from sharded_runs import CONFIGS, MODEL, ROOT, ROWS, TINY, check_same_run, cut, record_of
 
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.training import run as training
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs" / "accelerate"
-TINY = (
-    "--bpe_vocab_size 270 --block_size 24 --max_steps 6 --global_batch 4 --per_device_train_batch_size 2 "
-    "--save_steps 3 --eval_steps 3 --logging_steps 1 --eval_sequences 5 --test_sequences 5 --eval_num_samples 2 "
-    "--num_generated 1 --dev_share 0.2 --test_share 0.2 --learning_rate 0.01 --warmup_steps 0"
-)
-MODEL = ["--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64"]
-ROWS = [(f"What is {i} plus {j}?", "so " * (i % 4) + f"{i} and {j} make {i + j}") for i in range(8) for j in range(6)]
 
 # What every process runs: a list of runs, each after a copy of another run's folder, back at its first checkpoint.
 WORKER = """
@@ -54,7 +44,7 @@ AcceleratorState.__init__ = shard_on_cpus
 from prime_v2 import modeling_prime_v2
 from prime_v2.training.run import main
 sys.path.insert(0, os.environ["TESTS"])
-from test_sharding import cut
+from sharded_runs import cut
 
 draw_noise, seen = modeling_prime_v2.draw_noise, set()
 
@@ -75,13 +65,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-def cut(source: str | Path, target: str | Path) -> None:
-    """A copy of a finished run as it was after its first checkpoint."""
-    shutil.copytree(source, target)
-    shutil.rmtree(Path(target) / "results")
-    shutil.rmtree(Path(target) / "checkpoint-6")
-
-
 def launch(folder: Path, runs: list[dict[str, Any]], env: dict[str, str], machines: int = 1) -> str:
     """Run `WORKER` in two processes, on one machine or one on each of two; what they print."""
     worker = folder / "worker.py"
@@ -92,7 +75,7 @@ def launch(folder: Path, runs: list[dict[str, Any]], env: dict[str, str], machin
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines)]
     command += ["--nproc_per_node", str(2 // machines), "--rdzv_backend", "c10d", "--rdzv_id", "test"]
     command += ["--rdzv_endpoint", f"127.0.0.1:{port}", str(worker), json.dumps(runs)]
-    env = {**os.environ, **env, "TESTS": str(ROOT / "tests" / "training")}
+    env = {**os.environ, **env, "TESTS": str(ROOT / "tests")}
     started = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(machines)
@@ -177,26 +160,6 @@ def fsdp(runs, options, one) -> Path:
     )
     assert f"continuing from {runs / 'fsdp_again' / 'checkpoint-3'}" in text
     return runs / "fsdp"
-
-
-def record_of(folder: Path) -> dict:
-    return json.loads((folder / "results" / "train.json").read_text())["results"]
-
-
-def check_same_run(folder: Path, reference: Path, tolerance: float = 1e-5) -> None:
-    """Losses, held-out bounds and weights agree. Processes add gradients in another order: float32 sums."""
-    found, expected = record_of(folder), record_of(reference)
-    for name in ("loss", "eval_bound"):
-        values, others = ([entry[name] for entry in each["history"] if name in entry] for each in (found, expected))
-        assert len(others) > 1 and values == pytest.approx(others, rel=tolerance)
-    bound, other = (each["evaluation"]["bound"] for each in (found, expected))
-    assert bound["nats_per_token"] == pytest.approx(other["nats_per_token"], rel=tolerance)
-    assert bound["nats_of_sequences"] == pytest.approx(other["nats_of_sequences"], rel=tolerance)
-    assert bound["stderr"] == pytest.approx(other["stderr"], rel=10 * tolerance)
-    weights, others = (load_file(each / "model.safetensors") for each in (folder, reference))
-    assert weights.keys() == others.keys()
-    for key, weight in weights.items():  # Adam divides by the gradient's size, where rounding may be all there is
-        torch.testing.assert_close(weight, others[key], rtol=0, atol=100 * tolerance)
 
 
 # DDP

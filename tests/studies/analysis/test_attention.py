@@ -5,15 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from analysis_networks import LENGTH, causal_model, draw
-from enumeration import small_model
-from interpolating_networks import small_model as interpolating_model
+from networks import causal_model, small_interpolating, small_model, small_uniform, some_ids
 from torch import nn
 from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
-from uniform_networks import small_model as uniform_model
 
 from prime_v2.studies.analysis import attention as analysis
 from prime_v2.studies.analysis.attention import (
@@ -25,6 +22,12 @@ from prime_v2.studies.analysis.inputs import feed, seen_everywhere
 from prime_v2.studies.analysis.spectra import (
     projection_matrices,
 )
+
+LENGTH = 16
+
+
+def draw(count: int = 5, length: int = LENGTH) -> torch.Tensor:
+    return some_ids(count, length, seed=1)
 
 
 def naive_statistics(weights: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -59,7 +62,7 @@ def network_for(kind: str):
     if kind in ("gpt2", "llama"):
         model = causal_model(LlamaForCausalLM if kind == "llama" else GPT2LMHeadModel)
         return model, model.model, None
-    model = {"uniform": uniform_model, "interpolating": interpolating_model}.get(kind, small_model)()
+    model = {"uniform": small_uniform, "interpolating": small_interpolating}.get(kind, small_model)()
     return model, model, 0.0 if kind == "clean" else 0.5
 
 
@@ -326,7 +329,7 @@ def test_a_family_of_which_nothing_is_known_is_refused_by_its_type():
 
 
 def test_a_uniform_state_model_is_fed_replaced_tokens_and_their_time():
-    model, ids = uniform_model(), draw(64)
+    model, ids = small_uniform(), draw(64)
     clean = feed(model, ids, 0, 0).inputs
     assert (clean["input_ids"] == ids).all() and (clean["times"] < 1e-10).all()
     before = 0.0
@@ -341,7 +344,7 @@ def test_a_uniform_state_model_is_fed_replaced_tokens_and_their_time():
 
 def test_an_interpolating_model_is_fed_masks_and_an_order():
     """A masked token sees itself and what is known; the k-th known one, k tokens."""
-    model, ids = interpolating_model(), draw(6)
+    model, ids = small_interpolating(), draw(6)
     fewer = torch.zeros_like(ids, dtype=torch.bool)
     for share in (0.0, 0.25, 0.5, 1.0):
         fed = feed(model, ids, share, 0)

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from analysis_networks import causal_model
-from enumeration import small_model
+from networks import causal_model, small_model
 from scipy import stats
 from transformers import (
     GPTNeoXConfig,
