@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import Json, Output, TaskSplit
 from prime_v2.commands.tasks import render_tasks
 from prime_v2.output.progress import quiet_libraries
-from prime_v2.output.records import command_line
+from prime_v2.output.records import command_line, git
 
 if TYPE_CHECKING:
     from prime_v2.eval.offline_tasks import WrittenTask
@@ -189,7 +190,8 @@ def call_lm_eval(arguments: Sequence[str]) -> dict[str, Any] | None:
     logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
     register()
     complaint = io.StringIO()
-    with _command_line(["lm_eval", *arguments]), _kept_results() as kept:
+    kept: list[dict[str, Any]] = []
+    with _replaced(sys, argv=["lm_eval", *arguments]), _keeping_results(kept):
         command = HarnessCLI()
         try:
             with redirect_stderr(complaint):
@@ -197,38 +199,30 @@ def call_lm_eval(arguments: Sequence[str]) -> dict[str, Any] | None:
         except SystemExit as stop:
             if not stop.code:
                 raise
-            raise ValueError(complaint.getvalue().split("error: ")[-1]) from None
+            sentence = complaint.getvalue().split("error: ")[-1]
+            raise ValueError(re.sub(r"invalid functools\.partial\(.*\) value", "invalid value", sentence)) from None
+        _check_counts(getattr(parsed, "limit", None), getattr(parsed, "num_fewshot", None))
         command.execute(parsed)
     return kept[0] if kept else None
 
 
 @contextmanager
-def _command_line(arguments: list[str]) -> Iterator[None]:
-    """lm-eval reads its arguments from sys.argv and changes it."""
-    kept, sys.argv = sys.argv, arguments
-    try:
-        yield
-    finally:
-        sys.argv = kept
+def _keeping_results(kept: list[dict[str, Any]]) -> Iterator[None]:
+    """Add to `kept` the results of `lm_eval.simple_evaluate`, which lm-eval's command prints but does not return.
 
-
-@contextmanager
-def _kept_results() -> Iterator[list[dict[str, Any]]]:
-    """The results of `lm_eval.simple_evaluate`, which lm-eval's command prints but does not return.
-
-    Meanwhile lm-eval draws `BOOTSTRAP_ITERS` bootstrap samples, the results hold the device that was used, and the
-    model may refuse the tasks (`check_tasks`) before anything is scored.
+    Meanwhile lm-eval draws `BOOTSTRAP_ITERS` bootstrap samples, the results hold the device that was used, the model
+    may refuse the tasks (`check_tasks`) before anything is scored, and git does not complain outside a checkout.
     """
     import lm_eval
     from lm_eval import evaluator
 
-    evaluate: Callable[..., dict[str, Any] | None] = lm_eval.simple_evaluate
+    simple_evaluate: Callable[..., dict[str, Any] | None] = lm_eval.simple_evaluate
     evaluate_tasks: Callable[..., Any] = evaluator.evaluate
-    kept: list[dict[str, Any]] = []
     devices: list[str] = []
 
     def evaluate_and_keep(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        results = evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
+        _check_counts(kwargs.get("limit"), kwargs.get("num_fewshot"))  # which --config may have given
+        results = simple_evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
         if results is not None:
             results["config"]["device"] = devices[0]
             kept.append(results)
@@ -241,11 +235,35 @@ def _kept_results() -> Iterator[list[dict[str, Any]]]:
         devices[:] = [str(getattr(lm, "device", None))]  # lm-eval notes what was asked for, by default cuda:0
         return evaluate_tasks(lm, task_dict, *args, **kwargs)
 
-    lm_eval.simple_evaluate, evaluator.evaluate = evaluate_and_keep, check_and_evaluate
+    def commit() -> str | None:
+        return git("describe", "--always", folder=Path.cwd()) or None
+
+    with (
+        _replaced(lm_eval, simple_evaluate=evaluate_and_keep),
+        _replaced(evaluator, evaluate=check_and_evaluate, get_git_commit_hash=commit),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(place: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module or object have these values within the block."""
+    before = {name: getattr(place, name) for name in values}
+    for name, value in values.items():
+        setattr(place, name, value)
     try:
-        yield kept
+        yield
     finally:
-        lm_eval.simple_evaluate, evaluator.evaluate = evaluate, evaluate_tasks
+        for name, value in before.items():
+            setattr(place, name, value)
+
+
+def _check_counts(limit: float | None, num_fewshot: int | None) -> None:
+    """ValueError for numbers that lm-eval takes and cannot work with."""
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"--limit {limit:g} must be above 0: a number of questions, or below 1 a share; use 100")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"--num_fewshot {num_fewshot} must be at least 0; use 0")
 
 
 def summarise(results: dict[str, Any], data: str | None) -> dict[str, Any]:

@@ -52,9 +52,10 @@ def make_record(
 
 def code_version() -> dict[str, Any]:
     """The commit of this code, and whether the checkout differs from it."""
+    folder = Path(__file__).resolve().parent
     return {
-        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD", folder=folder) or "not a git checkout",
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", folder=folder)),
     }
 
 
@@ -129,8 +130,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(*arguments: str) -> str:
-    folder = Path(__file__).resolve().parent
+def git(*arguments: str, folder: Path) -> str:
+    """What git prints in a folder; "" where there is no git, or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -94,13 +94,14 @@ def parse_options(
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="Fields of the family's config.")
     known = {action.dest for action in parser._actions} - {"help"}
     try:
-        config_path, entry = _config_path(arguments)
+        config, entry = _config_and_entry(arguments)
+        config_path = find_recipe(config)
     except ValueError as error:
         parser.error(str(error))
-    options = read_config(config_path, entry, known, parser)
+    options = read_config(config_path, config, entry, known, parser)
     model_options = options.pop("model", None) or {}
     if not isinstance(model_options, dict):
-        parser.error(f"--config {config_path}: model={model_options!r} must hold fields such as `hidden_size: 256`")
+        parser.error(f"--config {config}: model={model_options!r} must hold fields such as `hidden_size: 256`")
     name = entry or config_path.stem
     defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
     parser.set_defaults(**defaults | options)
@@ -171,8 +172,8 @@ TRAINING_DEFAULTS = {
 }
 
 
-def _config_path(arguments: list[str]) -> tuple[Path, str]:
-    """The YAML file and, for FILE.yaml:NAME or RECIPE:NAME, the name of its entry; ValueError without a file."""
+def _config_and_entry(arguments: list[str]) -> tuple[str, str]:
+    """The YAML file or recipe as it was given and, for FILE.yaml:NAME or RECIPE:NAME, the name of its entry."""
     given = str(CONFIGS / "tiny.yaml")
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
@@ -181,29 +182,31 @@ def _config_path(arguments: list[str]) -> tuple[Path, str]:
             given = argument.split("=", 1)[1]
     file, separator, entry = given.rpartition(":")
     if separator and (file.endswith(".yaml") or file in recipe_names()):
-        return find_recipe(file), entry
-    return find_recipe(given), ""
+        return file, entry
+    return given, ""
 
 
-def read_config(path: Path, entry: str, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
-    """The options of a YAML file; exits with status 2 for bad YAML or an unknown option."""
+def read_config(path: Path, given: str, entry: str, known: set[str], parser: HfArgumentParser) -> dict[str, Any]:
+    """The options of a YAML file, which refusals call as it was `given`; exits with status 2 for bad YAML or an
+    unknown option.
+    """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+        parser.error(f"--config {given} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(options, dict):
-        parser.error(f"--config {path} holds no options; write lines such as `learning_rate: 2.0e-4`")
+        parser.error(f"--config {given} holds no options; write lines such as `learning_rate: 2.0e-4`")
     if entry:
         entries = {key: value for key, value in options.items() if not key.startswith(".")}
         if entry not in entries:
-            parser.error(f"--config {path} has no entry {entry}; it has {', '.join(entries)}")
+            parser.error(f"--config {given} has no entry {entry}; it has {', '.join(entries)}")
         options = entries[entry]
     elif any(key.startswith(".") for key in options):
         names = [key for key in options if not key.startswith(".")]
-        parser.error(f"--config {path} holds several runs; add one of them, e.g. --config {path}:{names[0]}")
+        parser.error(f"--config {given} holds several runs; add one of them, e.g. --config {given}:{names[0]}")
     for key in options:
         if key not in known:
-            parser.error(f"--config {path}: unknown option {key}{did_you_mean(key, known)}")
+            parser.error(f"--config {given}: unknown option {key}{did_you_mean(key, known)}")
     return options
 
 

@@ -221,7 +221,7 @@ def test_nothing_is_written_when_scoring_fails(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- with lm-eval
 
 
-def test_lm_eval_runs_in_this_process_and_leaves_it_as_it_was(data, tmp_path, monkeypatch):
+def test_lm_eval_runs_in_this_process_and_leaves_it_as_it_was(data, tmp_path, monkeypatch, capfd):
     """Its model of random answers; the scan of lm-eval's own ten thousand task files is left out."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -229,11 +229,13 @@ def test_lm_eval_runs_in_this_process_and_leaves_it_as_it_was(data, tmp_path, mo
     keep = TaskManager.__init__
     monkeypatch.setattr(TaskManager, "__init__", lambda self, **given: keep(self, include_defaults=False, **given))
     before = (list(sys.argv), lm_eval.simple_evaluate)
+    monkeypatch.chdir(tmp_path)  # no checkout
     output = tmp_path / "eval.json"
     tasks = ["--model", "dummy", "--tasks", "sciq,gsm8k", "--num_fewshot", 1, "--split", "gsm8k=train"]
     done = run(*tasks, "--data", data, "--output", output)
     assert done.exit_code == 0, done.stderr
     assert (list(sys.argv), lm_eval.simple_evaluate) == before
+    assert "fatal" not in capfd.readouterr().err  # of git, which lm-eval asks for the commit
     assert "|acc_norm" in done.stdout
     assert "±" in done.stdout
     results = read_record(output)["results"]
@@ -248,6 +250,9 @@ def test_lm_eval_runs_in_this_process_and_leaves_it_as_it_was(data, tmp_path, mo
     refused_by_lm_eval = {
         ("--speed", 3): "unrecognized arguments: --speed 3",
         ("--limit", "few"): "argument --limit/-L: invalid float value: 'few'",
+        ("--limit", -1): "--limit -1 must be above 0: a number of questions, or below 1 a share; use 100",
+        ("--num_fewshot", -1): "--num_fewshot -1 must be at least 0; use 0",
+        ("--seed", "x"): "argument --seed: invalid value: 'x'",
         ("--log_samples",): "Specify --output_path if providing --log_samples or --predict_only",
     }
     for options, message in refused_by_lm_eval.items():

@@ -172,7 +172,7 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
             ["--short_share", "2", "--block_size", "0"],
             r"--block_size 0 must be at least 1; use 512; --short_share 2.0 is outside \[0, 1\]; use 0.01",
         ),
-        (["--config", "CONFIGS/published.yaml"], "holds several runs; add one of them, e.g. --config .*:mdm_14m"),
+        (["--config", "published"], "published holds several runs; add one of them, e.g. --config published:mdm_14m"),
         (["--model", "stage_digits=["], "the value is not YAML"),
         (["--fp16", "true"], "--fp16 True is not supported here .*; leave it at False"),
         (["--max_steps", "0"], "--max_steps 0 must be at least 1"),
@@ -186,7 +186,7 @@ def test_a_folder_with_other_things_is_refused(train, text, tmp_path, capsys):
 def test_bad_options_are_one_sentence_and_exit_status_2(train, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        train.main([each.replace("CONFIGS", str(ROOT / "configs")) for each in arguments])
+        train.main(arguments)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
