@@ -182,7 +182,7 @@ class PackedBlocks:
     """The blocks that `pack_blocks` wrote, read from disk on demand: `len(blocks)`, `blocks[i]`.
 
     `blocks[i]` is an int64 array (block_size,). Attributes, from the JSON: block_size, vocab_size, eos_token_id,
-    tokens (in all blocks), dropped_tokens, bytes (of text that the blocks cover), documents, fingerprint,
+    tokens (in all blocks), bytes (of text that the blocks cover), documents, fingerprint,
     tokenizer_loss (an example of what the tokens do not hold of the text, or None); `info` is the JSON itself.
     Raises ValueError when the file or its JSON is missing or damaged, or their sizes disagree.
     """
@@ -195,7 +195,6 @@ class PackedBlocks:
             self.vocab_size: int = self.info["vocab_size"]
             self.eos_token_id: int = self.info["eos_token_id"]
             self.tokens: int = self.info["tokens"]
-            self.dropped_tokens: int = self.info["dropped_tokens"]
             self.bytes: int = self.info["bytes"]
             self.documents: int = self.info["documents"]
             self.fingerprint: str = self.info["fingerprint"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
 from prime_v2.likelihood_rows_prime_v2 import draw_levels, sequence_key
 from prime_v2.random_prime_v2 import Stream, hash64
@@ -101,13 +101,12 @@ class ChoiceScore:
 class QuestionScore:
     """Scores of the choices, in their order; the lead of the best over the runner-up and its paired standard error.
 
-    lead, lead_stderr: nats; NaN for a single choice. num_rounds: rounds of draws that it took.
+    lead, lead_stderr: nats; NaN for a single choice.
     """
 
     choices: list[ChoiceScore]
     lead: float = float("nan")
     lead_stderr: float = float("nan")
-    num_rounds: int = 0
 
 
 class ChoiceError(ValueError):
@@ -116,15 +115,6 @@ class ChoiceError(ValueError):
     def __init__(self, question: int, choice: int, message: str):
         super().__init__(message)
         self.question, self.choice = question, choice
-
-
-def interval(value: Tensor, stderr: Tensor, degrees: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-    """(Lower, upper) ends (B,) of the interval of Monte Carlo values, from a `PrimeV2LogLikelihood`'s fields.
-
-    Student's t with the effective degrees of freedom: tests/eval/test_coverage.py holds it against enumerated values.
-    """
-    half = torch.as_tensor(half_width(stderr.numpy(), degrees.numpy(), confidence))
-    return value - half, value + half
 
 
 def score_questions(
@@ -145,7 +135,6 @@ def score_questions(
             _one_round(model, questions, scores, active, settings, round_number, size)
             for number in active:
                 _summarise(scores[number])
-                scores[number].num_rounds = round_number + 1
             active = [number for number in active if not _is_decided(scores[number], questions[number], settings)]
             if not active:
                 break
@@ -179,12 +168,7 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
         if round_number == 0 or score.num_draws
     ]
     choices = [questions[number][index] for number, index in places]
-    length = max(len(choice.ids) for choice in choices)
-    ids, mask, prompt = (torch.zeros(len(choices), length, dtype=torch.long) for _ in range(3))
-    for row, choice in enumerate(choices):
-        ids[row, : len(choice.ids)] = torch.tensor(choice.ids)
-        mask[row, : len(choice.ids)] = 1
-        prompt[row, : choice.num_context] = 1
+    ids, mask, prompt = padded(choices)
     keys = torch.stack([_key(choice, settings) for choice in choices])
     try:
         output = model.log_likelihood(
@@ -213,6 +197,17 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
         levels, order = torch.cat([score.levels, draw_levels(keys[row], size, round_number)]).sort()
         score.levels, score.draws = levels, torch.cat([score.draws, output.samples[row]])[order]
         score.num_draws = len(levels)
+
+
+def padded(choices: Sequence[Choice]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int64, attention_mask bool, prompt_mask bool), all (B, L), of choices that are padded on the right."""
+    ids = pad_sequence([torch.tensor(choice.ids) for choice in choices], batch_first=True)
+    columns = torch.arange(ids.shape[1])
+    lengths, given = (
+        torch.tensor(each).unsqueeze(1)
+        for each in ([len(choice.ids) for choice in choices], [choice.num_context for choice in choices])
+    )
+    return ids, columns < lengths, columns < given
 
 
 def _key(choice: Choice, settings: Settings) -> Tensor:
@@ -263,4 +258,4 @@ def _reach(standard_errors: float, difference: Tensor) -> float:
     return float(t.isf(norm.sf(standard_errors), degrees))
 
 
-__all__ = ["Choice", "ChoiceScore", "QuestionScore", "Settings", "interval", "score_questions"]
+__all__ = ["Choice", "ChoiceScore", "QuestionScore", "Settings", "padded", "score_questions"]

@@ -4,14 +4,15 @@ So one window of text, one sum and one table serve both kinds of model (docs/per
 fed as [start, x_1 .. x_{L-1}]: all L tokens are scored, and a model with P positions takes windows of P tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from prime_v2.likelihood_prime_v2 import NotFiniteError, PrimeV2LogLikelihood
+from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood, refuse_not_finite, unpadded
 from prime_v2.validation_inputs_prime_v2 import check_mask, checked_seed, whole_number
 
 METHOD = "causal"
@@ -62,73 +63,49 @@ class CausalScorer:
         """Log-likelihood in nats of the tokens outside the prompt given those before them, per sequence.
 
         input_ids (B, L) ids; attention_mask (B, L), 0 for padding on any side; prompt_mask (B, L), 1 for tokens that
-        are given and not scored. One pass of the network a sequence and nothing drawn: stderr is 0, num_samples and
-        seed change nothing. Log-probabilities are float32, sums float64. A value depends on the other sequences of the
-        batch by rounding alone.
+        are given and not scored. There is one pass of the network for a sequence and nothing is drawn: stderr is 0,
+        num_samples and seed change nothing. Log-probabilities are float32, sums float64. A value depends on the other
+        sequences of the batch only by rounding.
         Raises ValueError for another method than "causal", num_samples < 1, ids out of range, sequences longer than
         max_position_embeddings or without a scored token, and logits that are not finite (`NotFiniteError`).
         """
         check_method(method)
         whole_number("num_samples", num_samples, 1)
         checked_seed(seed)
-        real, scored = self._masks(input_ids, attention_mask, prompt_mask)
-        value = torch.zeros(len(input_ids), dtype=torch.double)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for rows in self._passes(real.sum(1)):
-                value[rows.cpu()] = -self._nats(input_ids[rows], real[rows], scored[rows])
-        finally:
-            self.model.train(was_training)
-        if not value.isfinite().all():
-            row = int((~value.isfinite()).nonzero()[0])
-            raise NotFiniteError(row, float(value[row]))
-        ones = torch.ones(len(input_ids), dtype=torch.long)
-        return PrimeV2LogLikelihood(value, torch.zeros_like(value), ones, scored.sum(1).cpu(), True, is_exact=True)
-
-    def _masks(self, input_ids, attention_mask, prompt_mask) -> tuple[Tensor, Tensor]:
-        """(real, scored), both (B, L) bool; ValueError for what cannot be scored."""
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
         for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(input_ids.shape)}")
-            check_mask(name, mask)
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        scored = real if prompt_mask is None else real & ~prompt_mask.bool()
-        if not scored.any(1).all():
-            row = int((~scored.any(1)).nonzero()[0])
-            raise ValueError(f"row {row} has no token to score (all of it is prompt or padding); drop that row")
-        kept, longest = input_ids[real], int(real.sum(1).max())
-        low, high = int(kept.min()), int(kept.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"token ids span [{low}, {high}], but the model has ids in [0, {self.vocab_size - 1}]; use its own "
-                f"tokenizer"
-            )
+            check_mask(name, mask, tuple(input_ids.shape))
+        texts = list(unpadded(input_ids, attention_mask, prompt_mask, self.model.config.get_text_config()))
+        longest = len(texts[0][1])
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(f"{longest} tokens are more than max_position_embeddings={self.max_length}; use fewer")
-        return real, scored
+        value, num_scored = torch.zeros(len(texts), dtype=torch.double), torch.zeros(len(texts), dtype=torch.long)
+        tokens_per_pass = min(TOKENS_PER_PASS, LOGITS_PER_PASS // self.vocab_size)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while texts:
+                count = max(1, tokens_per_pass // len(texts[0][1]))  # the longest of those that are left
+                rows, ids, scored = zip(*texts[:count], strict=True)
+                value[list(rows)] = -self._nats(ids, scored)
+                num_scored[list(rows)] = torch.tensor([int(each.sum()) for each in scored])
+                del texts[:count]
+        finally:
+            self.model.train(was_training)
+        refuse_not_finite(value)
+        return PrimeV2LogLikelihood(
+            value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, is_exact=True
+        )
 
-    def _passes(self, lengths: Tensor) -> Iterator[Tensor]:
-        """Row numbers (R,) of each pass of the network, longest rows first; lengths (B,)."""
-        order = lengths.argsort(descending=True, stable=True)
-        start = 0
-        while start < len(order):
-            longest = int(lengths[order[start]])
-            rows = max(1, min(TOKENS_PER_PASS // longest, LOGITS_PER_PASS // (longest * self.vocab_size)))
-            yield order[start : start + rows]
-            start += rows
-
-    def _nats(self, ids: Tensor, real: Tensor, scored: Tensor) -> Tensor:
-        """-log p of the scored tokens of each row, (R,) float64 on the CPU; ids, real, scored (R, L)."""
-        # Padding goes to the right, where no causal model sees it.
-        order = real.int().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
-        ids, real, scored = (each.gather(1, order).to(self.device) for each in (ids, real, scored))
-        ids = ids.where(real, self.start_token_id)
+    def _nats(self, texts: Sequence[Tensor], scored: Sequence[Tensor]) -> Tensor:
+        """-log p of the scored tokens of each text, (R,) float64 on the CPU; ids and which are scored, (L,) each."""
+        # Padding is on the right, where no causal model sees it.
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.start_token_id).to(self.device)
+        real = pad_sequence([torch.ones_like(each) for each in texts], batch_first=True).to(self.device)
         fed = torch.cat([ids.new_full((len(ids), 1), self.start_token_id), ids[:, :-1]], dim=1)
-        logits = self._logits(fed, None if real.all() else real.long()).flatten(0, 1)  # (R * L, V)
-        places = scored.flatten().nonzero().squeeze(1)
+        logits = self._logits(fed, None if real.all() else real).flatten(0, 1)  # (R * L, V)
+        places = pad_sequence(scored, batch_first=True).to(self.device).flatten().nonzero().squeeze(1)
         nats = [
             functional.cross_entropy(logits[part].float(), ids.flatten()[part], reduction="none")
             for part in places.split(max(1, LOGITS_PER_CHUNK // logits.shape[1]))
@@ -180,7 +157,7 @@ def check_method(method: str) -> None:
     """ValueError unless `method` is the one that a causal model has."""
     if method != METHOD:
         raise ValueError(
-            f"method={method!r} is for diffusion models; a causal model has {METHOD!r} alone, its exact log-likelihood"
+            f"method={method!r} is for diffusion models; a causal model has only {METHOD!r}, its exact log-likelihood"
         )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from prime_v2.eval.answers import Choice, ChoiceError, ChoiceScore, QuestionScore, score_questions
+from prime_v2.eval.answers import Choice, ChoiceError, ChoiceScore, QuestionScore, padded, score_questions
+from prime_v2.eval.lm_requests import Question, Request, check_ids, place_of, questions_of
 from prime_v2.eval.lm_settings import (
     DEFAULT_ADAPTIVE,
     Report,
@@ -42,19 +43,6 @@ log = logging.getLogger(__name__)
 LM_EVAL_DEVICE = "cuda:0"  # of its command line without --device
 MAX_TOKEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 CHOICES_PER_GREEDY_CALL = 512
-
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's: texts, ids of context, of continuation
-
-
-@dataclass
-class _Question:
-    """Requests with one context: their numbers, the choice of each, and the choices, equal ones once."""
-
-    task: str | None
-    context: list[int]
-    requests: list[int] = field(default_factory=list)
-    choice_of: list[int] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
 
 
 class PrimeV2LM(HFLM):
@@ -223,7 +211,7 @@ class PrimeV2LM(HFLM):
         """
         for number, request in enumerate(requests):
             if not request.args[1]:
-                raise ValueError(f"{_place(requests, number)} has an empty continuation, which has no likelihood")
+                raise ValueError(f"{place_of(requests, number)} has an empty continuation, which has no likelihood")
         if any(not request.args[0].strip() for request in requests) and self.prefix_token_id is None:
             raise ValueError("a context is empty, and the tokenizer has no BOS or EOS token; give prefix_token_id=")
         self._instances = requests
@@ -236,7 +224,11 @@ class PrimeV2LM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         instances = self._instances if len(self._instances) == len(requests) else []
-        questions = self._questions(requests, instances)
+        for number, request in enumerate(requests):
+            check_ids(request, place_of(instances, number), self.config.vocab_size, self.tokenizer.mask_token)
+        questions = questions_of(requests, instances, self.prefix_token_id, self.max_length)
+        for question in questions:
+            self._report.add_context(question.is_truncated)
         if not self._report.is_likelihood:
             self._check_single_answers(instances)
         if self.scoring.published_by_task:
@@ -250,7 +242,7 @@ class PrimeV2LM(HFLM):
                     self._answer(found, questions, requests, answers)
             except ChoiceError as error:
                 number = questions[error.question].requests[questions[error.question].choice_of.index(error.choice)]
-                raise ValueError(f"{_place(instances, number)}: {error}") from None
+                raise ValueError(f"{place_of(instances, number)}: {error}") from None
         self._report.log(self.max_length)
         if self.scores is not None:
             self.scores.write()
@@ -270,48 +262,7 @@ class PrimeV2LM(HFLM):
                 what = f"the task {task} asks for the likelihood of single answers, as for a perplexity"
                 raise ValueError(self._no_perplexity(what))
 
-    def _questions(self, requests: Sequence[Request], instances: Sequence[Instance]) -> list[_Question]:
-        """Requests of one document with one context are the choices of a question."""
-        groups: dict[Any, _Question] = {}
-        for number, (texts, context, _) in enumerate(requests):
-            if not context and texts is not None:  # of white space alone, which lm-eval gives to the continuation
-                context = [self.prefix_token_id]
-            instance = instances[number] if instances else None
-            place = (instance.task_name, instance.doc_id) if instance is not None else (None, None)
-            question = groups.setdefault((place, tuple(context)), _Question(place[0], context))
-            question.requests.append(number)
-        for question in groups.values():
-            continuations = [requests[number][2] for number in question.requests]
-            for number, ids in zip(question.requests, continuations, strict=True):
-                self._check_ids(requests[number], _place(instances, number))
-                if len(ids) > self.max_length:
-                    raise ValueError(
-                        f"{_place(instances, number)} has a continuation of {len(ids)} tokens, but the model takes "
-                        f"{self.max_length}; score it with loglikelihood_rolling, or shorten it"
-                    )
-            room = self.max_length - max(map(len, continuations))
-            context = question.context
-            self._report.add_context(len(context) > room)
-            context = context[len(context) - room :] if len(context) > room else context
-            for number, ids in zip(question.requests, continuations, strict=True):
-                texts = requests[number][0]
-                length = max(1, len(texts[1].strip())) if texts else max(1, len(ids))
-                choice = Choice((*context, *ids), len(context), length)
-                if choice not in question.choices:
-                    question.choices.append(choice)
-                question.choice_of.append(question.choices.index(choice))
-        return list(groups.values())
-
-    def _check_ids(self, request: Request, place: str) -> None:
-        if not request[2]:
-            raise ValueError(
-                f"{place} has a continuation without a token of its own (it merges with the context), which has no "
-                f"likelihood; begin it with a space"
-            )
-        if max(max(request[1], default=0), max(request[2])) >= self.config.vocab_size:
-            raise ValueError(f"{place} spells the mask token {self.tokenizer.mask_token!r}, which is no text")
-
-    def _scored(self, questions: list[_Question], progress: Any) -> Iterator[list[tuple[int, QuestionScore]]]:
+    def _scored(self, questions: list[Question], progress: Any) -> Iterator[list[tuple[int, QuestionScore]]]:
         """Questions with their scores, in bunches that are large enough for the deterministic decode."""
         if self.scoring.published is None:
             choices = [question.choices for question in questions]
@@ -327,7 +278,7 @@ class PrimeV2LM(HFLM):
         if found:
             yield found
 
-    def _published_question(self, number: int, question: _Question, progress: Any) -> QuestionScore:
+    def _published_question(self, number: int, question: Question, progress: Any) -> QuestionScore:
         settings = self.scoring.published
         if self.scoring.published_by_task:
             settings = published_settings(question.task or "", self.seed)
@@ -342,9 +293,9 @@ class PrimeV2LM(HFLM):
                 ChoiceScore(float(draws.mean()), stderr, len(draws), num_forward, num_forward * len(choice.ids), draws)
             )
             progress(1)
-        return QuestionScore(scores, num_rounds=1)
+        return QuestionScore(scores)
 
-    def _answer(self, found, questions: list[_Question], requests: Sequence[Request], answers: list) -> None:
+    def _answer(self, found, questions: list[Question], requests: Sequence[Request], answers: list) -> None:
         """Fills in the answers of some questions, caches and counts them."""
         choices = [choice for number, _ in found for choice in questions[number].choices]
         greedy = self._are_greedy(choices)
@@ -368,14 +319,8 @@ class PrimeV2LM(HFLM):
 
     def _are_greedy(self, choices: list[Choice]) -> Iterator[tuple[bool, int]]:
         """(Whether the deterministic decode gives the continuation, token passes that it took) of each choice."""
-        length = max(len(choice.ids) for choice in choices)
-        ids, mask = (torch.zeros(len(choices), length, dtype=torch.long) for _ in range(2))
-        for row, choice in enumerate(choices):
-            ids[row, : len(choice.ids)] = torch.tensor(choice.ids)
-            mask[row, : len(choice.ids)] = 1
-        context = torch.tensor([choice.num_context for choice in choices]).unsqueeze(1)
-        targets = (torch.arange(length) >= context) & mask.bool()
-        result = self.model.greedy_matches(ids, mask, targets, tokens_per_pass=self.tokens_per_pass)
+        ids, mask, prompt = padded(choices)
+        result = self.model.greedy_matches(ids, mask, mask & ~prompt, tokens_per_pass=self.tokens_per_pass)
         for choice, is_greedy, passes in zip(
             choices, result.matches.tolist(), result.num_forward.tolist(), strict=True
         ):
@@ -388,18 +333,18 @@ class PrimeV2LM(HFLM):
         published score, from which lm-eval would compute a perplexity.
         """
         if not self.is_likelihood(self.scoring.method_of_texts):
-            raise ValueError(self._no_perplexity(f"{_place(requests, 0)} is a text to be scored whole"))
+            raise ValueError(self._no_perplexity(f"{place_of(requests, 0)} is a text to be scored whole"))
         totals = []
         for number, request in enumerate(tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Scoring texts")):
             (text,) = request.args
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
             ids = encoded["input_ids"]
             if not ids:
-                raise ValueError(f"{_place(requests, number)} is a text without a token, which has no likelihood")
+                raise ValueError(f"{place_of(requests, number)} is a text without a token, which has no likelihood")
             try:
                 totals.append(self._log_likelihood_of_text(ids))
             except NotFiniteError as error:
-                raise ValueError(f"{_place(requests, number)}: {error}") from None
+                raise ValueError(f"{place_of(requests, number)}: {error}") from None
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
@@ -436,7 +381,7 @@ class PrimeV2LM(HFLM):
             new_tokens = next((options[name] for name in MAX_TOKEN_NAMES if options.get(name)), self.max_gen_toks)
             if int(new_tokens) >= self.max_length:
                 raise ValueError(
-                    f"{_place(requests, number)} asks for max_gen_toks={new_tokens} new tokens, but the model takes "
+                    f"{place_of(requests, number)} asks for max_gen_toks={new_tokens} new tokens, but the model takes "
                     f"{self.max_length} with the context; use {self.max_length // 2}"
                 )
             if not self.tok_encode(context):  # a tokenizer that adds BOS does so here too
@@ -482,14 +427,6 @@ class PrimeV2LM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, with the device that is used and the settings of the likelihoods and what they took."""
         return {**super().get_model_info(), "model_device": str(self.device), "likelihood": self.draws_report()}
-
-
-def _place(instances: Sequence[Instance], number: int) -> str:
-    """A request by its number, task and document."""
-    if not instances:
-        return f"request {number}"
-    instance = instances[number]
-    return f"request {number} (task {instance.task_name}, document {instance.doc_id})"
 
 
 __all__ = ["PrimeV2LM"]

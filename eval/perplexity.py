@@ -27,60 +27,6 @@ EXACT_METHODS = ("chain", "causal")  # the log-likelihood itself, nothing drawn
 ROW_TOKENS_PER_CALL = 32768
 
 
-def score_blocks(
-    model: Any,
-    blocks: Tensor | np.ndarray | Sequence[Any],
-    *,
-    method: str = "subtoken",
-    num_samples: int = 8,
-    seed: int = 0,
-    text_bytes: Bytes | None = None,
-    eos_token_id: int | None = None,
-    progress: Progress | None = None,
-    keep_sequences: bool = False,
-    shared: bool = False,
-) -> dict[str, Any]:
-    """Nats per token of blocks (N, L) of clean token ids without padding, each block scored on its own; JSON-ready.
-
-    method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of the text that all blocks cover, or of
-    each block, (N,). eos_token_id: what ends a document, None where all blocks are of one.
-    shared: see `score_windows`.
-    Keys of the result:
-        method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
-            sequence, 0 where exact), num_forward (rows that the network ran)
-        nats_per_token: -log p, or its upper bound where `is_bound`; otherwise it may be below -log p
-        nats_per_token_interval_95: Student's t of `stderr` and `degrees`, None without them
-        stderr, degrees: standard error of nats_per_token and its degrees of freedom, over `num_clusters` clusters of
-            sequences taken as independent (`intervals.cluster`), which covers the choice of text and the draws; None
-            for one sequence
-        interval_over: what it covers the choice of: "documents", or "stretches" of a text without several clusters of
-            documents
-        monte_carlo_stderr: of the draws only, the text being fixed; rather too large than too small, and with few
-            draws it may exceed stderr (`stratified_stderr`); None for one draw
-        unigram_entropy: entropy in nats of the token frequencies of these very tokens (plug-in)
-    and only where `is_bound`:
-        perplexity, perplexity_interval_95
-        text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given: the interval takes in that
-            sequences differ in their bytes, where those of each are given
-    and with `keep_sequences` nats_of_sequences, the nats of each block to 1e-3, and clusters, of `intervals.Clusters`
-    with the `tokens` of each and, where known, the `bytes`: models that score the same blocks are compared on them
-    (`prime_v2.studies.compare.report.paired`).
-    Raises ValueError for no tokens, text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
-    """
-    return score_windows(
-        model,
-        [(_as_ids(blocks), None)],
-        method=method,
-        num_samples=num_samples,
-        seed=seed,
-        text_bytes=text_bytes,
-        eos_token_id=eos_token_id,
-        progress=progress,
-        keep_sequences=keep_sequences,
-        shared=shared,
-    )
-
-
 def score_text(
     model: Any,
     tokenizer: Any,
@@ -94,7 +40,7 @@ def score_text(
     progress: Progress | None = None,
     keep_sequences: bool = False,
 ) -> dict[str, Any]:
-    """As `score_blocks`, over documents of text: every token is scored once, bits per byte are over the text's bytes.
+    """As `score_windows`, over documents of text: each token is scored once, bits per byte are over the text's bytes.
 
     The documents are joined by EOS and cut by `cut_windows` into windows of `window` tokens [default: the model's
     max_position_embeddings] every `stride` tokens [default: `window`]. The EOS between documents are scored as well,
@@ -125,17 +71,6 @@ def score_text(
     return result if text.loss is None else result | {"tokenizer_loss": text.loss}
 
 
-def _as_ids(blocks: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
-    if not isinstance(blocks, Tensor | np.ndarray):
-        blocks = np.stack([blocks[i] for i in range(len(blocks))]) if len(blocks) else np.empty((0, 0), dtype=np.int64)
-    ids = torch.as_tensor(blocks)
-    if ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"blocks has shape {tuple(ids.shape)}; give (N, L) token ids with at least one token")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"blocks holds {ids.dtype}; token ids must be integers, e.g. int64")
-    return ids.long()
-
-
 class _Scores(NamedTuple):
     """What `_summary` reads of an output of `log_likelihood`, on the CPU."""
 
@@ -160,9 +95,34 @@ def score_windows(
     keep_sequences: bool = False,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """As `score_blocks`, over groups of windows that may differ in length and give a part of their tokens.
+    """Nats per token of windows of clean token ids without padding, each scored on its own; JSON-ready.
 
-    shared: the processes of this run (Accelerate's) each score a part, and all of them get the whole result.
+    groups: (ids (N, L) int64, prompt_mask (N, L) bool or None) of windows of one length; prompt_mask is True for
+    tokens that are given and not scored. method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of
+    the text that all windows cover, or of each window, (N,). eos_token_id: what ends a document, None where all
+    windows are of one. shared: the processes of this run (Accelerate's) each score a part, and all of them get the
+    whole result.
+    Keys of the result:
+        method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
+            sequence, 0 where exact), num_forward (rows that the network ran)
+        nats_per_token: -log p, or its upper bound where `is_bound`; otherwise it may be below -log p
+        nats_per_token_interval_95: Student's t of `stderr` and `degrees`, None without them
+        stderr, degrees: standard error of nats_per_token and its degrees of freedom, over `num_clusters` clusters of
+            sequences taken as independent (`intervals.cluster`), which covers the choice of text and the draws; None
+            for one sequence
+        interval_over: what it covers the choice of: "documents", or "stretches" of a text without several clusters of
+            documents
+        monte_carlo_stderr: of the draws only, the text being fixed; rather too large than too small, and with few
+            draws it may exceed stderr (`stratified_stderr`); None for one draw
+        unigram_entropy: entropy in nats of the token frequencies of these very tokens (plug-in)
+    and only where `is_bound`:
+        perplexity, perplexity_interval_95
+        text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given: the interval takes in that
+            sequences differ in their bytes, where those of each are given
+    and with `keep_sequences` nats_of_sequences, the nats of each window to 1e-3, and clusters, of `intervals.Clusters`
+    with the `tokens` of each and, where known, the `bytes`: models that score the same windows are compared on them
+    (`prime_v2.studies.compare.report.paired`).
+    Raises ValueError for text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
     """
     if text_bytes is not None and np.sum(text_bytes) < 1:
         raise ValueError(f"text_bytes={text_bytes} must be at least 1; leave it out where the bytes are not known")
@@ -237,7 +197,7 @@ def _summary(
     num_samples: int,
     text_bytes: Bytes | None,
 ) -> dict[str, Any]:
-    """The result of `score_blocks` from what `log_likelihood` gave; scored (T,): the token ids it is about."""
+    """The result of `score_windows` from what `log_likelihood` gave; scored (T,): the token ids it is about."""
     nats = -torch.cat([output.value for output in outputs]).numpy()
     variance = torch.cat([output.stderr for output in outputs]).square().sum()
     num_tokens, is_bound, is_exact = int(lengths.sum()), outputs[0].is_bound, outputs[0].is_exact
@@ -289,7 +249,6 @@ def _finite(value: float) -> float | None:
 
 __all__ = [
     "EXACT_METHODS",
-    "score_blocks",
     "score_text",
     "score_windows",
     "unigram_entropy",

@@ -141,7 +141,7 @@ def _has(record: dict[str, Any], path: str) -> bool:
 
 
 def check_score(score: dict[str, Any], path: str) -> None:
-    """ValueError unless a `score_blocks` result is labelled rightly: only a bound has a perplexity."""
+    """ValueError unless a `score_windows` result is labelled rightly: only a bound has a perplexity."""
     is_bound = look_up(score, "is_bound") if isinstance(score, dict) and "is_bound" in score else None
     if not isinstance(is_bound, bool):
         raise ValueError(f"the record has no {path}.is_bound; write the card from a record that train.py wrote")

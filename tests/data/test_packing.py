@@ -56,7 +56,11 @@ def test_blocks_are_the_stream_of_ids_cut_into_rows(tmp_path, monkeypatch, block
     kept = len(stream) // block_size * block_size
     assert [i for block in blocks for i in block] == stream[:kept]
     assert all(block.dtype == np.int64 and block.shape == (block_size,) for block in blocks)
-    assert (blocks.tokens, blocks.dropped_tokens, len(blocks)) == (kept, len(stream) - kept, kept // block_size)
+    assert (blocks.tokens, blocks.info["dropped_tokens"], len(blocks)) == (
+        kept,
+        len(stream) - kept,
+        kept // block_size,
+    )
     assert (blocks.documents, blocks.fingerprint) == (53, corpus_fingerprint(documents))
     assert (blocks.block_size, blocks.vocab_size, blocks.eos_token_id) == (block_size, 257, EOS)
     # One id a byte here, so the bytes are those ids that are not EOS, up to the share of one cut document.

@@ -19,7 +19,7 @@ from transformers import (
 from prime_v2.eval import causal
 from prime_v2.eval.causal import CausalScorer, start_token_id
 from prime_v2.eval.loading import is_causal, load_config, load_scorer
-from prime_v2.eval.perplexity import score_blocks
+from prime_v2.eval.perplexity import score_windows
 from prime_v2.tokenization.bpe import train_bpe
 
 VOCAB_SIZE = 40
@@ -146,7 +146,7 @@ def test_only_the_logits_of_scored_tokens_are_copied(scorer, monkeypatch):
 
 def test_blocks_of_a_causal_model_are_scored_exactly(scorer):
     blocks = draw(6, 16)
-    result = score_blocks(scorer, blocks, method="causal", num_samples=8)
+    result = score_windows(scorer, [(blocks, None)], method="causal", num_samples=8)
     expected = -float(scorer.log_likelihood(blocks).value.sum()) / 96
     assert result["nats_per_token"] == pytest.approx(expected)
     assert (result["is_exact"], result["is_bound"], result["num_samples"], result["num_forward"]) == (True, True, 0, 6)
@@ -167,12 +167,12 @@ def test_the_model_keeps_its_mode(scorer):
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
-        (draw(2, 4), {"method": "token"}, "method='token' is for diffusion models; a causal model has 'causal' alone"),
+        (draw(2, 4), {"method": "token"}, "method='token' is for diffusion models; a causal model has only 'causal'"),
         (draw(2, 4), {"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
         (draw(2, 4), {"num_samples": 1.5}, "num_samples=1.5 must be an integer of at least 1"),
         (draw(2, 4), {"seed": 1.5}, "seed=1.5 must be an integer"),
         (draw(2, 17), {}, "17 tokens are more than max_position_embeddings=16"),
-        (draw(2, 4) + 30, {}, r"the model has ids in \[0, 39\]; use its own tokenizer"),
+        (draw(2, 4) + 30, {}, r"a likelihood is defined for ids in \[0, 39\]"),
         (draw(2, 4)[0], {}, r"give \(B, L\) with at least one token"),
         (draw(2, 4), {"prompt_mask": torch.ones(2, 4)}, "row 0 has no token to score"),
         (draw(2, 4), {"attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),

@@ -8,7 +8,7 @@ from enumeration import all_sequences
 from networks import small_model
 from scipy.stats import t
 
-from prime_v2.eval.answers import interval
+from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import jackknifed, paired_difference, stratified_degrees, stratified_stderr
 
 REPEATS = 200  # of ten sequences: 2,000 intervals, whose coverage varies by 0.5%
@@ -18,6 +18,11 @@ ROWS = {2: [3, 7, 11, 24, 0, 9, 13, 18, 21, 6], 4: [3, 77, 111, 240, 400, 98, 61
 @pytest.fixture(scope="module")
 def model():
     return small_model(seed=2, vocab_size=5, num_subtokens=3, reveal_order="nested", stage_digits=[1, 3])
+
+
+def interval(value: torch.Tensor, stderr: torch.Tensor, degrees: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    half = torch.as_tensor(half_width(stderr.numpy(), degrees.numpy()))
+    return value - half, value + half
 
 
 @pytest.mark.parametrize(

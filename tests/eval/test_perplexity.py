@@ -20,7 +20,7 @@ from prime_v2 import (
 )
 from prime_v2.commands.ppl import render_score
 from prime_v2.eval.intervals import UPPER_END, half_width
-from prime_v2.eval.perplexity import score_blocks, score_text
+from prime_v2.eval.perplexity import score_text, score_windows
 from prime_v2.eval.windows import encode_documents
 from prime_v2.likelihood_prime_v2 import NotFiniteError
 from prime_v2.tokenization.bpe import train_bpe
@@ -47,6 +47,11 @@ def tokenizer():
 
 def draw(count: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(16, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def score_blocks(model, blocks, **options):
+    """Windows of one length that are scored whole."""
+    return score_windows(model, [(blocks, None)], **options)
 
 
 def test_nats_per_token_are_those_of_the_sequences_scored_one_by_one(model):
@@ -236,23 +241,6 @@ def test_an_absurd_model_still_gives_numbers_that_json_holds():
     json.dumps(result, allow_nan=False)
 
 
-def test_arrays_and_lazy_blocks_score_as_tensors_do(model):
-    class Lazy:
-        def __init__(self, rows):
-            self.rows = rows
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitem__(self, index):
-            return self.rows[index]
-
-    blocks = draw(5, 4)
-    expected = score_blocks(model, blocks)
-    assert score_blocks(model, blocks.numpy().astype(np.uint16)) == expected
-    assert score_blocks(model, Lazy(blocks.numpy())) == expected
-
-
 def test_progress_counts_sequences_up_to_all_of_them(model):
     seen = []
     score_blocks(model, draw(20, 16), num_samples=128, progress=lambda done, total: seen.append((done, total)))
@@ -283,10 +271,6 @@ def test_a_sequence_whose_logits_are_no_numbers_is_named_among_all(model):
 @pytest.mark.parametrize(
     ("blocks", "options", "message"),
     [
-        (torch.empty(0, 4, dtype=torch.long), {}, r"blocks has shape \(0, 4\)"),
-        ([], {}, r"blocks has shape \(0, 0\)"),
-        (torch.zeros(4, dtype=torch.long), {}, r"give \(N, L\) token ids"),
-        (torch.zeros(2, 3), {}, "token ids must be integers"),
         (draw(2, 3), {"text_bytes": 0}, "text_bytes=0 must be at least 1"),
         (draw(2, 3), {"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
         (draw(2, 3), {"method": "guess"}, "method='guess' is not one of"),

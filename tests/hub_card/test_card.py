@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
-from prime_v2.eval.perplexity import score_blocks
+from prime_v2.eval.perplexity import score_windows
 from prime_v2.hub_card.card import find_record, render_card, write_card
 from prime_v2.hub_card.export import export_model
 from prime_v2.hub_card.files import hub_files
@@ -24,7 +24,9 @@ from prime_v2.tokenization.bpe import train_bpe
 def score(model: PrimeV2ForMaskedDiffusion) -> dict:
     blocks = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
     methods = {"bound": "subtoken", "paper_loss": "paper_loss"}
-    return {name: score_blocks(model, blocks, method=method, text_bytes=400) for name, method in methods.items()}
+    return {
+        name: score_windows(model, [(blocks, None)], method=method, text_bytes=400) for name, method in methods.items()
+    }
 
 
 @pytest.fixture(scope="module")

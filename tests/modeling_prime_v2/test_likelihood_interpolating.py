@@ -5,7 +5,7 @@ import torch
 from enumeration import all_sequences, naive_log_likelihood
 from networks import small_interpolating
 
-from prime_v2.eval.answers import interval
+from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_interpolating_prime_v2 import METHODS, num_states
 from prime_v2.likelihood_prime_v2 import paired_difference
 
@@ -63,7 +63,8 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(model):
     exact = model.log_likelihood(ids, num_samples=ALL)
     assert exact.stderr.tolist() == [0] * 10
     found = model.log_likelihood(ids.repeat(100, 1), num_samples=64, keys=torch.arange(1000), exhaustive=False)
-    low, high = interval(found.value, found.stderr, found.degrees)
+    half = torch.as_tensor(half_width(found.stderr.numpy(), found.degrees.numpy()))
+    low, high = found.value - half, found.value + half
     truth = exact.value.repeat(100)
     assert 0.93 <= float(((low <= truth) & (truth <= high)).double().mean()) <= 0.97
 

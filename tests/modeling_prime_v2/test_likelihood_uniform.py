@@ -5,7 +5,7 @@ import torch
 from enumeration import all_sequences, correlated_law, entropy, exact_bound, optimal_uniform
 from networks import small_uniform
 
-from prime_v2.eval.answers import interval
+from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_prime_v2 import paired_difference, stratified_degrees, stratified_stderr
 from prime_v2.likelihood_uniform_prime_v2 import sampled_rows
 
@@ -69,7 +69,8 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(vocab_size, length,
     model, ids = small_uniform(seed=2, vocab_size=vocab_size), all_sequences(vocab_size, length)[rows]
     truth = -exact_bound(small_uniform(seed=2, vocab_size=vocab_size).double(), ids, num_points=100).repeat(200)
     found = model.log_likelihood(ids.repeat(200, 1), num_samples=num_samples, keys=torch.arange(2000))
-    low, high = interval(found.value, found.stderr, found.degrees)
+    half = torch.as_tensor(half_width(found.stderr.numpy(), found.degrees.numpy()))
+    low, high = found.value - half, found.value + half
     covered = float(((low <= truth) & (truth <= high)).double().mean())
     assert 0.93 <= covered <= 0.97
     # Stratified, so that 2,000 means of a few dozen draws each are near normal: 4 standard errors.
