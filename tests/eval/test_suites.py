@@ -355,7 +355,7 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(diffusion, 
         ([diffusion, *suite, "--method", "subtokn"], "; did you mean subtoken?"),
         (
             [arm, *suite, "--method", "token"],
-            "--method token is for diffusion models; a causal model has 'causal' alone",
+            "--method token is for diffusion models; a causal model has only 'causal'",
         ),
         ([diffusion, *suite, "--method", "causal"], "is a diffusion model and has subtoken, token,"),
         ([diffusion, *suite, "--num-samples", 0], "'--num-samples'"),
