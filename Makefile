@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/installed
 .PHONY: demo test test-versions lint format setup clean
 .DELETE_ON_ERROR:
 
-demo: setup ## train the tiny model on this machine's own documentation, evaluate it, sample from it
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+demo: setup ## train two small models on this machine's own documentation, compare them, sample from the better one
+	$(BIN)/prime-v2 demo
 
 # One process a core, a test file never split over two of them (its fixtures are made once); tests/conftest.py
 # gives each process its share of the threads.

@@ -107,7 +107,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     task. With --config, which may name them, neither is asked for.
     """
     from prime_v2.eval.offline_tasks import expand_tasks
-    from prime_v2.eval.plugin import MODEL_NAME, demo_model, has_demo
+    from prime_v2.eval.plugin import MODEL_NAME, better_demo, demo_model
 
     arguments = list(arguments)
     if arguments[:1] == ["run"]:
@@ -126,7 +126,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvalArguments:
     if place is not None and is_named:
         raise ValueError(f"{place} and pretrained= name a model each; leave one out")
     needs_model = place is None and model == MODEL_NAME and not is_named and known.config is None
-    if needs_model and not has_demo():
+    if needs_model and better_demo() is None:
         raise ValueError(
             "no model was named; give its folder or Hub name first, as in prime-v2 eval MODEL --tasks sciq, "
             "or add --model_args pretrained=MODEL"

@@ -5,12 +5,16 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prime_v2.commands.options import MANY, MOST_SAMPLES, Device, Dtype, Json, Model
+from prime_v2.commands.options import MANY, MOST_SAMPLES, NEW_FILE, Device, Dtype, Json, Model
+from prime_v2.commands.picture import check_drawable, hidden_digit, picture_of
+from prime_v2.output.atomic import write_text
 from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.trace import Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +45,14 @@ def generate(
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw how the text denoised, passes by tokens, as an SVG (one sample). FILE must be new.",
+            callback=NEW_FILE,
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -49,8 +61,9 @@ def generate(
 
     Options left out take the values of its generation_config.json.
     """
-    if watch and num_samples > 1:
-        raise ValueError(f"--watch shows one sample, not --num-samples {num_samples}; leave one of the two out")
+    for option, given in (("--watch", watch), ("--picture", picture is not None)):
+        if given and num_samples > 1:
+            raise ValueError(f"{option} shows one sample, not --num-samples {num_samples}; leave one of the two out")
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
     from prime_v2.eval.loading import load_model_and_tokenizer
@@ -74,8 +87,10 @@ def generate(
     call = {"return_dict_in_generate": True, "num_return_sequences": num_samples, **options}
     if suffix_ids is not None:
         call["suffix_ids"] = suffix_ids
+    if picture is not None:
+        check_drawable(network)
     try:
-        output = _generated(network, tokenizer, input_ids, call, watch)
+        output, trace = _generated(network, tokenizer, input_ids, call, watch, traced=picture is not None)
     except ValueError as error:
         sentence = str(error).replace("do_sample=False", "--greedy").replace("do_sample=True", "--sample")
         raise ValueError(sentence) from error
@@ -85,29 +100,38 @@ def generate(
         completions = tokenizer.batch_decode(output.sequences[:, new], skip_special_tokens=True)
         asked = {"model": model, "prompt": prompt, "suffix": suffix, "options": options}
         print(json.dumps({**asked, **_as_json(texts, completions, output)}, ensure_ascii=False))
-        return
+    else:
+        _print_texts(texts, options)
+    if picture is not None:
+        write_text(picture, picture_of(trace, network, tokenizer))
+
+
+def _print_texts(texts: list[str], options: dict[str, Any]) -> None:
     for number, text in enumerate(texts, 1):
-        if num_samples > 1:
-            print(f"{'' if number == 1 else chr(10)}--- sample {number} of {num_samples}, seed {options['seed']} ---")
+        if len(texts) > 1:
+            print(f"{'' if number == 1 else chr(10)}--- sample {number} of {len(texts)}, seed {options['seed']} ---")
         print(text.translate(PICTURES))
 
 
-def _generated(model: Any, tokenizer: Any, input_ids: "Tensor", call: dict[str, Any], watch: bool) -> Any:
-    """What `model.generate` returns, with the text shown as it denoises or a bar of the passes."""
-    if not (watch and sys.stdout.isatty()):
-        # The most passes of the network, where the options say so; an ARM makes one a token.
-        most = call.get("max_denoising_steps", getattr(model.generation_config, "max_denoising_steps", None))
-        with progress_bar("passes of the network") as show:
-            return model.generate(input_ids, stopping_criteria=[_Tick(show, most)], **call)
-    view = DraftView(tokenizer)
-    has_digits = hasattr(model.config, "num_subtokens") and not model.config.causal
-    hook = model.model.register_forward_pre_hook(view.see_states) if has_digits else None
-    try:
-        return model.generate(input_ids, streamer=view, **call)
-    finally:
-        if hook is not None:
-            hook.remove()
-        view.end()
+def _generated(
+    model: Any, tokenizer: Any, input_ids: "Tensor", call: dict[str, Any], watch: bool, traced: bool
+) -> tuple[Any, Trace]:
+    """(What `model.generate` returns, its trace), with the text shown as it denoises or a bar of the passes.
+
+    The trace is empty without `watch` and `traced`, and of a causal model.
+    """
+    if watch and sys.stdout.isatty():
+        view = DraftView(tokenizer, hidden_digit(model))
+        try:
+            return model.generate(input_ids, streamer=view, **call), view
+        finally:
+            view.end()
+    # The most passes of the network, where the options say so; an ARM makes one a token.
+    most = call.get("max_denoising_steps", getattr(model.generation_config, "max_denoising_steps", None))
+    trace = Trace()
+    with progress_bar("passes of the network") as show:
+        tick, streamer = _Tick(show, most), trace if traced else None
+        return model.generate(input_ids, stopping_criteria=[tick], streamer=streamer, **call), trace
 
 
 def _ids(tokenizer: Any, text: str) -> "Tensor | None":
@@ -153,32 +177,29 @@ def _as_json(texts: list[str], completions: list[str], output: Any) -> dict[str,
     }
 
 
-class DraftView:
+class DraftView(Trace):
     """Streamer of `generate` that shows the text in place as it denoises: a block for each token not fully known.
 
-    The more of its digits are known, the darker the block, provided that `see_states` is hooked to the network. The
-    view disappears at the end; the caller prints the finished text.
+    The more of its digits are known, the darker the block. The view disappears at the end; the caller prints the
+    finished text. hidden: the digit that stands for a hidden one.
     """
 
-    def __init__(self, tokenizer: Any, console: Any = None, frame_seconds: float = FRAME_SECONDS):
+    def __init__(self, tokenizer: Any, hidden: int, console: Any = None, frame_seconds: float = FRAME_SECONDS) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self.tokenizer, self.frame_seconds = tokenizer, frame_seconds
+        super().__init__()
+        self.tokenizer, self.hidden, self.frame_seconds = tokenizer, hidden, frame_seconds
         self.live = Live(console=console or Console(), transient=True, auto_refresh=False)
         self.prefix: list[int] = []
-        self.known: Tensor | None = None
         self.has_draft = False
-
-    def see_states(self, module: Any, arguments: tuple[Any, ...]) -> None:
-        """A forward pre-hook of `PrimeV2Model`: notes which digits (T, S) the network sees in this pass."""
-        self.known = (arguments[0][0] != module.config.base).cpu()
 
     def put(self, value: "Tensor") -> None:
         """Tokens that will not change: those before the first generated one, and at the end all the others.
 
         An ARM gives its tokens one by one, without drafts.
         """
+        super().put(value)
         if self.has_draft:
             return
         begun = bool(self.prefix)
@@ -207,7 +228,8 @@ class DraftView:
         view = Text()
         view.append(self._decode(self.prefix), style="bold")
         mask_id = self.tokenizer.mask_token_id
-        known = self.known[-len(ids) :].float().mean(1).tolist() if self.known is not None else [0.0] * len(ids)
+        digits = self.steps[-1].digits[len(self.steps[-1].digits) - len(ids) :] if self.steps else []
+        known = [1 - each.count(self.hidden) / len(each) for each in digits]
         for is_hidden, run in itertools.groupby(range(len(ids)), key=lambda i: ids[i] == mask_id):
             if is_hidden:
                 blocks = (BLOCKS[min(int(known[i] * len(BLOCKS)), len(BLOCKS) - 1)] for i in run)

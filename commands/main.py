@@ -14,6 +14,7 @@ from prime_v2.commands.base import PROGRAM, Command, new_app
 from prime_v2.commands.card import card
 from prime_v2.commands.compare import compare
 from prime_v2.commands.convert import convert
+from prime_v2.commands.demo import demo
 from prime_v2.commands.entropy import entropy
 from prime_v2.commands.eval import evaluate
 from prime_v2.commands.generate import generate
@@ -36,14 +37,15 @@ def top(version: Annotated[bool, typer.Option("--version", help="Show the versio
 app.command(cls=Command)(generate)
 app.command(cls=Command)(ppl)
 app.command(cls=Command)(entropy)
-# lm-eval's options pass through, its -h among them.
-LM_EVAL = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
-app.command("eval", cls=Command, context_settings=LM_EVAL)(evaluate)
+# Options of other programs pass through, lm-eval's -h among them.
+PASS_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
+app.command("eval", cls=Command, context_settings=PASS_ON)(evaluate)
 app.command(cls=Command)(tasks)
 app.command(cls=Command)(analyze)
 app.command(cls=Command)(card)
 app.command(cls=Command)(compare)
 app.command(cls=Command)(convert)
+app.command(cls=Command, context_settings=PASS_ON)(demo)
 app.add_typer(scaling_app)
 
 

@@ -32,7 +32,7 @@ from prime_v2.eval.lm_settings import (
     whole_number,
 )
 from prime_v2.eval.loading import check_same_table, choose_device, load_model_and_tokenizer, load_tokenizer
-from prime_v2.eval.plugin import demo_model, has_demo
+from prime_v2.eval.plugin import demo_model
 from prime_v2.eval.published import published_score, published_settings
 from prime_v2.families import bound_method
 from prime_v2.likelihood_prime_v2 import NotFiniteError
@@ -98,8 +98,7 @@ class PrimeV2LM(HFLM):
         if max_length is not None:
             max_length = whole_number("max_length", max_length, 2, 512)
         prefix = kwargs.pop("prefix_token_id", None)
-        if pretrained is None and has_demo():
-            pretrained = demo_model()
+        pretrained = demo_model() if pretrained is None else pretrained
         if pretrained is None:
             raise ValueError(
                 "no model was named; add --model_args pretrained=DIR, a folder of a saved model or its name on the Hub"

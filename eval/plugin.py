@@ -1,10 +1,12 @@
 """Makes lm-eval know the model `prime_v2`; nothing of the model is imported until lm-eval asks for it."""
 
+import json
 import sys
 from pathlib import Path
 
 MODEL_NAME = "prime_v2"
-DEMO = Path("runs") / "tiny"  # where `make demo` leaves its model
+DEMO = Path("runs") / "demo"  # where `make demo` leaves its models
+DEMO_RUNS = ("published", "nested")
 MODEL_CLASS = "prime_v2.eval.lm:PrimeV2LM"
 
 
@@ -18,15 +20,30 @@ def register() -> None:
         model_registry.register(MODEL_NAME, target=MODEL_CLASS)
 
 
-def has_demo() -> bool:
-    """Whether the working folder has the model of `make demo`, whole."""
-    return all((DEMO / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+def better_demo() -> Path | None:
+    """The folder of the model of `make demo` with the lower bound, None where the working folder has none.
+
+    A run counts once it is finished, which its record says, and while its model is whole.
+    """
+    bounds: dict[Path, float] = {}
+    for folder in (DEMO / name for name in DEMO_RUNS):
+        if not all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
+            continue
+        try:
+            record = json.loads((folder / "results" / "train.json").read_text(encoding="utf-8"))
+            bounds[folder] = float(record["results"]["evaluation"]["bound"]["nats_per_token"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return min(bounds, key=bounds.__getitem__, default=None)
 
 
-def demo_model() -> str:
-    """The folder of the model of `make demo`, and a line on stderr that it is taken."""
-    print(f"prime_v2: no model was named; taking {DEMO}, the model of make demo", file=sys.stderr)
-    return str(DEMO)
+def demo_model() -> str | None:
+    """The folder of `better_demo`, with a line on stderr that it is taken; None where there is none."""
+    folder = better_demo()
+    if folder is None:
+        return None
+    print(f"prime_v2: no model was named; taking {folder}, the better model of make demo", file=sys.stderr)
+    return str(folder)
 
 
-__all__ = ["MODEL_CLASS", "MODEL_NAME", "demo_model", "has_demo", "register"]
+__all__ = ["DEMO", "DEMO_RUNS", "MODEL_CLASS", "MODEL_NAME", "better_demo", "demo_model", "register"]

@@ -60,7 +60,9 @@ class PrimeV2GenerationMixin:
         stopping_criteria: called as criteria(ids (B, T), None) after every pass, mask_token_id where a token is not
             fully known; sequences that meet it are finished by one last pass.
         streamer: gets put(ids before the first generated token), put_draft(the rest, mask_token_id where not fully
-            known) after each pass if it has that method, put(the rest), end(). One sequence only.
+            known) after each pass if it has that method, put(the rest), end(). One sequence only. If it has the method
+            put_states, also put_states(ids (1, T), digits (1, T, S), base where hidden) of the whole sequence without
+            padding, before the first pass and after each.
 
         New tokens after the first EOS become padding; a sequence stops when nothing that is kept can still change.
         A draw is a function of seed, step, position, the row's ids and how many equal rows precede it, and with

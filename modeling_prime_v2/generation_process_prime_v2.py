@@ -162,13 +162,13 @@ class DenoisingProcess:
     def run(self, criteria: Any, stream: "DraftStream") -> None:
         """Pass after pass over the rows that have one left, until none has."""
         criteria = StoppingCriteriaList(criteria if isinstance(criteria, (list, tuple)) else [criteria])
-        stream.start()
+        stream.start(self.canvas)
         while rows := [row for row, passes in enumerate(self.passes_left) if passes > 0]:
             self.run_pass(rows)
             for row in rows:
                 self.num_forward[row] += 1
                 self.passes_left[row] -= 1
-            stream.draft(self.canvas.ids)
+            stream.draft(self.canvas)
             if self.options.eos_token_id:
                 for row in self._decided().nonzero().flatten().tolist():
                     self.passes_left[row] = 0
@@ -306,25 +306,35 @@ def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.
 
 
 class DraftStream:
-    """Feeds a streamer, if there is one: what precedes the first generated token, drafts of the rest, the rest."""
+    """Feeds a streamer, if there is one, with a sequence as it is generated (see `generate`)."""
 
     def __init__(self, streamer: Any, canvas: Canvas):
         self.streamer = streamer
         if streamer is not None:
             first = int(canvas.fillable[0].int().argmax())
             columns = canvas.real[0].nonzero().squeeze(1)
-            self.before, self.after = columns[columns < first], columns[columns >= first]
-            self.prompt = canvas.ids[:, self.before].cpu()
+            self.columns, self.before, self.after = columns, columns[columns < first], columns[columns >= first]
 
-    def start(self) -> None:
+    def start(self, canvas: Canvas) -> None:
         if self.streamer is not None:
-            self.streamer.put(self.prompt)
+            self.streamer.put(canvas.ids[:, self.before].cpu())
+            self._put_states(canvas)
 
-    def draft(self, ids: Tensor) -> None:
+    def draft(self, canvas: Canvas) -> None:
+        if self.streamer is not None:
+            self._put_states(canvas)
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(ids[:, self.after].cpu())
+            self.streamer.put_draft(canvas.ids[:, self.after].cpu())
 
     def finish(self, ids: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(ids[:, self.after].cpu())
             self.streamer.end()
+
+    def _put_states(self, canvas: Canvas) -> None:
+        if not hasattr(self.streamer, "put_states"):
+            return
+        ids = canvas.ids[:, self.columns].cpu()
+        # Families whose tokens are whole keep no states beside the ids: the token is its only digit.
+        states = canvas.states[:, self.columns].cpu() if canvas.states.shape[2] > 1 else ids.unsqueeze(2)
+        self.streamer.put_states(ids, states)

@@ -81,6 +81,13 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class RaisingParser(Parser):
+    """Raises ValueError for a bad option, for programs that start several runs."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse_options(
     arguments: list[str], description: str | None = None, parser_class: type[Parser] = Parser
 ) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:

@@ -217,8 +217,11 @@ def _with_error(result: dict[str, Any]) -> str:
 
 def finish(
     trainer: DiffusionTrainer, run: Any, tokenizer, data, numbers: dict[str, Any], folder: Path, code: dict
-) -> None:
-    """Save the model, evaluate it on the test split, sample, and write record, plot and card."""
+) -> dict[str, Any] | None:
+    """Save the model, evaluate it on the test split, sample, and write record, plot and card.
+
+    Returns the record, None on all processes but the first.
+    """
     training = trainer.args
     trainer.save_model(str(folder))
     model = merge_adapter(
@@ -228,7 +231,7 @@ def finish(
         print("evaluating on the test split ...", flush=True)
     evaluation = final_evaluation(model, tokenizer, run, data["test"], training.seed)
     if not trainer.is_world_process_zero():
-        return
+        return None
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     sizes = {f"{split}_tokens": blocks.tokens for split, blocks in data.items()}
     sizes |= {f"{split}_documents": blocks.documents for split, blocks in data.items()}
@@ -270,4 +273,4 @@ def finish(
     write_card(folder, record)
     for path in filter(None, (run.record, folder / "results" / "train.json")):  # the last one marks the run finished
         write_json(path, record)
-    print_summary(record, folder)
+    return record

@@ -126,11 +126,20 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
     return trainer
 
 
-def train(run: RunOptions, training: TrainingArguments, model_options: dict[str, Any], code: dict[str, Any]) -> int:
-    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input and for a folder in use."""
+def train(
+    run: RunOptions,
+    training: TrainingArguments,
+    model_options: dict[str, Any],
+    code: dict[str, Any],
+    tell: Callable[[dict[str, Any], Path], None] = print_summary,
+) -> int:
+    """Prepare, train or continue, evaluate; the exit status. ValueError for bad input and for a folder in use.
+
+    tell: called with the record and the folder of the finished run, by the first process.
+    """
     folder = Path(training.output_dir)
     with held(folder) as is_in_place:
-        return _train(run, training, model_options, code, folder, is_in_place)
+        return _train(run, training, model_options, code, folder, is_in_place, tell)
 
 
 @contextmanager
@@ -161,6 +170,7 @@ def _train(
     code: dict[str, Any],
     folder: Path,
     is_in_place: Callable[[], bool],
+    tell: Callable[[dict[str, Any], Path], None],
 ) -> int:
     state, course = PartialState(), course_of(run, training, model_options)
     holds = check_folder(folder, course)
@@ -168,7 +178,7 @@ def _train(
     if holds is Holds.finished:
         if state.is_main_process:
             print(f"{folder} holds this run, finished; for another, give a new --output_dir")
-            print_summary(read_record(folder / RECORD), folder)
+            tell(read_record(folder / RECORD), folder)
         return 0
     try:
         if state.is_main_process and holds is not Holds.unfinished:
@@ -198,7 +208,9 @@ def _train(
         return 128 + stop.received
     trainer.check_place()
     with writing(f"the results in {folder}"):
-        finish(trainer, run, tokenizer, data, numbers, folder, code)
+        record = finish(trainer, run, tokenizer, data, numbers, folder, code)
+    if record is not None:
+        tell(record, folder)
     return 0
 
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from prime_v2.studies.compare.report import duration
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 from prime_v2.training.course import Holds, check_folder, course_of
 from prime_v2.training.flops import count_parameters, measure_flops
-from prime_v2.training.options import Parser, RunOptions, parse_options
+from prime_v2.training.options import RaisingParser, RunOptions, parse_options
 from prime_v2.training.run import make_model, text_options
 from prime_v2.training.trainer import Collator
 
@@ -82,18 +82,13 @@ class PlannedRun:
         return START_SECONDS + self.cost.seconds * (self.tokens + FORWARD_SHARE * rows)
 
 
-class _RaisingParser(Parser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parsed(options: dict[str, Any], place: str) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:
     """Options of train.py, checked as train.py checks them; ValueError that begins with `place`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(yaml.safe_dump(options), encoding="utf-8")
         try:
-            return parse_options(["--config", str(path)], parser_class=_RaisingParser)
+            return parse_options(["--config", str(path)], parser_class=RaisingParser)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{place}: {str(error).replace(f'--config {path}: ', '')}") from None
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ import torch
 from command_runs import refused, run
 from rich.console import Console
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
+from prime_v2 import (
+    PrimeV2ArmConfig,
+    PrimeV2Config,
+    PrimeV2ForCausalLM,
+    PrimeV2ForMaskedDiffusion,
+    build_tokenizer,
+)
 from prime_v2.commands.base import bad_input
 from prime_v2.commands.generate import PICTURES, DraftView
 from prime_v2.commands.ppl import render_score
@@ -22,6 +29,7 @@ from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
 from prime_v2.eval.perplexity import score_text
 from prime_v2.output.paths import without_places
 from prime_v2.output.records import read_record
+from prime_v2.output.trace_picture import printable
 from prime_v2.tokenization import count_tokens, entropy_table
 from prime_v2.tokenization.bpe import train_bpe
 
@@ -261,7 +269,7 @@ def test_watch_writes_no_control_codes_where_there_is_no_terminal(model_dir):
 def test_draft_view_shades_tokens_by_their_known_digits(model_dir):
     tokenizer = load_tokenizer(model_dir)
     with open(os.devnull, "w") as nowhere:
-        view = DraftView(tokenizer, Console(file=nowhere), frame_seconds=0)
+        view = DraftView(tokenizer, 2, Console(file=nowhere), frame_seconds=0)
         prefix, known = (
             tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in ("the", " fox")
         )
@@ -270,11 +278,7 @@ def test_draft_view_shades_tokens_by_their_known_digits(model_dir):
         draft = torch.cat([known, hidden], dim=1)
         states = torch.full((1, prefix.shape[1] + draft.shape[1], 9), 2)
         states[0, -2, :4] = states[0, -1, :8] = 1
-
-        class Network:
-            config = PrimeV2Config(vocab_size=280)
-
-        view.see_states(Network(), (states,))
+        view.put_states(torch.cat([prefix, draft], dim=1), states)
         view.put_draft(draft)
         view.put(draft)
         view.end()
@@ -308,6 +312,45 @@ def test_watch_on_a_terminal_shows_drafts_and_leaves_the_text(model_dir):
     assert "0 of 3 tokens known" in text
     # The last thing on the terminal is the text, as it is without a terminal.
     assert text.replace("\r\n", "\n").endswith(run(*arguments).stdout)
+
+
+def test_the_picture_shows_the_text_that_is_printed_and_is_the_same_for_the_same_seed(model_dir, tmp_path):
+    arguments = ["generate", model_dir, "--prompt", "the", "--max-new-tokens", 6, "--seed", 4]
+    plain = run(*arguments).stdout
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        assert run(*arguments, "--picture", tmp_path / name).stdout == plain
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    svg = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.fromstring(pictures[0])
+    (sample,) = json.loads(run(*arguments, "--json").stdout)["samples"]
+    assert picture.find(f"{svg}desc").text == printable(sample["text"])
+    assert "pass 0" in [each.text for each in picture.iter(f"{svg}text")]
+
+    assert "exists; give another name" in refused(*arguments, "--picture", tmp_path / "a.svg")
+    several = refused(*arguments, "--picture", tmp_path / "c.svg", "--num-samples", 2)
+    assert several == "--picture shows one sample, not --num-samples 2; leave one of the two out"
+    assert not (tmp_path / "c.svg").exists()
+
+
+def test_a_greedy_picture_needs_no_seed(model_dir, tmp_path):
+    arguments = ["generate", model_dir, "--max-new-tokens", 3, "--greedy", "--json"]
+    result = run(*arguments, "--picture", tmp_path / "greedy.svg")
+    assert json.loads(result.stdout)["samples"][0]["num_forward"] == 3
+    assert (tmp_path / "greedy.svg").read_text().count(">pass ") == 4
+
+
+def test_a_model_that_writes_left_to_right_has_no_picture(tmp_path):
+    folder = tmp_path / "arm"
+    tokenizer = build_tokenizer(
+        train_bpe(DOCUMENTS, 280), num_subtokens=1, special_tokens={"eos_token": "<|endoftext|>"}
+    )
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PrimeV2ForCausalLM(PrimeV2ArmConfig(vocab_size=280, eos_token_id=0, **shape)).save_pretrained(folder)
+    sentence = refused("generate", folder, "--prompt", "the", "--picture", tmp_path / "arm.svg")
+    assert sentence.startswith("--picture shows hidden tokens as they become known, but this model writes from left")
 
 
 # ------------------------------------------------------------------------------------------------- ppl

@@ -129,23 +129,32 @@ def test_every_use_of_the_papers_loss_is_warned_of(folder, caplog):
         assert "method=paper_loss is neither the likelihood" in caplog.text
 
 
-def test_without_a_model_the_demos_is_taken_and_named(folder, questions, tmp_path, monkeypatch, capsys):
+def test_without_a_model_the_better_one_of_the_demo_is_taken(folder, questions, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no model was named; add --model_args pretrained=DIR"):
         PrimeV2LM()
-    shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    for name, nats in (("published", 6.2), ("nested", 5.1)):
+        place = shutil.copytree(folder, tmp_path / "runs" / "demo" / name)
+        (place / "results").mkdir()
+        record = {"results": {"evaluation": {"bound": {"nats_per_token": nats}}}}
+        (place / "results" / "train.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert PrimeV2LM().config.hidden_size == 16
-    said = "prime_v2: no model was named; taking runs/tiny, the model of make demo"
-    assert capsys.readouterr().err.splitlines().count(said) == 1
+    said = "prime_v2: no model was named; taking runs/demo/{}, the better model of make demo"
+    assert capsys.readouterr().err.splitlines().count(said.format("nested")) == 1
 
     task = ["--tasks", "boolq", "--data", str(questions), "--limit", "1"]
     result = CliRunner().invoke(app, ["eval", *task, "--json", "--output", "eval.json"])
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines().count(said) == 1
-    assert json.loads(Path("eval.json").read_text())["results"]["config"]["model_args"]["pretrained"] == "runs/tiny"
+    assert result.stderr.splitlines().count(said.format("nested")) == 1
+    model = json.loads(Path("eval.json").read_text())["results"]["config"]["model_args"]["pretrained"]
+    assert model == "runs/demo/nested"
 
-    (tmp_path / "runs" / "tiny" / "model.safetensors").unlink()  # a run that has not finished
+    demo = tmp_path / "runs" / "demo"
+    (demo / "nested" / "results" / "train.json").unlink()  # a run that has not finished
+    PrimeV2LM()
+    assert said.format("published") in capsys.readouterr().err
+    (demo / "published" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model was named"):
         PrimeV2LM()
 

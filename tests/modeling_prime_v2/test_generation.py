@@ -261,6 +261,27 @@ def test_a_streamer_gets_prompt_drafts_and_result():
     assert (recorder.calls[1][1] == 50).any() and torch.equal(recorder.calls[-3][1], out.sequences[:, 4:])
 
 
+def test_a_streamer_that_asks_for_states_gets_the_digits_before_the_first_pass_and_after_each():
+    class States(Recorder):
+        def put_states(self, ids, digits):
+            self.calls.append(("states", (ids, digits)))
+
+    model, prompt, recorder = one_layer(), prompts(1, 4), States()
+    options = {"max_new_tokens": 8, "seed": 0, "return_dict_in_generate": True}
+    padded = torch.cat([torch.zeros_like(prompt[:, :2]), prompt], dim=1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    out = model.generate(padded, mask, streamer=recorder, **options)
+    states = [each for kind, each in recorder.calls if kind == "states"]
+    assert len(states) == out.num_forward + 1
+    assert torch.equal(states[0][0], torch.cat([prompt, torch.full((1, 8), 50)], dim=1))
+    assert torch.equal(states[-1][0], out.sequences[:, 2:])
+    base, codes = model.config.base, model.encode(out.sequences[:, 2:])
+    for (ids, digits), (_, before) in zip(states[1:], states, strict=False):
+        known = digits != base
+        assert torch.equal(digits[known], codes[known]) and bool((known | (before == base)).all())
+        assert torch.equal(ids == 50, ~known.all(2))
+
+
 def test_a_streamer_without_padding_or_masks_in_what_is_settled():
     model, recorder = one_layer(), Recorder()
     ids, mask = torch.tensor([[9, 9, 3, 50, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
