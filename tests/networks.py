@@ -1,5 +1,6 @@
 """Small random networks of every family in evaluation mode, and the token ids that tests give to them."""
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -99,13 +100,27 @@ KINDS: dict[str, tuple[str, dict]] = {
 }
 
 
+KINDS |= {name: (name, {}) for name in FAMILIES if name not in dict(KINDS.values())}  # a new family is a kind
+
+
+def fresh_network(kind: str, **changes) -> Any:
+    """A new network of this kind, in evaluation mode, with other fields."""
+    family, fields = KINDS[kind]
+    torch.manual_seed(0)
+    config = FAMILIES[family].config_class(**TINY | {"initializer_range": 0.4} | fields | changes)
+    return FAMILIES[family].model_class(config).eval()
+
+
 @cache
 def network(kind: str) -> Any:
     """The network of this kind, in evaluation mode; nobody changes it."""
-    family, fields = KINDS[kind]
-    torch.manual_seed(0)
-    config = FAMILIES[family].config_class(**TINY | {"initializer_range": 0.4} | fields)
-    return FAMILIES[family].model_class(config).eval()
+    return fresh_network(kind)
+
+
+def times_of(model: Any, batch: int) -> dict[str, Tensor]:
+    """The times that a uniform-state network wants beside noised ids, nothing for others."""
+    wanted = "times" in inspect.signature(model.forward).parameters
+    return {"times": torch.full((batch,), 0.5)} if wanted else {}
 
 
 # Models that are not of this package

@@ -1,4 +1,4 @@
-"""`log_likelihood` of uniform-state diffusion against its enumerated value; what it does not depend on; refusals."""
+"""`log_likelihood` of uniform-state diffusion against its enumerated value."""
 
 import pytest
 import torch
@@ -12,15 +12,6 @@ from prime_v2.likelihood_uniform_prime_v2 import sampled_rows
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times the
 # weights of up to n + 1.
 NETWORK = {"rtol": 1e-5, "atol": 2e-5}
-
-
-def padded(rows: list[torch.Tensor], side: str, length: int, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention_mask) of rows (L_i,) padded to `length` on one side."""
-    ids, mask = torch.full((len(rows), length), fill), torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        part = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[i, part], mask[i, part] = row, 1
-    return ids, mask
 
 
 @pytest.fixture(scope="module")
@@ -127,106 +118,3 @@ def test_equal_keys_share_their_noise():
         assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
         paired, apart = paired + stderr**2, apart + float(common.stderr.square().sum())
     assert (paired / apart) ** 0.5 < 0.8
-
-
-def test_exhaustive_changes_nothing(model, ids):
-    values = [model.log_likelihood(ids, num_samples=5, exhaustive=each).value for each in (True, False)]
-    assert torch.equal(*values)
-
-
-# What it does not depend on
-
-
-@pytest.fixture(scope="module")
-def rows():
-    generator = torch.Generator().manual_seed(4)
-    return [torch.randint(4, (length,), generator=generator) for length in (3, 5, 2, 7, 4, 1)]
-
-
-def test_padding_batch_and_order_change_no_value(model, rows):
-    alone = [model.log_likelihood(row[None], num_samples=8) for row in rows]
-    value = torch.cat([each.value for each in alone])
-    stderr = torch.cat([each.stderr for each in alone])
-    for side in ("left", "right"):
-        batch, mask = padded(rows, side, 9, fill=3)
-        result = model.log_likelihood(batch, mask, num_samples=8)
-        torch.testing.assert_close(result.value, value, **NETWORK)
-        torch.testing.assert_close(result.stderr, stderr, **NETWORK)
-        assert result.num_scored.tolist() == [len(row) for row in rows]
-    order = torch.tensor([4, 2, 0, 5, 1, 3])
-    shuffled = model.log_likelihood(batch[order], mask[order], num_samples=8)
-    torch.testing.assert_close(shuffled.value, value[order], **NETWORK)
-
-
-@pytest.mark.parametrize("tokens_per_pass", [1, 7, 20, 64])
-def test_the_size_of_a_forward_pass_changes_no_value(model, rows, tokens_per_pass, monkeypatch):
-    batch, mask = padded(rows, "right", 8)
-    whole = model.log_likelihood(batch, mask, num_samples=5)
-    sizes, forward = [], model.model.forward
-    monkeypatch.setattr(
-        model.model, "forward", lambda noised, *rest: sizes.append(noised.numel()) or forward(noised, *rest)
-    )
-    pieces = model.log_likelihood(batch, mask, num_samples=5, tokens_per_pass=tokens_per_pass)
-    torch.testing.assert_close(pieces.value, whole.value, **NETWORK)
-    torch.testing.assert_close(pieces.stderr, whole.stderr, **NETWORK)
-    assert max(sizes) <= max(tokens_per_pass, 7), "one row at least, of 7 tokens"
-
-
-def test_a_seed_gives_its_draws_and_another_others(model, ids):
-    first, again, other = (model.log_likelihood(ids, num_samples=4, seed=seed).value for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert (first != other).all()
-
-
-def test_the_model_is_left_as_it_was_and_dropout_is_off(ids):
-    model = small_uniform(vocab_size=4, attention_dropout=0.5)
-    expected = model.log_likelihood(ids, num_samples=4).value
-    model.train()
-    assert torch.equal(model.log_likelihood(ids, num_samples=4).value, expected)
-    assert model.training
-
-
-def test_the_model_names_its_method(model, ids):
-    assert model.likelihood_methods == ("uniform",) and model.bound_method == "uniform"
-    first, second = (model.log_likelihood(ids, num_samples=4, **each).value for each in ({}, {"method": "uniform"}))
-    assert torch.equal(first, second)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "subtoken"}, "method='subtoken' is not one of uniform"),
-        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 1"),
-        ({"num_samples": 3, "round_number": 2}, "round_number=2 with num_samples=3: it takes a multiple of 2 draws"),
-        ({"input_ids": torch.tensor([[1, 4]])}, r"token ids span \[1, 4\], but a likelihood .* ids in \[0, 3\]"),
-        ({"input_ids": torch.tensor([[-1, 2]])}, r"token ids span \[-1, 2\]"),
-        ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids has shape \(0, 4\); give \(B, L\)"),
-        (
-            {"input_ids": torch.zeros(1, 33, dtype=torch.long)},
-            "33 tokens, but max_position_embeddings=32; cut it to 32",
-        ),
-        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), but input_ids \(2, 2\)"),
-        ({"prompt_mask": torch.ones(2, 1)}, r"prompt_mask has shape \(2, 1\), but input_ids \(2, 2\)"),
-        ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, "row 1 has no token to score .* drop that row"),
-        ({"prompt_mask": torch.tensor([[1, 1], [0, 0]])}, "row 0 has no token to score .* drop that row"),
-        ({"input_ids": torch.tensor([[0.5, 1.0]])}, "token ids must be integers, not torch.float32"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_refused(model, arguments, message):
-    arguments = {"input_ids": torch.tensor([[1, 2], [3, 0]]), **arguments}
-    with pytest.raises(ValueError, match=message):
-        model.log_likelihood(**arguments)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_network_that_is_not_finite_gives_an_error_and_no_number(ids, value):
-    model = small_uniform(vocab_size=4)
-    with torch.no_grad():
-        model.model.norm.weight[0] = value
-    with pytest.raises(ValueError, match="log-likelihood of row 0 is .*: the network's logits are not finite"):
-        model.log_likelihood(ids, num_samples=4)
