@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prime_v2.likelihood_prime_v2 import TOKENS_PER_PASS, NotFiniteError, paired_difference, stratified_degrees
+from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
+from prime_v2.likelihood_output_prime_v2 import NotFiniteError, paired_difference, stratified_degrees
 from prime_v2.likelihood_rows_prime_v2 import draw_levels, sequence_key
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.validation_inputs_prime_v2 import checked_flag, checked_seed, whole_number

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood, refuse_not_finite, unpadded
+from prime_v2.backbone_prime_v2 import evaluating
+from prime_v2.likelihood_frame_prime_v2 import unpadded
+from prime_v2.likelihood_output_prime_v2 import PrimeV2LogLikelihood, refuse_not_finite
 from prime_v2.validation_inputs_prime_v2 import check_mask, checked_seed, whole_number
 
 METHOD = "causal"
@@ -82,17 +84,13 @@ class CausalScorer:
             raise ValueError(f"{longest} tokens are more than max_position_embeddings={self.max_length}; use fewer")
         value, num_scored = torch.zeros(len(texts), dtype=torch.double), torch.zeros(len(texts), dtype=torch.long)
         tokens_per_pass = min(TOKENS_PER_PASS, LOGITS_PER_PASS // self.vocab_size)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             while texts:
                 count = max(1, tokens_per_pass // len(texts[0][1]))  # the longest of those that are left
                 rows, ids, scored = zip(*texts[:count], strict=True)
                 value[list(rows)] = -self._nats(ids, scored)
                 num_scored[list(rows)] = torch.tensor([int(each.sum()) for each in scored])
                 del texts[:count]
-        finally:
-            self.model.train(was_training)
         refuse_not_finite(value)
         return PrimeV2LogLikelihood(
             value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, is_exact=True
@@ -125,10 +123,8 @@ class CausalScorer:
         ids = (torch.arange(length, device=self.device) * 7 + 1).unsqueeze(0) % self.vocab_size
         other = ids.clone()
         other[:, -1] = (other[:, -1] + 1) % self.vocab_size
-        was_training = self.model.training
-        self.model.eval()
-        logits, changed = (self._logits(each, None)[:, :-1].float() for each in (ids, other))
-        self.model.train(was_training)
+        with evaluating(self.model):
+            logits, changed = (self._logits(each, None)[:, :-1].float() for each in (ids, other))
         allowed = max(MAX_LEAK, 4 * torch.finfo(self.dtype).eps) * logits.std()
         if logits.isfinite().all() and (changed - logits).abs().max() > allowed:
             raise ValueError(

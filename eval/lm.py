@@ -35,7 +35,7 @@ from prime_v2.eval.loading import check_same_table, choose_device, load_model_an
 from prime_v2.eval.plugin import demo_model
 from prime_v2.eval.published import published_score, published_settings
 from prime_v2.families import bound_method
-from prime_v2.likelihood_prime_v2 import NotFiniteError
+from prime_v2.likelihood_output_prime_v2 import NotFiniteError
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.validation_inputs_prime_v2 import SEEDS, checked_flag
 

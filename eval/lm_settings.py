@@ -15,7 +15,8 @@ from prime_v2.eval.answers import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
 from prime_v2.families import FAMILY_OF_TYPE, bound_method, label_of
-from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, TOKENS_PER_PASS
+from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
+from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_text
 from prime_v2.output.places import check_new_file
 from prime_v2.validation_keywords_prime_v2 import did_you_mean

@@ -17,7 +17,7 @@ from torch import Tensor
 from prime_v2.eval.intervals import Clusters, cluster
 from prime_v2.eval.windows import Windows, cut_windows, encode_documents, window_and_stride
 from prime_v2.families import rows_of_sequence
-from prime_v2.likelihood_prime_v2 import NotFiniteError
+from prime_v2.likelihood_output_prime_v2 import NotFiniteError
 
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 Bytes = int | Sequence[float]  # UTF-8 bytes of all sequences together, or of each

@@ -15,7 +15,7 @@ _EXPORTS = {
     "PrimeV2GenerationConfig": "generation_prime_v2",
     "PrimeV2GenerationOutput": "generation_prime_v2",
     "PrimeV2InterpolatingConfig": "configuration_interpolating_prime_v2",
-    "PrimeV2LogLikelihood": "likelihood_prime_v2",
+    "PrimeV2LogLikelihood": "likelihood_output_prime_v2",
     "PrimeV2Model": "modeling_prime_v2",
     "PrimeV2Output": "modeling_prime_v2",
     "PrimeV2Tokenizer": "tokenization",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig as PrimeV2UniformConfig
     from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
     from prime_v2.generation_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
-    from prime_v2.likelihood_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
+    from prime_v2.likelihood_output_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
     from prime_v2.modeling_arm_prime_v2 import PrimeV2ForCausalLM as PrimeV2ForCausalLM
     from prime_v2.modeling_interpolating_prime_v2 import (
         PrimeV2ForInterpolatingDiffusion as PrimeV2ForInterpolatingDiffusion,

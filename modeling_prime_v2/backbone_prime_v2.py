@@ -1,6 +1,7 @@
 """The Transformer that all families share: Llama's, with attention to both sides, or back alone (`config.causal`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ from .validation_config_prime_v2 import readable_json
 from .validation_weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout) inside the block, and in its former mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class PrimeV2RMSNorm(nn.RMSNorm):
@@ -304,4 +316,4 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
         return self.norm(hidden_states)
 
 
-__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding"]
+__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding", "evaluating"]

@@ -33,8 +33,7 @@ where k - 1 ~ Binomial(n - 1, 1 - alpha_0) in the first (one token is surely lef
 and nothing is clamped where m comes near 0; for alpha_0 = 1 it is the count form of `diffusion_prime_v2`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -81,33 +80,14 @@ class SortedInputs:
     visible_until: Tensor
     target_ids: Tensor
 
-    def rows(self, part: slice) -> "SortedInputs":
-        """Some of the rows."""
-        return SortedInputs(*(each[part] for each in self._tensors()))
-
-    def to(self, device: torch.device) -> "SortedInputs":
-        return SortedInputs(*(each.to(device) for each in self._tensors()))
-
-    @classmethod
-    def join(cls, parts: Sequence["SortedInputs"]) -> "SortedInputs":
-        """The rows of all parts, padded on the right to equal numbers of inputs."""
-        width = max(part.ids.shape[1] for part in parts)
-        columns = []
-        for tensors, fill in zip(zip(*(part._tensors() for part in parts), strict=True), _PADDING, strict=True):
-            padded = [torch.nn.functional.pad(each, (0, width - each.shape[1]), value=fill) for each in tensors]
-            columns.append(torch.cat(padded))
-        return cls(*columns)
-
     @classmethod
     def blank(cls, device: torch.device) -> "SortedInputs":
         """One row of one input that is padding."""
-        return cls(*(torch.full((1, 1), fill, device=device) for fill in _PADDING))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.ids, self.position_ids, self.order_ids, self.visible_until, self.target_ids
+        return cls(**{name: torch.full((1, 1), PADDING.get(name, 0), device=device) for name in FIELDS})
 
 
-_PADDING = (0, 0, NEVER_SEEN, -1, NOT_SCORED)  # of each field of SortedInputs
+FIELDS = tuple(each.name for each in fields(SortedInputs))
+PADDING = {"order_ids": NEVER_SEEN, "visible_until": -1, "target_ids": NOT_SCORED}  # 0 for the other fields
 
 
 @dataclass
@@ -243,7 +223,7 @@ def sequential_inputs(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> 
         torch.where(tokens, order_ids, -1),
         torch.full_like(texts.ids, NOT_SCORED),
     )
-    return SortedInputs(*(torch.cat(pair, dim=1) for pair in zip(text._tensors(), queries._tensors(), strict=True)))
+    return SortedInputs(*(torch.cat([getattr(text, name), getattr(queries, name)], dim=1) for name in FIELDS))
 
 
 def leading_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .backbone_prime_v2 import evaluating
 from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
 from .generation_process_prime_v2 import num_new_tokens
-from .likelihood_arm_prime_v2 import evaluating, start_token_id
+from .likelihood_arm_prime_v2 import start_token_id
 from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 

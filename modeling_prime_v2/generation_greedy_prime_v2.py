@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .backbone_prime_v2 import evaluating
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_process_prime_v2 import DRAW_ELEMENTS, Canvas, DenoisingProcess, to_probabilities
-from .likelihood_prime_v2 import TOKENS_PER_PASS
+from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
 
 
 class GreedyProcess(DenoisingProcess):
@@ -93,9 +94,7 @@ def greedy_matches(
     """
     texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         going = texts.with_targets(texts.longest_first)
         while going:
             right = []
@@ -104,8 +103,6 @@ def greedy_matches(
                 matches[rows] = texts.reveal_one(rows)
                 right += [row for row in rows if matches[row]]
             going = texts.with_targets(right)
-    finally:
-        model.train(was_training)
     return PrimeV2GreedyMatches(matches, num_forward)
 
 

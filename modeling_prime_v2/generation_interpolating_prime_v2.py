@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .backbone_prime_v2 import evaluating
 from .diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_inputs
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
@@ -30,7 +31,7 @@ from .generation_process_prime_v2 import (
     DenoisingProcess,
     to_probabilities,
 )
-from .likelihood_prime_v2 import TOKENS_PER_PASS
+from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import check_length
 
@@ -191,14 +192,10 @@ def greedy_matches(
     """
     texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
             num_forward[rows] = 1
             matches[rows] = _rows_match(model, texts, rows)
-    finally:
-        model.train(was_training)
     return PrimeV2GreedyMatches(matches, num_forward)
 
 

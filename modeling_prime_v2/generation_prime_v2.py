@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .backbone_prime_v2 import evaluating
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
 from .generation_greedy_prime_v2 import GreedyProcess
@@ -80,12 +81,8 @@ class PrimeV2GenerationMixin:
         if getattr(streamer, "_takes_logits", False):
             raise ValueError("this streamer wants the logits of drafts, which are not kept; use one that takes ids")
         process = self.denoising_process(options, canvas, logits_processor or [])
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             process.run(stopping_criteria or [], DraftStream(streamer, canvas))
-        finally:
-            self.train(was_training)
         return process.output()
 
     def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):

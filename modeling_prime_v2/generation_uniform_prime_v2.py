@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backbone_prime_v2 import evaluating
 from .diffusion_uniform_prime_v2 import reverse_step
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, most_confident
@@ -26,7 +27,7 @@ from .generation_process_prime_v2 import (
     make_canvas,
     to_probabilities,
 )
-from .likelihood_prime_v2 import TOKENS_PER_PASS
+from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from .random_prime_v2 import Stream, hash64, uniforms
 
 
@@ -180,9 +181,7 @@ def greedy_matches(
     """
     texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
             picked, width = torch.tensor(rows, device=texts.ids.device), texts.lengths[rows[0]]
             ids, hidden = texts.ids[picked, :width], texts.hidden[picked, :width]
@@ -194,8 +193,6 @@ def greedy_matches(
             process.run([], DraftStream(None, process.canvas))
             matches[rows] = ((process.canvas.ids == ids) | ~hidden).all(1).cpu()
             num_forward[rows] = torch.tensor(process.num_forward)
-    finally:
-        model.train(was_training)
     return PrimeV2GreedyMatches(matches, num_forward)
 
 

@@ -1,24 +1,21 @@
 """Log-likelihood of autoregressive models, and whether they decode a text: one pass of the network a text.
 
-log p(x) = sum over i of log p(x_i given x_<i), the first token given the start token alone. Nothing is drawn.
+log p(x) = sum over i of log p(x_i given x_<i), the first token given only the start token.
 """
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from .backbone_prime_v2 import evaluating
 from .chunked_loss_prime_v2 import token_nll
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
 from .generation_process_prime_v2 import DRAW_ELEMENTS
-from .likelihood_prime_v2 import TOKENS_PER_PASS, PrimeV2LogLikelihood, refuse_not_finite, unpadded
-
-METHOD = "causal"
+from .likelihood_frame_prime_v2 import TOKENS_PER_PASS, Likelihood
+from .likelihood_rows_prime_v2 import Rows
 
 
 def start_token_id(config: Any) -> int:
@@ -59,79 +56,22 @@ def next_tokens(ids: Tensor, scored: Tensor, start: int) -> NextTokens:
     return NextTokens(torch.where(has_start, ids, shifted), ids[rows, places], rows, columns)
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, and as it was afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+class PrimeV2ArmLikelihood(Likelihood):
+    """One row a sequence, the sequence itself: nothing is drawn."""
 
+    methods = ("causal",)
 
-@torch.no_grad()
-def log_likelihood(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    prompt_mask: Tensor | None = None,
-    method: str = METHOD,
-    num_samples: int = 1,
-    seed: int = 0,
-    keys: Tensor | None = None,
-    exhaustive: bool = True,
-    round_number: int = 0,
-    return_samples: bool = False,
-    tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2LogLikelihood:
-    """Exact log-likelihood of the tokens outside the prompt, each given all tokens before it, per sequence in nats.
+    def rows(self, ids: Tensor, scored: Tensor, key: Tensor) -> Iterator[Rows]:
+        one = torch.ones(1, dtype=torch.double, device=ids.device)
+        yield Rows({"ids": ids.unsqueeze(0), "scored": scored.unsqueeze(0)}, one)
 
-    input_ids (B, L) clean ids; attention_mask (B, L), 0 for padding on any side; prompt_mask (B, L), 1 for tokens that
-    are given and not scored. The first token is given the start token, see `next_tokens`.
-    method: "causal". Nothing is drawn: stderr is 0, degrees are infinite, `num_samples`, seed, keys and exhaustive
-        change nothing, and `samples` on request hold only the value.
-    tokens_per_pass: rows x tokens of one pass of the network; changes no value beyond rounding.
-    Raises ValueError for another method, num_samples < 1, a round_number, ids out of range, rows without a scored
-    token, no start token, and non-finite results (`NotFiniteError`).
-    """
-    if method != METHOD:
-        raise ValueError(f"method={method!r} is not {METHOD!r}, the exact log-likelihood, all that this model has")
-    if round_number:
-        raise ValueError(
-            f"round_number={round_number} of method={METHOD!r}: this model draws nothing; use round_number=0"
-        )
-    value, num_scored = torch.zeros(len(input_ids), dtype=torch.double), torch.zeros(len(input_ids), dtype=torch.long)
-    texts = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    with evaluating(model):
-        for batch in _batches(texts, tokens_per_pass):
-            rows = [row for row, _, _ in batch]
-            ids, scored = (pad_sequence([each[i] for each in batch], batch_first=True) for i in (1, 2))
-            value[rows], num_scored[rows] = -_nats(model, ids, scored), scored.sum(1).cpu()
-    refuse_not_finite(value)
-    draws = list(value.unsqueeze(1)) if return_samples else None
-    degrees = torch.full_like(value, math.inf)
-    return PrimeV2LogLikelihood(
-        value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, degrees, draws, is_exact=True
-    )
-
-
-def _batches(texts: list, tokens_per_pass: int) -> Iterator[list]:
-    """Groups of (row, ids, scored), longest first, such that rows x longest is within the limit, or a single row."""
-    start = 0
-    while start < len(texts):
-        stop = start + max(1, tokens_per_pass // len(texts[start][1]))
-        yield texts[start:stop]
-        start = stop
-
-
-def _nats(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
-    """-log p of the scored tokens of each text, (B,) float64 on the CPU; ids and scored (B, L), padding behind."""
-    tokens = next_tokens(ids.to(model.device), scored.to(model.device), start_token_id(model.config))
-    hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
-    _, nats = token_nll(hidden_states, model.head(), tokens.ids, torch.ones_like(tokens.ids))
-    # On the CPU: not every accelerator has float64.
-    return torch.zeros(len(ids), dtype=torch.double).index_add_(0, tokens.rows.cpu(), nats.cpu().double())
+    def row_loss(self, model: Any, inputs: dict[str, Tensor], attention_mask: Tensor | None) -> Tensor:
+        tokens = next_tokens(inputs["ids"], inputs["scored"], start_token_id(model.config))
+        hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
+        _, nats = token_nll(hidden_states, model.head(), tokens.ids, torch.ones_like(tokens.ids))
+        # On the CPU: not every accelerator has float64.
+        total = torch.zeros(len(inputs["ids"]), dtype=torch.double)
+        return total.index_add_(0, tokens.rows.cpu(), nats.cpu().double())
 
 
 @torch.no_grad()
@@ -186,4 +126,4 @@ def _continues(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     return wrong == 0
 
 
-__all__ = ["METHOD", "NextTokens", "greedy_matches", "log_likelihood", "next_tokens", "start_token_id"]
+__all__ = ["NextTokens", "PrimeV2ArmLikelihood", "greedy_matches", "next_tokens", "start_token_id"]

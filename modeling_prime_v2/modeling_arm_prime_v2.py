@@ -19,8 +19,8 @@ from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
-from .likelihood_arm_prime_v2 import METHOD, greedy_matches, log_likelihood, next_tokens, start_token_id
-from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, greedy_matches, next_tokens, start_token_id
+from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
     as_tensor,
@@ -136,12 +136,13 @@ class PrimeV2ArmModel(PrimeV2Backbone):
             check_mask("attention_mask", None if is_step else mask)
 
 
-class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
+class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2ArmGenerationMixin):
     """The ARM with its head: logits, training loss, exact likelihood and Transformers' own generation."""
 
     config: PrimeV2ArmConfig
     config_class = PrimeV2ArmConfig
     backbone_class = PrimeV2ArmModel
+    likelihood_class = PrimeV2ArmLikelihood
 
     def __init__(self, config: PrimeV2ArmConfig):
         super().__init__(config)
@@ -181,16 +182,6 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
     def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""
         return apply_head(hidden_states, self.head())
-
-    @property
-    def likelihood_methods(self) -> tuple[str, ...]:
-        """The `method`s of `log_likelihood`."""
-        return (METHOD,)
-
-    @property
-    def bound_method(self) -> str:
-        """The `method` whose value is reported: the exact log-likelihood."""
-        return METHOD
 
     @property
     def loss_is_bound(self) -> bool:
@@ -278,15 +269,6 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2ArmGenerationMixin):
         total, nats = token_nll(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
         per_sequence = nats.new_zeros(len(ids)).index_add_(0, tokens.rows, nats)  # not every accelerator has float64
         return total / divisor(num_items_in_batch, scored), per_sequence, outputs
-
-    def log_likelihood(
-        self, input_ids, attention_mask=None, prompt_mask=None, method=METHOD, **kwargs
-    ) -> PrimeV2LogLikelihood:
-        """Exact log-likelihood of each sequence in nats: see `likelihood_arm_prime_v2.log_likelihood`."""
-        ids, mask, prompt, options = scoring_inputs(
-            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
-        )
-        return log_likelihood(self, ids, mask, prompt, method, **options)
 
     def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.greedy_matches`."""

@@ -25,8 +25,8 @@ from .diffusion_prime_v2 import stratified_levels
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
 from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, greedy_matches
-from .likelihood_interpolating_prime_v2 import METHODS, log_likelihood
-from .likelihood_prime_v2 import PrimeV2LogLikelihood
+from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .likelihood_interpolating_prime_v2 import PrimeV2InterpolatingLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
     as_tensor,
@@ -120,13 +120,16 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2InterpolatingGenerationMixin):
+class PrimeV2ForInterpolatingDiffusion(
+    PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2InterpolatingGenerationMixin
+):
     """Interpolating diffusion with its head: logits, training loss, likelihood bounds and generation."""
 
     config: PrimeV2InterpolatingConfig
     config_class = PrimeV2InterpolatingConfig
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2InterpolatingModel
+    likelihood_class = PrimeV2InterpolatingLikelihood
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -161,16 +164,6 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         """Hidden states (..., D) to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    @property
-    def likelihood_methods(self) -> tuple[str, ...]:
-        """The `method`s of `log_likelihood`."""
-        return METHODS
-
-    @property
-    def bound_method(self) -> str:
-        """The `method` whose value is reported."""
-        return "interpolating"
 
     @property
     def loss_is_bound(self) -> bool:
@@ -272,13 +265,6 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2PreTrainedModel, PrimeV2Interpolat
         pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
         return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
 
-    def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="interpolating", **kwargs):
-        """Log-likelihood of each sequence, or its lower bound, in nats: `likelihood_interpolating_prime_v2`."""
-        ids, mask, prompt, options = scoring_inputs(
-            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
-        )
-        return log_likelihood(self, ids, mask, prompt, method, **options)
-
     def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode fills in exactly the targets: `generation_interpolating_prime_v2`."""
         ids, mask, target, options = scoring_inputs(
@@ -306,5 +292,4 @@ __all__ = [
     "PrimeV2ForInterpolatingDiffusion",
     "PrimeV2InterpolatingModel",
     "PrimeV2InterpolatingOutput",
-    "PrimeV2LogLikelihood",
 ]

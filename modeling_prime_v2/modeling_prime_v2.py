@@ -17,7 +17,8 @@ from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, greedy_matches
 from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
-from .likelihood_prime_v2 import BOUND_OF_ORDER, PrimeV2LogLikelihood, log_likelihood, methods_of
+from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .likelihood_prime_v2 import PrimeV2Likelihood
 from .linear_prime_v2 import HeadCall, apply_head, head_of
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import (
@@ -106,13 +107,14 @@ class PrimeV2Model(PrimeV2Backbone):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
+class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2GenerationMixin):
     """MDM-Prime-v2 with its head: logits, training loss, likelihood bounds and generation."""
 
     config: PrimeV2Config
     config_class = PrimeV2Config
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2Model
+    likelihood_class = PrimeV2Likelihood
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
@@ -147,16 +149,6 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
     def decode(self, subtoken_ids: Tensor) -> Tensor:
         """Digits (B, L, S) to token ids (B, L); ValueError for a pattern that is no token."""
         return self.code_table.decode(subtoken_ids)
-
-    @property
-    def likelihood_methods(self) -> tuple[str, ...]:
-        """The `method`s of `log_likelihood` that this config has."""
-        return methods_of(self.config)
-
-    @property
-    def bound_method(self) -> str:
-        """The `method` whose value is reported: the bound of the order in which the model reveals its units."""
-        return BOUND_OF_ORDER[self.config.reveal_order]
 
     @property
     def loss_is_bound(self) -> bool:
@@ -262,13 +254,6 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2GenerationMixin):
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double() * multiplicity)
 
-    def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="subtoken", **kwargs):
-        """Log-likelihood of each sequence, or its lower bound, in nats: see `likelihood_prime_v2.log_likelihood`."""
-        ids, mask, prompt, options = scoring_inputs(
-            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
-        )
-        return log_likelihood(self, ids, mask, prompt, method, **options)
-
     def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode fills in exactly the targets: see generation_greedy_prime_v2.py."""
         ids, mask, target, options = scoring_inputs(
@@ -295,7 +280,6 @@ PrimeV2ForMaskedDiffusion.register_for_auto_class("AutoModel")
 
 __all__ = [
     "PrimeV2ForMaskedDiffusion",
-    "PrimeV2LogLikelihood",
     "PrimeV2Model",
     "PrimeV2Output",
     "PrimeV2PreTrainedModel",

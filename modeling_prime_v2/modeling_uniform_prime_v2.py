@@ -19,7 +19,8 @@ from .diffusion_prime_v2 import stratified_levels
 from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_loss
 from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
 from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, greedy_matches
-from .likelihood_uniform_prime_v2 import METHODS, PrimeV2LogLikelihood, log_likelihood
+from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .likelihood_uniform_prime_v2 import PrimeV2UniformLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
     as_tensor,
@@ -160,13 +161,14 @@ class PrimeV2UniformModel(PrimeV2Backbone):
         return BaseModelOutput(last_hidden_state=hidden_states * self.time_scale(time_embedding))
 
 
-class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGenerationMixin):
+class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2UniformGenerationMixin):
     """Uniform-state diffusion with its head: logits, training loss, likelihood bound and generation."""
 
     config: PrimeV2UniformConfig
     config_class = PrimeV2UniformConfig
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2UniformModel
+    likelihood_class = PrimeV2UniformLikelihood
     _no_split_modules = ["PrimeV2UniformLayer"]
 
     def __init__(self, config: PrimeV2UniformConfig):
@@ -189,16 +191,6 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         """Token ids (B, L) in [0, V], V = to be generated, to (B, L, 1): a whole token is its only digit."""
         check_ids(ids, self.config.vocab_size + 1, f"the mask token {self.config.vocab_size} included")
         return ids.unsqueeze(-1)
-
-    @property
-    def likelihood_methods(self) -> tuple[str, ...]:
-        """The `method`s of `log_likelihood`."""
-        return METHODS
-
-    @property
-    def bound_method(self) -> str:
-        """The `method` whose value is reported."""
-        return METHODS[0]
 
     @property
     def loss_is_bound(self) -> bool:
@@ -289,13 +281,6 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2UniformGeneratio
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double())
 
-    def log_likelihood(self, input_ids, attention_mask=None, prompt_mask=None, method="uniform", **kwargs):
-        """A lower bound of each sequence's log-likelihood in nats: see `likelihood_uniform_prime_v2`."""
-        ids, mask, prompt, options = scoring_inputs(
-            self, log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
-        )
-        return log_likelihood(self, ids, mask, prompt, method, **options)
-
     def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
         """Whether the deterministic decode fills in exactly the targets: see `generation_uniform_prime_v2`."""
         ids, mask, target, options = scoring_inputs(
@@ -328,4 +313,4 @@ def check_times(times: Tensor | None, config) -> None:
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForUniformDiffusion.register_for_auto_class("AutoModel")
 
-__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2LogLikelihood", "PrimeV2UniformModel", "PrimeV2UniformOutput"]
+__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2UniformModel", "PrimeV2UniformOutput"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prime_v2.backbone_prime_v2 import evaluating
 from prime_v2.studies.analysis.inputs import feed, is_causal_model
 from prime_v2.studies.analysis.spectra import Progress, projection_matrices, rounded
 from prime_v2.validation_inputs_prime_v2 import checked_seed
@@ -160,14 +161,13 @@ def _attention_modules(network: Any) -> list[tuple[int, Any]]:
 @contextmanager
 def _eager_evaluation(network: Any) -> Iterator[None]:
     """Evaluation mode and eager attention, which alone gives its weights; afterwards as before."""
-    before, was_training = network.config._attn_implementation, network.training
-    network.eval()
+    before = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:
-        yield
+        with evaluating(network):
+            yield
     finally:
         network.set_attn_implementation(before)
-        network.train(was_training)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from networks import small_model
 from scipy.stats import t
 
 from prime_v2.eval.intervals import half_width
-from prime_v2.likelihood_prime_v2 import jackknifed, paired_difference, stratified_degrees, stratified_stderr
+from prime_v2.likelihood_output_prime_v2 import jackknifed, paired_difference, stratified_degrees, stratified_stderr
 
 REPEATS = 200  # of ten sequences: 2,000 intervals, whose coverage varies by 0.5%
 ROWS = {2: [3, 7, 11, 24, 0, 9, 13, 18, 21, 6], 4: [3, 77, 111, 240, 400, 98, 613, 318, 521, 206]}

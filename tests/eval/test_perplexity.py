@@ -22,7 +22,7 @@ from prime_v2.commands.ppl import render_score
 from prime_v2.eval.intervals import UPPER_END, half_width
 from prime_v2.eval.perplexity import score_text, score_windows
 from prime_v2.eval.windows import encode_documents
-from prime_v2.likelihood_prime_v2 import NotFiniteError
+from prime_v2.likelihood_output_prime_v2 import NotFiniteError
 from prime_v2.tokenization.bpe import train_bpe
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "naïve café — ünïcode €", "a <|endoftext|> in a text"]

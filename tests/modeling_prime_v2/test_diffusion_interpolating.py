@@ -24,6 +24,7 @@ from scipy.stats import chisquare
 
 from prime_v2.diffusion_interpolating_prime_v2 import (
     NEVER_SEEN,
+    PADDING,
     ScoredTexts,
     SortedInputs,
     diffusion_counts,
@@ -37,6 +38,8 @@ from prime_v2.diffusion_interpolating_prime_v2 import (
     sequential_share,
 )
 from prime_v2.diffusion_prime_v2 import hidden_counts_to_draw
+from prime_v2.likelihood_frame_prime_v2 import join
+from prime_v2.likelihood_rows_prime_v2 import Rows
 
 ALPHAS = [0.0, 0.3, 0.7, 1.0]
 # The network's norms compute in float32, and batches of different shapes round differently: 1e-6 a token.
@@ -163,10 +166,11 @@ def test_joined_rows_are_padded_and_kept_in_order():
     ids = torch.tensor([[1, 2, 3]])
     texts = texts_of(ids)
     parts = [sequential_inputs(texts, torch.tensor([[0, 1, 2]]), torch.tensor([c])) for c in (1, 0)]
-    joined = SortedInputs.join([*parts, SortedInputs.blank(ids.device)])
+    rows = [Rows(vars(each), torch.ones(1)) for each in [*parts, SortedInputs.blank(ids.device)]]
+    joined = SortedInputs(**join(rows, PADDING, ids.device)[0])
     assert joined.ids.tolist() == [[1, 2, 3, 11, 11, 0], [1, 2, 3, 11, 11, 11], [0] * 6]
     assert joined.order_ids[2].tolist() == [NEVER_SEEN] * 6
-    assert torch.equal(joined.rows(slice(1, 2)).visible_until, parts[1].visible_until)
+    assert torch.equal(joined.visible_until[1:2], parts[1].visible_until)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -16,7 +16,7 @@ from networks import KINDS, TINY, network
 
 from prime_v2.families import FAMILIES
 from prime_v2.generation_config_prime_v2 import OPTIONS, idle_options
-from prime_v2.likelihood_prime_v2 import log_likelihood
+from prime_v2.likelihood_frame_prime_v2 import log_likelihood
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"

@@ -48,9 +48,9 @@ def naive_loss(model, texts: ScoredTexts, noise: dict) -> torch.Tensor:
     terms = draw_terms(texts, noise["noise_keys"], noise["noise_levels"], config.alpha_0, share, config.loss_weight)
     for term in terms:
         for row in range(len(term.texts)):
-            ids, places, order_ids, visible_until, targets = (each[row].tolist() for each in term.inputs._tensors())
+            ids, places, order_ids, visible, targets = (each[row].tolist() for each in vars(term.inputs).values())
             order = sorted((rank, place, id) for rank, place, id in zip(order_ids, places, ids, strict=True))
-            for place, sees_up_to, target in zip(places, visible_until, targets, strict=True):
+            for place, sees_up_to, target in zip(places, visible, targets, strict=True):
                 if target >= 0:
                     known = [(where, id) for rank, where, id in order if rank <= sees_up_to and rank != NEVER_SEEN]
                     total = total - term.weights[row] * query_log_probabilities(model, known, place)[target]

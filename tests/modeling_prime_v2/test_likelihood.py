@@ -7,7 +7,8 @@ from networks import small_model
 
 from prime_v2 import likelihood_rows_prime_v2
 from prime_v2.diffusion_prime_v2 import RevealOrder
-from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, paired_difference, stratified_stderr
+from prime_v2.likelihood_output_prime_v2 import paired_difference, stratified_stderr
+from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, PrimeV2Likelihood
 
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times n/k.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
@@ -65,12 +66,12 @@ def test_stratified_standard_error_of_known_numbers():
     assert stratified_stderr(draws[:1]).isnan()
 
 
-def test_draws_are_stratified_over_the_number_of_hidden_units():
+def test_draws_are_stratified_over_the_number_of_hidden_units(model):
     """As many draws as units, here 6 digits: each number of them is hidden once."""
     for seed in range(20):
-        ids, scored = torch.tensor([3, 1, 4]), torch.tensor([True, False, True])
-        (rows,) = likelihood_rows_prime_v2.sampled_rows(ids, scored, 0, RevealOrder("digit", 3), 6, torch.tensor(seed))
-        assert rows.noise.hidden_count.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
+        ids, scored, config = torch.tensor([3, 1, 4]), torch.tensor([True, False, True]), model.config
+        (rows,) = PrimeV2Likelihood(config, "subtoken", 6, False, 0).rows(ids, scored, torch.tensor(seed))
+        assert rows.inputs["hidden_count"].sum(1).tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("first", [1, 3, 8])
@@ -98,16 +99,16 @@ def test_two_lots_together_estimate_the_same_value(model, ids):
     order = RevealOrder.from_config(model.config, "digit")
     exact = -count_form(*nats_of_all_masks(model, ids, order, "marginal"))
     keys, options = torch.arange(4), {"exhaustive": False, "return_samples": True}
-    first = model.log_likelihood(ids, num_samples=1000, keys=keys, **options)
-    second = model.log_likelihood(ids, num_samples=1000, keys=keys, round_number=1, **options)
+    first = model.log_likelihood(ids, method="subtoken", num_samples=1000, keys=keys, **options)
+    second = model.log_likelihood(ids, method="subtoken", num_samples=1000, keys=keys, round_number=1, **options)
     assert not torch.equal(first.samples[0], second.samples[0])
     for row in range(4):
         mean = torch.cat([first.samples[row], second.samples[row]]).mean()
         assert abs(mean - exact[row]) < 4 * first.stderr[row]
     with pytest.raises(
-        ValueError, match="round_number=2 of method='subtoken' with num_samples=3: .* multiple of 2 draws"
+        ValueError, match="round_number=2 of method='subtoken' with num_samples=3: .* multiple of 2 samples"
     ):
-        model.log_likelihood(ids, num_samples=3, round_number=2)
+        model.log_likelihood(ids, method="subtoken", num_samples=3, round_number=2)
 
 
 @pytest.mark.parametrize("method", SAMPLED_METHODS)
@@ -176,7 +177,7 @@ def test_every_mask_of_the_tokens_outside_the_prompt(model):
     ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
     order = RevealOrder("digit", 3)
     exact = -float(count_form(*masks_with_prompt(model, ids, 1, order, "marginal")))
-    result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=63)
+    result = model.log_likelihood(ids, method="subtoken", prompt_mask=prompt, num_samples=63)
     assert result.value.item() == pytest.approx(exact, abs=1e-5)  # as NETWORK
     assert result.stderr.item() == 0
 
@@ -188,10 +189,10 @@ def test_equal_keys_share_their_masks(model):
     """Two sequences that differ in one token only: their draws move together, the difference is far surer."""
     ids = torch.tensor([[3, 1, 4, 2], [3, 1, 0, 2]])
     keys = torch.tensor([7, 7])
-    common = model.log_likelihood(ids, num_samples=256, keys=keys, return_samples=True)
+    common = model.log_likelihood(ids, method="subtoken", num_samples=256, keys=keys, return_samples=True)
     difference, stderr = paired_difference(*common.samples)
     assert difference == pytest.approx(float(common.value[0] - common.value[1]), abs=1e-9)
-    apart = model.log_likelihood(ids, num_samples=256, return_samples=True)
+    apart = model.log_likelihood(ids, method="subtoken", num_samples=256, return_samples=True)
     unpaired = float(apart.stderr.square().sum().sqrt())
     assert stderr < 0.8 * unpaired
     assert paired_difference(*apart.samples)[1] == pytest.approx(unpaired, rel=0.3)  # a stderr of 256 draws is 5% off
@@ -200,11 +201,16 @@ def test_equal_keys_share_their_masks(model):
 def test_the_standard_error_of_a_difference_is_calibrated(model):
     """Root mean square of z over 150 keys; it varies by 1 / sqrt(300) = 6%."""
     ids = torch.tensor([[3, 1], [4, 1]])
-    exact = model.log_likelihood(ids, num_samples=63).value
+    exact = model.log_likelihood(ids, method="subtoken", num_samples=63).value
     z = []
     for key in range(150):
         result = model.log_likelihood(
-            ids, num_samples=32, keys=torch.tensor([key, key]), exhaustive=False, return_samples=True
+            ids,
+            method="subtoken",
+            num_samples=32,
+            keys=torch.tensor([key, key]),
+            exhaustive=False,
+            return_samples=True,
         )
         difference, stderr = paired_difference(*result.samples)
         z.append((difference - float(exact[0] - exact[1])) / stderr)

@@ -7,7 +7,7 @@ from networks import small_interpolating
 
 from prime_v2.eval.intervals import half_width
 from prime_v2.likelihood_interpolating_prime_v2 import num_states
-from prime_v2.likelihood_prime_v2 import paired_difference
+from prime_v2.likelihood_output_prime_v2 import paired_difference
 
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times n/k.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
@@ -147,7 +147,8 @@ def test_the_standard_error_of_a_difference_is_calibrated(model):
 def test_draws_in_pieces_change_no_value(model, monkeypatch):
     ids = torch.tensor([[3, 1, 4, 0, 2]])
     whole = [model.log_likelihood(ids, num_samples=each, return_samples=True) for each in (30, ALL)]
-    monkeypatch.setattr("prime_v2.likelihood_interpolating_prime_v2.ROWS_PER_PIECE", 7)
+    for module in ("frame", "interpolating"):
+        monkeypatch.setattr(f"prime_v2.likelihood_{module}_prime_v2.ROWS_PER_PIECE", 7)
     for expected, num_samples in zip(whole, (30, ALL), strict=True):
         found = model.log_likelihood(ids, num_samples=num_samples, return_samples=True)
         torch.testing.assert_close(found.samples[0], expected.samples[0], **NETWORK)

@@ -5,9 +5,10 @@ import torch
 from enumeration import all_sequences, correlated_law, entropy, exact_bound, optimal_uniform
 from networks import small_uniform
 
+from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from prime_v2.eval.intervals import half_width
-from prime_v2.likelihood_prime_v2 import paired_difference, stratified_degrees, stratified_stderr
-from prime_v2.likelihood_uniform_prime_v2 import sampled_rows
+from prime_v2.likelihood_output_prime_v2 import paired_difference, stratified_degrees, stratified_stderr
+from prime_v2.likelihood_uniform_prime_v2 import PrimeV2UniformLikelihood
 
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times the
 # weights of up to n + 1.
@@ -90,10 +91,11 @@ def test_two_lots_of_draws_together_estimate_the_same_value(model, ids, exact):
 
 def test_lots_of_draws_have_noise_of_their_own():
     """Of two lots of 4 draws of one token, 4 draws replace it: by 4 of a million tokens, no two of them equal."""
-    ids, scored = torch.tensor([7]), torch.tensor([True])
+    ids, scored, config = torch.tensor([7]), torch.tensor([True]), PrimeV2UniformConfig(vocab_size=10**6)
     for seed in range(20):
-        lots = [next(sampled_rows(ids, scored, 0, 10**6, 4, torch.tensor(seed), lot)) for lot in (0, 1)]
-        replaced = set(torch.cat([lot.noise.ids for lot in lots]).flatten().tolist()) - {7}
+        rounds = [PrimeV2UniformLikelihood(config, "uniform", 4, True, number) for number in (0, 1)]
+        rows = [next(each.rows(ids, scored, torch.tensor(seed))) for each in rounds]
+        replaced = set(torch.cat([each.inputs["ids"] for each in rows]).flatten().tolist()) - {7}
         assert len(replaced) == 4
 
 
