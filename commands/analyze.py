@@ -263,15 +263,17 @@ def _analyze_model(name: str, label: str, windows: Any, shares: list[Any], optio
 
 def render(results: dict[str, Any]) -> str:
     """Two tables: spectra, means over layers, and attention, means over layers and heads."""
+    from prime_v2.output.tables import aligned
+
     text = results["text"]
     return "\n".join(
         [
             "spectra, means over layers; gaussian: a random matrix of the same shape",
-            *_aligned(_spectra_rows(results)),
+            aligned(_spectra_rows(results)),
             "",
             f"attention, means over layers and heads, on windows of {text['window']:,} tokens of {text['source']}; "
             f"uniform: over all positions that a query sees",
-            *_aligned(_attention_rows(results)),
+            aligned(_attention_rows(results)),
         ]
     )
 
@@ -318,11 +320,6 @@ def _attention_rows(results: dict[str, Any]) -> list[list[str]]:
     for name, each in references.items():
         rows.append(["", name, "", *(form.format(each[statistic]) for _, statistic, form in COLUMNS)])
     return rows
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 __all__ = ["FIGURES", "MASKED_SHARES", "analyze", "name_arguments", "render"]

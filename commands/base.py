@@ -55,14 +55,14 @@ def finish(
     output: Path | None,
     *,
     seed: int | None,
-    command: str | None = None,
+    **about: Any,
 ) -> None:
     """Print the results of a sub-command, as text or as JSON, and record them under `name` at `output`, if any.
 
-    seed, command: of `make_record`.
+    seed, about: arguments of `make_record`.
     """
     shown = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else text()
-    print_and_record(shown, output, lambda: make_record(name, results, seed=seed, command=command))
+    print_and_record(shown, output, lambda: make_record(name, results, seed=seed, **about))
 
 
 # Of an argument in a message, name=value: what is before it, where it is no part of a path or another name, and value.

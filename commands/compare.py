@@ -114,8 +114,9 @@ def _finish(
 
 def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: bool) -> None:
     """The runs with what they cost and where they are."""
+    from prime_v2.output.numbers import duration, quantity
+    from prime_v2.output.tables import aligned
     from prime_v2.studies.compare.config import number
-    from prime_v2.studies.compare.report import aligned, duration, quantity
     from prime_v2.studies.compare.run import state_of
 
     rows: list[dict[str, Any]] = []
@@ -158,7 +159,7 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
         ]
         for row in rows
     ]
-    print(aligned(heads, lines))
+    print(aligned([heads, *lines]))
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
 
 

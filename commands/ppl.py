@@ -319,12 +319,10 @@ def _lossy(score: dict[str, Any]) -> str:
 
 def render_table(results: dict[str, Any]) -> str:
     """A table of sets and models: bounds with ≤, exact values with =, and no perplexity from what is neither."""
+    from prime_v2.output.tables import aligned
+
     heads = ["set", "model", "nats/token", "perplexity", "bits/byte", "tokens", "draws", "method"]
-    lines = [heads, *(_table_row(row) for row in results["rows"])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    shown = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    shown = [aligned([heads, *map(_table_row, results["rows"])])]
     windows = f"windows of {results['window']:,} tokens"
     if results["stride"] < results["window"]:
         windows += f", the last {results['stride']:,} of them scored"

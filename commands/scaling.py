@@ -1,13 +1,24 @@
 """`prime-v2 scaling`: scaling laws of the published points and of one's own runs."""
 
+import json
+import math
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prime_v2.commands.base import Command, new_app
+from prime_v2.commands.base import Command, finish, new_app
 from prime_v2.commands.options import MOST_DRAWS, NEW_FILE, Json, Output
+from prime_v2.output.progress import progress_bar
+from prime_v2.output.records import code_version
+
+if TYPE_CHECKING:
+    from prime_v2.studies.scaling.families import FamilyFit
+    from prime_v2.studies.scaling.points import Point
+
+FIGURES = (".png", ".pdf", ".svg")
 
 scaling_app = new_app("scaling", "Fit and use scaling laws. Draw them, plan a run, compare families at equal loss.")
 
@@ -33,6 +44,8 @@ class Approach(StrEnum):
     isoflop = "2"
     parametric = "3"
 
+
+APPROACHES = {Approach.both: (2, 3), Approach.isoflop: (2,), Approach.parametric: (3,)}
 
 SOURCE_HELP = (
     "Points: records of train.py or compare, folders of them, .csv files, or published, the points of "
@@ -87,12 +100,22 @@ def fit(
     A .csv file has one point a line under the header family,train_flops,nonembedding_params,train_tokens,
     loss_nats_per_token,is_bound[,stderr].
     """
-    from prime_v2.studies.scaling.report import Selection, run_fit
+    from prime_v2.studies.scaling.fit_records import to_json
+    from prime_v2.studies.scaling.report import render_fit
 
-    selection = Selection(
-        source or [], family or [], loss.value, count.value, approach.value, bootstrap, seed, allow_mixed
-    )
-    run_fit(selection, as_json, output)
+    code = code_version()
+    fits, left_out = _fits(source, family, loss, count, None, approach, bootstrap, seed, allow_mixed)
+    results = {
+        "loss": loss.value,
+        "count": count.value,
+        "bootstrap": bootstrap,
+        "allow_mixed": allow_mixed,
+        "left_out": left_out,
+        "families": {name: to_json(each) for name, each in fits.items()},
+    }
+    _say(left_out, as_json)
+    text = "\n\n".join(map(render_fit, fits.values()))
+    finish("scaling_fit", results, lambda: text, as_json, output, seed=seed, code=code)
 
 
 @scaling_app.command(cls=Command)
@@ -111,10 +134,19 @@ def plot(
 
     For each family: the loss against FLOPs, the isoFLOP curves, and the isoloss contours with the frontier.
     """
-    from prime_v2.studies.scaling.report import Selection, run_plot
+    from prime_v2.studies.scaling.families import choose_families
+    from prime_v2.studies.scaling.plots import plot_families
 
-    selection = Selection(source or [], family or [], loss.value, count.value, bootstrap=0, allow_mixed=allow_mixed)
-    run_plot(selection, figure, as_json)
+    if figure.suffix not in FIGURES:
+        raise ValueError(f"--figure {figure} must end with {', '.join(FIGURES)}")
+    fits, left_out = _fits(source, family, loss, count, allow_mixed=allow_mixed)
+    points, _ = choose_families(_points(source, loss, count), family or [])
+    plot_families([(fits[name], points[name]) for name in fits], figure)
+    labels = [each.label for each in fits.values()]
+    _say(left_out, as_json)
+    print(
+        json.dumps({"figure": str(figure), "families": labels}) if as_json else f"wrote {figure}: {', '.join(labels)}"
+    )
 
 
 @scaling_app.command(cls=Command)
@@ -139,12 +171,17 @@ def plan(
     prime-v2 scaling plan --flops 3e20 --family MDM
     prime-v2 scaling plan --flops 1e17 --flops 1e18 --fit fit.json
     """
-    from prime_v2.studies.scaling.report import Selection, run_plan
+    from prime_v2.studies.scaling import families
+    from prime_v2.studies.scaling.report import render_plan
 
-    selection = Selection(
-        source or [], family or [], loss.value, count.value, "both", bootstrap, seed, allow_mixed, fit
-    )
-    run_plan(selection, flops, as_json, output)
+    _check_budgets(flops)
+    code = code_version()
+    fits, left_out = _fits(source, family, loss, count, fit, Approach.both, bootstrap, seed, allow_mixed)
+    plans = [families.plan(each, budget) for each in fits.values() for budget in flops]
+    _say(left_out, as_json)
+    text = "\n\n".join(map(render_plan, plans))
+    results = {"left_out": left_out, "plans": plans}
+    finish("scaling_plan", results, lambda: text, as_json, output, seed=seed, code=code)
 
 
 @scaling_app.command(cls=Command)
@@ -175,10 +212,71 @@ def efficiency(
     prime-v2 scaling efficiency ARM MDM --flops 3e19
     prime-v2 scaling efficiency MDM MDM-Prime runs/
     """
-    from prime_v2.studies.scaling.report import Selection, run_efficiency
+    from prime_v2.studies.scaling.families import common_budgets, compare, require_bounds
+    from prime_v2.studies.scaling.report import render_efficiency
 
-    selection = Selection(source or [], [], loss.value, count.value, "both", bootstrap, seed, allow_mixed, fit)
-    run_efficiency(selection, (family, other), flops or [], as_json, output)
+    _check_budgets(flops or [])
+    if family.casefold() == other.casefold():
+        raise ValueError(f"{family} and {other} are one family; give two")
+    code = code_version()
+    if fit is None:  # before the fits: which of them is a bound decides whether there is anything to do
+        kinds = {point.family.casefold(): point.is_bound for point in _points(source, loss, count)}
+        require_bounds((name, kinds.get(name.casefold(), True)) for name in (family, other))
+    fits, _ = _fits(source, [family, other], loss, count, fit, Approach.both, bootstrap, seed, allow_mixed)
+    first, second = fits
+    rows = compare(fits, (first, second), flops or common_budgets(fits[first], fits[second]))
+    results = {"family": first, "other": second, "rows": rows}
+    finish("scaling_efficiency", results, lambda: render_efficiency(results), as_json, output, seed=seed, code=code)
+
+
+def _points(source: list[str] | None, loss: Loss, count: Count) -> "list[Point]":
+    from prime_v2.studies.scaling.points import PUBLISHED, read_points
+
+    return read_points(source or [PUBLISHED], loss=loss.value, count=count.value)
+
+
+def _fits(
+    source: list[str] | None,
+    families: list[str] | None,
+    loss: Loss,
+    count: Count,
+    record: Path | None = None,
+    approach: Approach = Approach.both,
+    bootstrap: int = 0,
+    seed: int = 0,
+    allow_mixed: bool = False,
+) -> "tuple[dict[str, FamilyFit], list[str]]":
+    """The fits, made or read from a record of `scaling fit`, and sentences about families that are left out."""
+    from prime_v2.studies.scaling.families import fit_families
+    from prime_v2.studies.scaling.fit_records import read_fits
+
+    if record is not None:
+        if source:
+            raise ValueError("--fit and SOURCE both say what to use; leave one out")
+        return read_fits(record, families or []), []
+    points = _points(source, loss, count)
+    with progress_bar("bootstrap samples") as show:
+        return fit_families(
+            points,
+            families or [],
+            approaches=APPROACHES[approach],
+            bootstrap=bootstrap,
+            seed=seed,
+            allow_mixed=allow_mixed,
+            progress=show,
+        )
+
+
+def _check_budgets(budgets: list[float]) -> None:
+    for each in budgets:
+        if not (math.isfinite(each) and each > 0):
+            raise ValueError(f"--flops {each} must be a number above 0, such as 3e20")
+
+
+def _say(sentences: list[str], as_json: bool) -> None:
+    """Sentences on stderr; JSON has them itself."""
+    for each in () if as_json else sentences:
+        print(each, file=sys.stderr)
 
 
 __all__ = ["scaling_app"]

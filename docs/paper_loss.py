@@ -28,6 +28,7 @@ from prime_v2.code_table_prime_v2 import build_code_table, digits_needed
 from prime_v2.diffusion_prime_v2 import RevealOrder, is_bound
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_json
+from prime_v2.output.figures import new_figure, save_figure
 from prime_v2.output.records import make_record
 
 PAPERS_LOSS = "paper_loss"
@@ -267,12 +268,7 @@ BOUND_MARKERS = {"subtoken": ("o", 4), "token": ("s", 8), "nested": ("D", 11)}
 
 def draw(results: dict[str, Any], path: str | Path) -> Path:
     """Save the figure of the three effects: digits that differ, the share shuffled, the base."""
-    # Not pyplot: no global state, and no window wherever this runs.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.9, dpi=130)
     figure.suptitle("What each loss gives a perfect model")
     left, middle, right = figure.subplots(1, 3)
     rows = results["rows"]
@@ -285,10 +281,7 @@ def draw(results: dict[str, Any], path: str | Path) -> Path:
     for axes in (left, middle, right):
         axes.set_ylabel("nats per token")
         axes.grid(alpha=0.25)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_bounds(axes, rows: list[dict[str, Any]], places: list[float]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from prime_v2.eval.intervals import half_width
+from prime_v2.output.figures import new_figure, save_figure
 
 SMOOTHED_SHARE = 0.03  # of the logged steps, the width of the moving average
 
@@ -34,12 +35,7 @@ def plot_training(
     if not losses and not bounds:
         raise ValueError("the history has neither a loss nor an eval_bound to draw; log at least one step")
 
-    # Not pyplot: no global state, and no window wherever this runs.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 6.5, dpi=150)
     # Two panels: a loss that is no bound may lie far from the bound, and one scale would hide the bound's course.
     upper, lower = figure.subplots(2, 1, sharex=True)
     unit, name = _unit(max(entry["tokens"] for entry in [*losses, *bounds]))
@@ -66,10 +62,7 @@ def plot_training(
     upper.legend(loc="upper right", framealpha=0.9)
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_bounds(axes: Any, bounds: list[dict[str, Any]], unit: float) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prime_v2.output.numbers import interval, quantity, three_digits
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
 
@@ -24,21 +25,21 @@ def minima_table(file: str, results: Path) -> str:
 
 def efficiency_table(file: str, pairs: Pairs, results: Path) -> str:
     """FLOPs that the second family of each pair needs for the loss of the first, at budgets that both have."""
-    from prime_v2.studies.scaling.families import common_budgets, compare, from_json
-    from prime_v2.studies.scaling.report import between, number
+    from prime_v2.studies.scaling.families import common_budgets, compare
+    from prime_v2.studies.scaling.fit_records import from_json
 
     record = read_record(results / file)
     fits = {name: from_json(each) for name, each in record["results"]["families"].items()}
     rows = []
     for names in pairs:
         for row in compare(fits, names, common_budgets(*(fits[name] for name in names))):
-            factor = "infinite" if row["factor"] is None else number(row["factor"])
+            factor = "infinite" if row["factor"] is None else three_digits(row["factor"])
             rows.append(
                 [
                     f"{names[0]} at {row['flops']:.3g} FLOPs",
                     f"{row['approach']}",
                     f"{row['loss']:.3f}",
-                    f"{names[1]}: {factor} {between(row['factor_interval_95'])}",
+                    f"{names[1]}: {factor} {interval(row['factor_interval_95'])}",
                     "yes" if row["extrapolated"] else "no",
                 ]
             )
@@ -53,13 +54,11 @@ def not_a_bound_table(results: Path) -> str:
 
 
 def _laws(record: dict[str, Any]) -> str:
-    from prime_v2.studies.scaling.report import between, number
-
     rows = []
     for family in record["results"]["families"].values():
         law = family["approach_3"]
         cells = [
-            f"{number(law[name]['value'])} {between(law[name]['interval_95'])}"
+            f"{three_digits(law[name]['value'])} {interval(law[name]['interval_95'])}"
             for name in ("E", "A", "B", "a", "b", "parameters_exponent", "tokens_exponent")
         ]
         rows.append([family["label"], *cells, f"{law['residual_rms_log']:.4f}", f"{family['points']}"])
@@ -68,23 +67,21 @@ def _laws(record: dict[str, Any]) -> str:
 
 
 def _minima(record: dict[str, Any]) -> str:
-    from prime_v2.studies.scaling.report import between, short
-
     rows = []
     for family in record["results"]["families"].values():
         for budget in family["approach_2"]["budgets"]:
             cells = ["no minimum", "–", "–"]
             if budget["parameters"] is not None:
                 cells = [
-                    f"{form(budget[name])} {between(budget[f'{name}_interval_95'], form)}"
-                    for name, form in (("parameters", short), ("tokens", short), ("loss", "{:.3f}".format))
+                    f"{form(budget[name])} {interval(budget[f'{name}_interval_95'], form)}"
+                    for name, form in (("parameters", quantity), ("tokens", quantity), ("loss", "{:.3f}".format))
                 ]
             rows.append([family["label"], f"{budget['flops']:.3g}", f"{budget['sizes']}", *cells])
         power = family["approach_2"]["power_laws"]
         if not power:
             continue
         laws = [
-            f"C^{power[name]['exponent']:.3f} {between(power[name]['exponent_interval_95'], '{:.3f}'.format)}"
+            f"C^{power[name]['exponent']:.3f} {interval(power[name]['exponent_interval_95'], '{:.3f}'.format)}"
             for name in ("parameters", "tokens", "loss")
         ]
         rows.append([family["label"], "power law", "", *laws])

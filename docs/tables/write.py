@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from docs.tables.benchmarks import TABLES as BENCHMARK_TABLES
+from docs.tables.compare import TABLES as COMPARE_TABLES
 from docs.tables.scaling import TABLES as SCALING_TABLES
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin, with_origin
-from prime_v2.studies.compare.report import TABLES as COMPARE_TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from prime_v2.output.figures import new_figure, save_figure
 from prime_v2.studies.analysis.spectra import KINDS, shown_ranks
 
 MARGINS = (1.05, 0.15, 0.5, 0.4)  # of a figure, inches: left, right, bottom, top without the legend
@@ -52,7 +53,7 @@ def plot_spectra(results: dict[str, Any], path: Path) -> Path:
     labels = ("singular value /\nlargest", "stable rank / n", "effective rank / n", "tail exponent")
     for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _of_kind(model: dict[str, Any], kind: str | None) -> list[dict[str, Any]]:
@@ -162,7 +163,7 @@ def plot_attention(results: dict[str, Any], path: Path) -> Path:
         for each in panels:
             _layer_axis(each, models)
             each.grid(alpha=0.25)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_heads(axes: Any, state: dict[str, Any], name: str, number: int) -> None:
@@ -192,10 +193,6 @@ def _panels(
     handles: list[Any], rows: int, columns: int, size: tuple[float, float], gap: tuple[float, float]
 ) -> tuple[Any, list[Any]]:
     """An empty figure with a legend, and its axes by rows; inches: size of a panel, gaps between two."""
-    # Not pyplot: no global state, and no window wherever this runs.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     left, right, bottom, top = MARGINS
     width = left + right + columns * size[0] + (columns - 1) * gap[0]
     entry = max(LEGEND_ENTRY[0], 0.6 + 0.058 * max(len(each.get_label()) for each in handles))
@@ -203,8 +200,7 @@ def _panels(
     top += LEGEND_ENTRY[1] * math.ceil(len(handles) / in_a_row)
     height = bottom + top + rows * size[1] + (rows - 1) * gap[1]
     # Measured out, not "constrained", which takes seconds for this many panels.
-    figure = Figure(figsize=(width, height), dpi=120)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, dpi=120, layout=None)
     figure.legend(handles=handles, loc="upper center", ncols=in_a_row, frameon=False)
     space = {"wspace": gap[0] / size[0], "hspace": gap[1] / size[1]}
     edges = {"left": left / width, "right": 1 - right / width, "bottom": bottom / height, "top": 1 - top / height}
@@ -223,12 +219,6 @@ def _handles(models: list[dict[str, Any]], reference: str, line: str | None = No
     ]
     handles.append(Line2D([], [], color="0.3", linestyle=":", label=reference))
     return handles if line is None else [*handles, Line2D([], [], color="0.3", label=line)]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
 
 
 __all__ = ["plot_attention", "plot_spectra"]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2.eval.intervals import half_width
+from prime_v2.output.figures import new_figure, save_figure
+from prime_v2.output.numbers import quantity
 from prime_v2.studies.compare.config import number
-from prime_v2.studies.compare.report import quantity
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SETTLED_SHARE = 0.25  # of a run, after which all of its points are within the axes; earlier ones may lie above them
@@ -22,7 +23,6 @@ def plot_comparison(results: dict[str, Any], folder: Path) -> list[Path]:
 
     results: of `compare_report.summarise`. Error bars are 95% intervals.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     last = ("sizes.png", plot_sizes) if len(results["shapes"]) > 1 else ("bounds.png", plot_bounds)
     return [draw(results, folder / name) for name, draw in (("curves.png", plot_curves), last)]
 
@@ -105,12 +105,7 @@ def plot_bounds(results: dict[str, Any], path: Path) -> Path:
 
 def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[list[Any]]]:
     """An empty figure and its axes by rows; size: inches of a panel."""
-    # Not pyplot: no global state, and no window wherever this runs.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(columns * size[0] + 2.2, rows * size[1] + 0.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(columns * size[0] + 2.2, rows * size[1] + 0.5, dpi=130)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
@@ -124,8 +119,7 @@ def _save(figure: Any, handles: list[Any], title: str, path: Path) -> Path:
             fontsize=9,
         )
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def _error_line(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str, color: Any, marker: str) -> None:

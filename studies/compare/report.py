@@ -6,15 +6,13 @@ tokenizer, a data order, weights and noise of its own.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
-from prime_v2.output.records import read_record
-from prime_v2.output.tables import markdown
+from prime_v2.output.numbers import duration, quantity
+from prime_v2.output.tables import aligned, markdown
 from prime_v2.studies.compare.config import COMMON, Comparison, Run, number
 
 Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
@@ -243,9 +241,9 @@ def score_table(
         sign = "=" if bound["is_exact"] else "≤"
         label = "–"
         if loss is not None:
-            label = f"{_with_interval(loss)} ({'the same bound' if loss['is_bound'] else 'no bound'})"
-        delta = "–" if difference is None else _with_interval(difference, "+.3f")
-        lines.append([f"{sign} {_with_interval(bound)}", f"{sign} {_perplexity(bound)}", label, delta])
+            label = f"{with_interval(loss)} ({'the same bound' if loss['is_bound'] else 'no bound'})"
+        delta = "–" if difference is None else with_interval(difference, "+.3f")
+        lines.append([f"{sign} {with_interval(bound)}", f"{sign} {_perplexity(bound)}", label, delta])
     return _labelled(results, groups, heads, lines)
 
 
@@ -326,13 +324,18 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 def render(results: dict[str, Any]) -> str:
     """Tables and notes as plain text."""
-    parts = [aligned(*score_table(results)), aligned(*cost_table(results))]
+    parts = [_text(score_table(results)), _text(cost_table(results))]
     if results["best"]:
         edge = [f"{each['name']} at {number(each['budget'])}" for each in results["best"] if each["at_the_edge"]]
-        parts.append("the size with the lowest dev bound:\n" + aligned(*score_table(results, results["best"])))
+        parts.append("the size with the lowest dev bound:\n" + _text(score_table(results, results["best"])))
         if edge:
             parts.append(f"At the edge of the sizes, so a better one may lie beyond: {', '.join(edge)}.")
     return "\n\n".join([*parts, "\n".join(notes(results))])
+
+
+def _text(table: tuple[list[str], list[list[str]]]) -> str:
+    heads, lines = table
+    return aligned([heads, *lines])
 
 
 def markdown_text(results: dict[str, Any]) -> str:
@@ -343,30 +346,8 @@ def markdown_text(results: dict[str, Any]) -> str:
     return "\n".join([*parts, "\n".join(notes(results)) + "\n"])
 
 
-def record_table(path: Path) -> str:
-    """Tables, notes and origin of a record of `prime-v2 compare`, as Markdown."""
-    record = read_record(path)
-    return f"{markdown_text(record['results'])}\n{_origin(record)}"
-
-
-def _origin(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    where = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
-    seeds = ", ".join(map(str, record["results"]["seeds"]))
-    plural = "" if len(record["results"]["seeds"]) == 1 else "s"
-    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seed{plural} {seeds}).\n"
-
-
-def aligned(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Columns of text, two spaces apart."""
-    lines = [heads, *lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def _with_interval(estimate: dict[str, Any], form: str = ".3f") -> str:
+def with_interval(estimate: dict[str, Any], form: str = ".3f") -> str:
+    """Nats per token of an estimate, "2.345 ± 0.012" where it has an interval."""
     interval = estimate["interval_95"]
     value = f"{estimate['nats_per_token']:{form}}"
     return value if interval is None else f"{value} ± {(interval[1] - interval[0]) / 2:.3f}"
@@ -379,57 +360,16 @@ def _perplexity(bound: dict[str, Any]) -> str:
     return f"{value:,.{digits}f}" + (f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "")
 
 
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def quantity(value: float) -> str:
-    """A count of parameters or tokens: 786 K, 2.10 M."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:.0f}"
-
-
-def best_table(path: Path) -> str:
-    """A line a run and a column a budget: the bound of the size with the lowest dev bound, and that size."""
-    record = read_record(path)
-    results = record["results"]
-    found = {(each["name"], each["budget"]): each for each in results["best"]}
-    lines = [
-        [name, *(_best_cell(found.get((name, budget))) for budget in results["budgets"])] for name in results["names"]
-    ]
-    heads = ["run", *(f"{number(budget)} FLOPs" for budget in results["budgets"])]
-    return f"{markdown(heads, lines)}\n" + "\n".join(notes(results)) + f"\n\n{_origin(record)}"
-
-
-def _best_cell(best: dict[str, Any] | None) -> str:
-    if best is None:
-        return "–"
-    return f"{'=' if best['bound']['is_exact'] else '≤'} {_with_interval(best['bound'])} ({best['shape']})"
-
-
-def _record_of(name: str, results: Path) -> str:
-    return record_table(results / f"compare_{name}.json")
-
-
-def _isoflop(results: Path) -> str:
-    return best_table(results / "compare_isoflop.json")
-
-
-RECORDED = ("families", "isoflop", "levers", "levers_seeds", "winners")
-TABLES: dict[str, Callable[[Path], str]] = {
-    **{
-        f"compare_{name}": partial(_record_of, name)
-        for name in ("families", "isoflop", "levers", "levers_seeds", "winners")
-    },
-    "isoflop": _isoflop,
-}
-
 __all__ = [
-    "TABLES", "best_table", "check_one_experiment", "cost_table", "duration", "markdown_text", "notes", "over_seeds",
-    "paired", "quantity", "record_table", "render", "score_table", "summarise", "whole_table",
-]  # fmt: skip
+    "check_one_experiment",
+    "cost_table",
+    "markdown_text",
+    "notes",
+    "over_seeds",
+    "paired",
+    "render",
+    "score_table",
+    "summarise",
+    "whole_table",
+    "with_interval",
+]

@@ -26,10 +26,10 @@ from prime_v2.data.preparation import WHOLE_TOKENS, prepare_text
 from prime_v2.eval.intervals import plus_minus
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import LOCK, folder_lock
+from prime_v2.output.numbers import duration
 from prime_v2.output.records import code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, Run, number
-from prime_v2.studies.compare.report import duration
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 from prime_v2.training.course import Holds, check_folder, course_of
 from prime_v2.training.flops import count_parameters, measure_flops

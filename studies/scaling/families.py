@@ -1,22 +1,21 @@
-"""A family's fits by both approaches, what a record keeps of them, and what follows from them: plans, efficiencies."""
+"""A family's fits by both approaches, and what follows from them: plans, efficiencies."""
 
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from prime_v2.studies.scaling.fit import PARAMETERS, Law, LawFit, efficiency, fit_law
-from prime_v2.studies.scaling.isoflop import POWER_LAWS, IsoFlop, Parabola, PowerLaw, fit_isoflop
+from prime_v2.studies.scaling.fit import LawFit, efficiency, fit_law
+from prime_v2.studies.scaling.isoflop import POWER_LAWS, IsoFlop, PowerLaw, fit_isoflop
 from prime_v2.studies.scaling.points import Point, Shape, check_one_experiment, read_shapes
 
 SIX = 6.0  # C = 6 N D
 NEAR_SIX = 0.01  # points within it of C = 6 N D follow the rule; published tokens are rounded
 MISFIT = 0.01  # relative distance of the two approaches' lowest losses at a budget that is worth a note
 NOT_A_BOUND = "not a bound"
-REPLICATE_DIGITS = 5  # of bootstrap samples in a record: far below the width of any interval
 
 
 @dataclass
@@ -60,11 +59,7 @@ def choose_families(points: Sequence[Point], asked: Sequence[str]) -> tuple[dict
     families: dict[str, list[Point]] = {}
     for point in points:
         families.setdefault(point.family, []).append(point)
-    names = {family.casefold(): family for family in families}
-    unknown = [each for each in asked if each.casefold() not in names]
-    if unknown:
-        raise ValueError(f"there are no points of {unknown[0]}; there are {', '.join(families)}")
-    chosen = [names[each.casefold()] for each in dict.fromkeys(asked)] or list(families)
+    chosen = named_families(asked, families, "there are no points of", "there are")
     kinds = {family: {point.is_bound for point in families[family]} for family in chosen}
     for family, kind in kinds.items():
         if len(kind) > 1:
@@ -82,6 +77,15 @@ def choose_families(points: Sequence[Point], asked: Sequence[str]) -> tuple[dict
         left_out = [f"{each} left out: its loss is not a bound; --family {each} fits it alone" for each in others]
         chosen = bounds
     return {family: families[family] for family in chosen}, left_out
+
+
+def named_families(asked: Sequence[str], families: Iterable[str], lacks: str, has: str) -> list[str]:
+    """The families that are asked for, in any case; none for all. lacks, has: words of the ValueError for others."""
+    names = {family.casefold(): family for family in families}
+    for each in asked:
+        if each.casefold() not in names:
+            raise ValueError(f"{lacks} {each}; {has} {', '.join(names.values())}")
+    return [names[each.casefold()] for each in dict.fromkeys(asked)] or list(names.values())
 
 
 def fit_families(
@@ -185,109 +189,6 @@ def _disagreements(fit: FamilyFit) -> list[str]:
                 f"{each.loss:.3f}: the form of approach 3 does not fit there"
             )
     return notes
-
-
-# ------------------------------------------------------------------------------------------------- records
-
-
-def to_json(fit: FamilyFit) -> dict[str, Any]:
-    """A family's fits for a record; `from_json` reads them back."""
-    plain = {
-        name: getattr(fit, name)
-        for name in FamilyFit.__dataclass_fields__
-        if name not in ("law", "isoflop", "flops", "parameters", "tokens", "k_range")
-    }
-    ranges = {name: list(getattr(fit, name)) for name in ("flops", "parameters", "tokens", "k_range")}
-    return {"label": fit.label, **plain, **ranges, "approach_3": _law_json(fit), "approach_2": _isoflop_json(fit)}
-
-
-def _law_json(fit: FamilyFit) -> dict[str, Any] | None:
-    law = fit.law
-    if law is None:
-        return None
-    values: dict[str, Callable[[Law], Any]] = {
-        "E": lambda each: each.E,
-        "A": lambda each: each.A,
-        "B": lambda each: each.B,
-        "a": lambda each: each.a,
-        "b": lambda each: each.b,
-        "parameters_exponent": lambda each: each.exponents[0],
-        "tokens_exponent": lambda each: each.exponents[1],
-    }
-    return {
-        **{name: {"value": float(of(law.law)), "interval_95": law.interval(of)} for name, of in values.items()},
-        "objective": law.objective,
-        "residual_rms_log": law.rms,
-        "residual_largest_log": law.largest,
-        "starts": law.starts,
-        "starts_at_optimum": law.starts_at_optimum,
-        "notes": law.notes,
-        "replicates": {name: _numbers(law.replicates[:, i]) for i, name in enumerate(PARAMETERS)},
-    }
-
-
-def _isoflop_json(fit: FamilyFit) -> dict[str, Any] | None:
-    if fit.isoflop is None:
-        return None
-    laws = fit.isoflop.power_laws
-    return {
-        "budgets": [asdict(each) | {"inside": each.inside} for each in fit.isoflop.parabolas],
-        "power_laws": {
-            name: {
-                "log_coefficient": law.log_coefficient,
-                "exponent": law.exponent,
-                "exponent_interval_95": law.interval(lambda each: each.exponent),
-                "replicates": {
-                    name: _numbers(law.replicates[:, i]) for i, name in enumerate(("log_coefficient", "exponent"))
-                },
-            }
-            for name, law in laws.items()
-        },
-        "notes": fit.isoflop.notes,
-    }
-
-
-def _numbers(values: np.ndarray) -> str:
-    """Bootstrap samples as one string, which in JSON is one line instead of a thousand."""
-    return " ".join(f"{value:.{REPLICATE_DIGITS}g}" for value in values)
-
-
-def _samples(replicates: dict[str, str]) -> np.ndarray:
-    """(R, columns): inverse of `_numbers` for each column."""
-    return np.array([column.split() for column in replicates.values()], dtype=float).T
-
-
-def from_json(content: dict[str, Any]) -> FamilyFit:
-    """The fits of a family in a record of `prime-v2 scaling fit`; KeyError or TypeError for anything else."""
-    plain = {name: content[name] for name in FamilyFit.__dataclass_fields__ if name not in ("law", "isoflop")}
-    for name in ("flops", "parameters", "tokens", "k_range"):
-        plain[name] = tuple(plain[name])
-    law, isoflop = None, None
-    if content["approach_3"] is not None:
-        found = content["approach_3"]
-        law = LawFit(
-            law=Law.of([found[name]["value"] for name in PARAMETERS], content["k"]),
-            replicates=_samples({name: found["replicates"][name] for name in PARAMETERS}),
-            objective=found["objective"],
-            rms=found["residual_rms_log"],
-            largest=found["residual_largest_log"],
-            starts=found["starts"],
-            starts_at_optimum=found["starts_at_optimum"],
-            notes=found["notes"],
-        )
-    if content["approach_2"] is not None:
-        found = content["approach_2"]
-        budgets = [{key: value for key, value in each.items() if key != "inside"} for each in found["budgets"]]
-        laws = {
-            name: PowerLaw(each["log_coefficient"], each["exponent"], _samples(each["replicates"]))
-            for name, each in found["power_laws"].items()
-        }
-        parabolas = [Parabola(**{**each, "range": tuple(each["range"])}) for each in budgets]
-        isoflop = IsoFlop(parabolas, laws, found["notes"])
-    return FamilyFit(**plain, law=law, isoflop=isoflop)
-
-
-# ------------------------------------------------------------------------------------------------- what follows
 
 
 def plan(fit: FamilyFit, flops: float) -> dict[str, Any]:
@@ -431,9 +332,8 @@ __all__ = [
     "common_budgets",
     "compare",
     "fit_families",
-    "from_json",
     "inside",
+    "named_families",
     "plan",
     "require_bounds",
-    "to_json",
 ]

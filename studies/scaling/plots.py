@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from prime_v2.eval.intervals import half_width
+from prime_v2.output.figures import new_figure, save_figure
 from prime_v2.studies.scaling.families import FamilyFit
 from prime_v2.studies.scaling.isoflop import group_budgets
 from prime_v2.studies.scaling.points import Point
@@ -23,14 +24,9 @@ def plot_families(families: Sequence[tuple[FamilyFit, Sequence[Point]]], path: s
 
     The format is that of the suffix. Error bars are 95% intervals of points whose standard error is known.
     """
-    # Not pyplot: no global state, and no window wherever this runs.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not families:
         raise ValueError("there is no family to draw")
-    figure = Figure(figsize=(16, 4.9 * len(families)), dpi=85, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, 4.9 * len(families), dpi=85)
     rows = figure.subplots(len(families), 3, squeeze=False)
     for (fit, points), (envelope, isoflop, isoloss) in zip(families, rows, strict=True):
         _draw_envelope(envelope, fit, points)
@@ -38,9 +34,7 @@ def plot_families(families: Sequence[tuple[FamilyFit, Sequence[Point]]], path: s
         _draw_isoloss(isoloss, fit, points)
         for axes in (envelope, isoflop, isoloss):
             axes.grid(alpha=0.25)
-    path = Path(path)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _loss_label(fit: FamilyFit) -> str:

@@ -19,7 +19,6 @@ from prime_v2.output.records import read_record
 from prime_v2.studies.scaling import fit as scaling
 from prime_v2.studies.scaling.fit import Law
 from prime_v2.studies.scaling.points import COLUMNS
-from prime_v2.studies.scaling.report import between, number, short
 
 ROOT = Path(__file__).resolve().parents[2]
 LAWS = {"ARM": Law(1.7, 400.0, 2000.0, 0.34, 0.37), "MDM": Law(2.0, 500.0, 2500.0, 0.33, 0.36)}
@@ -285,12 +284,6 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
 
 
 # ------------------------------------------------------------------------------------------------- text and tables
-
-
-def test_numbers_are_short():
-    assert [short(value) for value in (999, 1.2e4, 25e6, 1.2345e9, 999.6e9)] == ["999", "12K", "25M", "1.23B", "1T"]
-    assert [number(value) for value in (0.03952, 12.34, 17_849.0)] == ["0.0395", "12.3", "17800"]
-    assert (between(None), between([1.0, None])) == ("", "[1, inf]")
 
 
 def test_the_tables_of_the_page_are_those_of_the_records():

@@ -8,12 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
-    TABLES,
     cost_table,
     markdown_text,
     over_seeds,
@@ -207,14 +204,6 @@ def test_notes_say_what_the_interval_of_one_seed_covers():
     for row in results["rows"]:
         del row["evaluation"]["bound"]["interval_over"]
     assert "Recorded by an earlier version: intervals take sequences as independent" in render(results)
-
-
-def test_a_record_becomes_a_table_with_its_origin(tmp_path: Path):
-    results = summarise(*compared())
-    write_json(tmp_path / "compare_levers.json", make_record("compare", results, seed=0, command="prime-v2 compare x"))
-    table = TABLES["compare_levers"](tmp_path)
-    assert table.startswith(markdown_text(results))
-    assert table.splitlines()[-1].startswith("`prime-v2 compare x` (")
 
 
 def test_the_best_size_is_chosen_on_the_dev_split_and_compared_with_the_baselines_best():

@@ -13,12 +13,11 @@ from prime_v2.studies.scaling.families import (
     common_budgets,
     compare,
     fit_families,
-    from_json,
     plan,
     require_bounds,
-    to_json,
 )
 from prime_v2.studies.scaling.fit import Law, _Objective, efficiency, fit_law
+from prime_v2.studies.scaling.fit_records import from_json, to_json
 from prime_v2.studies.scaling.isoflop import fit_isoflop, group_budgets
 from prime_v2.studies.scaling.points import Point, read_shapes
 

@@ -9,8 +9,9 @@ from scaling_laws import FEW_STARTS, LAW, grid, points_of, rows_of
 
 from prime_v2.output.records import read_record
 from prime_v2.studies.scaling import fit as scaling
-from prime_v2.studies.scaling.families import compare, fit_families, from_json
+from prime_v2.studies.scaling.families import compare, fit_families
 from prime_v2.studies.scaling.fit import Law, fit_law
+from prime_v2.studies.scaling.fit_records import from_json
 from prime_v2.studies.scaling.points import (
     PUBLISHED_POINTS,
     PUBLISHED_RUNS,
