@@ -15,7 +15,7 @@ from prime_v2.training.recipes import find_recipe
 KIND = "compare"  # of its recipes
 FIELDS = ("train", "budgets", "count", "shapes", "seeds", "runs", "baseline")
 RUN_FIELDS = ("family", "model", "train", "shapes", "budgets")
-COUNTS = ("6nd", "measured")
+COUNTS = {"6nd": "flops_6nd", "measured": "flops_measured"}  # how FLOPs are counted, and their name in a record
 # Options of train.py that a comparison sets itself, and from what.
 DECIDED = {
     "config": "it is made for each run",
@@ -109,7 +109,7 @@ def read_comparison(given: str) -> Comparison:
     path = find_recipe(given, KIND, "CONFIG")
     content = _load(path)
     _check_keys({key: value for key, value in content.items() if not str(key).startswith(".")}, FIELDS, str(path))
-    train, count = _mapping(content, "train", str(path)), str(content.get("count", COUNTS[0]))
+    train, count = _mapping(content, "train", str(path)), str(content.get("count", "6nd"))
     _check_train(train, f"{path}: train")
     if count not in COUNTS:
         raise ValueError(f"{path}: count={count} is not one of {', '.join(COUNTS)}")

@@ -13,7 +13,7 @@ from typing import Any
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
 from prime_v2.output.numbers import duration, quantity
 from prime_v2.output.tables import aligned, markdown
-from prime_v2.studies.compare.config import COMMON, Comparison, Run, number
+from prime_v2.studies.compare.config import COMMON, COUNTS, Comparison, Run, number
 
 Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
 BOUND_FIELDS = (
@@ -25,7 +25,6 @@ BOUND_FIELDS = (
 TRAINING_FIELDS = (
     "parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds", "device",
 )  # fmt: skip
-FLOPS_OF_COUNT = {"6nd": "flops_6nd", "measured": "flops_measured"}
 
 
 def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
     results = record["results"]
     training, evaluation = results["training"], results["evaluation"]
     loss = evaluation.get("paper_loss")
-    flops_per_token = training[FLOPS_OF_COUNT[count]] / training["tokens"]
+    flops_per_token = training[COUNTS[count]] / training["tokens"]
     return {
         "name": run.name,
         "family": results["family"],

@@ -7,25 +7,24 @@ CSV: one point a line under the header
 Lines that begin with # are comments. `published` names the published points (eval/scaling_data/isoflop_losses.csv).
 """
 
+import contextlib
 import csv
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prime_v2.output.records import read_record
+from prime_v2.studies.compare.config import COMMON, COUNTS
+
 PUBLISHED = "published"
 PUBLISHED_POINTS = Path(__file__).with_name("data") / "isoflop_losses.csv"
 PUBLISHED_RUNS = Path(__file__).with_name("data") / "scaling_runs.csv"
 COLUMNS = ("family", "train_flops", "nonembedding_params", "train_tokens", "loss_nats_per_token", "is_bound")
 LOSSES = ("bound", "paper_loss")
-COUNTS = {"6nd": "flops_6nd", "measured": "flops_measured"}  # field of results.training in a record
 # What decides which text a run sees, in which order, and on which text its loss is taken.
-ORDER_OPTIONS = (
-    "data", "data_split", "text_field", "streaming", "max_documents", "tokenizer", "bpe_vocab_size", "block_size",
-    "global_batch", "short_share", "dev_share", "test_share", "test_sequences", "seed",
-)  # fmt: skip
+ORDER_OPTIONS = (*(name for name in COMMON if name != "eval_sequences"), "seed")
 # Weights of a layer in units of hidden_size**2: the published sizes are named by 12; SwiGLU layers of width
 # 4 hidden_size, which is what train.py counts, have 16 (docs/architecture.md, "Counting").
 PUBLISHED_WEIGHTS, COUNTED_WEIGHTS = 12, 16
@@ -216,34 +215,25 @@ def _training_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     A folder's comparisons come first: the runs in them are known by their names there.
     """
     if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); give a record that train.py wrote") from None
-        found = _runs_of(path, content)
+        found = _runs_of(path, read_record(path))
         if not found:
             raise ValueError(f"{path} is no record of a training run; give one that train.py wrote, or a .csv file")
         return found
     kept = []
     for file in sorted(path.rglob("*.json")):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue
-        kept.append(_runs_of(file, content))
+        with contextlib.suppress(ValueError):  # other JSON
+            kept.append(_runs_of(file, read_record(file)))
     found = [run for runs in sorted(kept, key=len, reverse=True) for run in runs]
     if not found:
         raise ValueError(f"{path} holds no record of a training run; give a folder of records that train.py wrote")
     return found
 
 
-def _runs_of(path: Path, content: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The run of a record of train.py, those of a record of `prime-v2 compare`, none of any other JSON."""
-    results = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(results, dict):
-        return []
+def _runs_of(path: Path, record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The run of a record of train.py, those of a record of `prime-v2 compare`, none of any other record."""
+    results = record["results"]
     if _is_run(results):
-        return [(_short_name(path), content)]
+        return [(_short_name(path), record)]
     rows = results.get("rows")
     if not isinstance(rows, list) or not all(_is_run(row) for row in rows):
         return []
@@ -310,7 +300,6 @@ def _family(name: str, results: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "COUNTS",
     "LOSSES",
     "PUBLISHED",
     "Point",

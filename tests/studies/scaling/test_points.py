@@ -109,7 +109,7 @@ def test_a_comparison_is_a_point_for_each_of_its_runs(tmp_path):
         kept = {key: record[key] for key in ("command", "commit", "uncommitted_changes", "time_utc")}
         rows.append({"name": name, **kept, **record["results"]})
     comparison = tmp_path / "compare.json"
-    comparison.write_text(json.dumps({"name": "compare", "commit": "c", "results": {"rows": rows}}))
+    comparison.write_text(json.dumps({**record, "name": "compare", "results": {"rows": rows}}))
     points = read_points([str(comparison)])
     assert [(point.family, point.source) for point in points] == [
         ("base 2", "compare.json, base 2"),
