@@ -200,6 +200,8 @@ def check_length(inputs: Tensor, attention_mask: Tensor | None, config) -> None:
     """ValueError unless inputs (B, L, ...) fit into the network and their mask (B, L) leaves a token in every row."""
     if torch.compiler.is_compiling():
         return
+    if inputs.dim() < 2:
+        raise ValueError(f"input_ids has shape {tuple(inputs.shape)}; give token ids (B, L)")
     batch, length = inputs.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"the batch has {batch} rows of {length} tokens; give at least one row of one token")

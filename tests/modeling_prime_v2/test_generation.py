@@ -5,16 +5,14 @@ import math
 
 import pytest
 import torch
-from networks import ORDERS, one_layer, prompts
+from networks import one_layer, prompts
 from observers import Favour, Recorder
 from transformers import (
     AutoModel,
     GenerationConfig,
     LogitsProcessorList,
-    MaxTimeCriteria,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
     TextDiffusionStreamer,
 )
@@ -27,65 +25,7 @@ from prime_v2.generation_prime_v2 import (
 )
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
-# -- Seeds, batches, padding -----------------------------------------------------------------------------------------
-
-
-def test_a_seed_reproduces_and_another_one_differs():
-    model, prompt = one_layer(), prompts(3, 4)
-    first = model.generate(prompt, max_new_tokens=12, seed=7)
-    assert torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=7))
-    assert not torch.equal(first, model.generate(prompt, max_new_tokens=12, seed=8))
-
-
-def test_without_a_seed_torch_s_generator_decides():
-    model, prompt, drawn = one_layer(), prompts(2, 4), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        drawn.append(model.generate(prompt, max_new_tokens=12))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[2], model.generate(prompt, max_new_tokens=12))
-
-
-def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone():
-    model, prompt = one_layer(), prompts(1, 4)
-    rows = model.generate(prompt.repeat(3, 1), max_new_tokens=12, seed=7)
-    assert len({tuple(row) for row in rows.tolist()}) == 3
-    assert torch.equal(rows[:1], model.generate(prompt, max_new_tokens=12, seed=7))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_other_rows_their_order_and_padding_on_any_side_change_nothing(order):
-    model = one_layer(num_subtokens=6, **ORDERS[order] | ({"stage_digits": [2, 6]} if order == "nested" else {}))
-    lengths, full = [5, 3, 1, 4], prompts(4, 5)
-    alone = [
-        model.generate(full[i : i + 1, :n], max_new_tokens=9, seed=7, max_denoising_steps=10)[0, n:]
-        for i, n in enumerate(lengths)
-    ]
-    for side in ("left", "right", "both"):
-        ids, mask = torch.full((4, 7), 49), torch.zeros(4, 7, dtype=torch.long)
-        for i, n in enumerate(lengths):
-            start = {"left": 7 - n, "right": 0, "both": 1}[side]
-            ids[i, start : start + n], mask[i, start : start + n] = full[i, :n], 1
-        for turn in ([0, 1, 2, 3], [3, 1, 0, 2]):
-            out = model.generate(ids[turn], mask[turn], max_new_tokens=9, seed=7, max_denoising_steps=10)
-            assert torch.equal(out[:, :7], ids[turn]), "the padded prompt comes back as it was"
-            for row, i in enumerate(turn):
-                assert torch.equal(out[row, 7:], alone[i])
-
-
-def test_ids_outside_the_vocabulary_may_stand_in_padding():
-    model = one_layer()
-    ids, mask = torch.tensor([[-1, 999, 50, 3]]), torch.tensor([[0, 0, 0, 1]])
-    out = model.generate(ids, mask, max_new_tokens=5, seed=0)
-    assert torch.equal(out[:, :4], ids)
-    assert torch.equal(out[:, 4:], model.generate(ids[:, 3:], max_new_tokens=5, seed=0)[:, 1:])
-
-
-def test_drawing_in_chunks_changes_nothing(monkeypatch):
-    model, prompt = one_layer(), prompts(3, 4)
-    whole = model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4)
-    monkeypatch.setattr("prime_v2.generation_process_prime_v2.DRAW_ELEMENTS", 100)
-    assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, seed=7, max_denoising_steps=4))
+# Draws
 
 
 def test_drawing_resolves_probabilities_that_float32_cannot():
@@ -103,23 +43,7 @@ def test_a_draw_never_takes_a_token_of_probability_zero():
         assert probabilities[0, ids] > 0
 
 
-def test_generating_leaves_the_mode_the_input_and_the_options_of_the_model_as_they_were():
-    model, prompt = one_layer(attention_dropout=0.5).train(), prompts(2, 4)
-    before, options = prompt.clone(), model.generation_config.to_dict()
-    first = model.generate(prompt, max_new_tokens=8, seed=0)
-    assert model.training and torch.equal(prompt, before) and model.generation_config.to_dict() == options
-    assert torch.equal(first, model.eval().generate(prompt, max_new_tokens=8, seed=0)), "no dropout while sampling"
-
-
-# -- Layout, infilling, EOS ------------------------------------------------------------------------------------------
-
-
-def test_prompt_and_suffix_are_kept_in_order_and_new_tokens_are_in_the_vocabulary():
-    model, prompt, suffix = one_layer(), prompts(2, 4), prompts(2, 3, seed=2)
-    out = model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0)
-    assert torch.equal(out[:, :4], prompt) and torch.equal(out[:, 12:], suffix) and out.shape == (2, 15)
-    assert out.min() >= 0 and out.max() < 50
-    assert model.generate(prompt, suffix_ids=suffix, max_length=15, seed=0).tolist() == out.tolist()
+# Suffix, EOS
 
 
 def test_a_suffix_may_be_padded():
@@ -127,26 +51,6 @@ def test_a_suffix_may_be_padded():
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
     padded = model.generate(prompt, mask, torch.cat([suffix, torch.tensor([[49]])], 1), max_new_tokens=8, seed=0)
     assert torch.equal(padded[:, :-1], model.generate(prompt, suffix_ids=suffix, max_new_tokens=8, seed=0))
-
-
-def test_masked_tokens_of_a_prompt_are_filled_in_where_they_stand():
-    model, ids = one_layer(), torch.tensor([[3, 50, 7, 50, 9]])
-    out = model.generate(ids, max_length=5, seed=0)
-    assert out.shape == (1, 5) and out[0, [0, 2, 4]].tolist() == [3, 7, 9] and out.max() < 50
-    assert model.generate(ids, max_new_tokens=2, seed=0).shape == (1, 7)
-
-
-def test_without_a_prompt_generation_starts_fresh_or_with_bos():
-    model = one_layer()
-    assert model.generate(max_new_tokens=5, seed=0).shape == (1, 5)
-    out = model.generate(max_new_tokens=5, seed=0, bos_token_id=4)
-    assert out.shape == (1, 6) and out[0, 0] == 4
-    assert model.generate(suffix_ids=prompts(3, 2), max_new_tokens=5, seed=0).shape == (3, 7)
-
-
-def test_the_default_length_is_what_the_context_leaves():
-    model = one_layer()
-    assert model.generate(prompts(1, 4), seed=0).shape == (1, 32)
 
 
 @pytest.mark.parametrize("order", ["digit", "token"])
@@ -164,17 +68,7 @@ def test_after_the_first_eos_comes_padding_and_the_row_stops_early_with_the_same
     assert (stopped.tokens_per_forward < 12).all()
 
 
-def test_eos_comes_from_the_model_config_pads_by_itself_and_none_turns_it_off():
-    model = one_layer(eos_token_id=7)
-    favour = LogitsProcessorList([Favour([7], 30.0)])
-    options = {"max_new_tokens": 6, "seed": 0, "logits_processor": favour}
-    suffix = prompts(1, 2)
-    assert model.generate(suffix_ids=suffix, **options)[0].tolist() == [7] * 6 + suffix[0].tolist()
-    assert model.generate(pad_token_id=1, **options)[0].tolist() == [7] + [1] * 5
-    assert model.generate(pad_token_id=1, eos_token_id=None, **options)[0].tolist() == [7] * 6
-
-
-# -- Temperature, top-p, processors, criteria, streamer --------------------------------------------------------------
+# Temperature, top-p, processors, criteria, streamer
 
 
 def test_low_temperature_and_low_top_p_give_the_likeliest_token():
@@ -229,38 +123,6 @@ def test_a_token_partly_revealed_survives_processors_that_change_their_mind(proc
     assert out.min() >= 0 and out.max() < 12
 
 
-def test_stopping_criteria_finish_their_rows_with_one_more_pass():
-    model, prompt, seen = one_layer(), prompts(2, 4), []
-
-    def second_row(ids, scores):
-        seen.append(ids)
-        return torch.tensor([False, True])
-
-    options = {"max_new_tokens": 10, "max_denoising_steps": 50, "seed": 0, "return_dict_in_generate": True}
-    free = model.generate(prompt, **options)
-    out = model.generate(prompt, stopping_criteria=StoppingCriteriaList([second_row]), **options)
-    assert out.num_forward.tolist() == [int(free.num_forward[0]), 2]
-    assert torch.equal(out.sequences[0], free.sequences[0]) and out.sequences.max() < 50
-    assert len(seen) == out.num_forward.max() and seen[0].shape == (2, 14)
-    assert (seen[0] == 50).any() and (seen[1][1] < 50).all()
-    out = model.generate(prompt, stopping_criteria=[MaxTimeCriteria(0.0)], **options)
-    assert out.num_forward.tolist() == [2, 2]
-
-
-def test_a_streamer_gets_prompt_drafts_and_result():
-    model, prompt, recorder = one_layer(), prompts(1, 4), Recorder()
-    out = model.generate(
-        prompt, suffix_ids=prompts(1, 2), max_new_tokens=8, seed=0, streamer=recorder, return_dict_in_generate=True
-    )
-    kinds = [kind for kind, _ in recorder.calls]
-    assert kinds == ["put", *["draft"] * int(out.num_forward), "put", "end"]
-    assert torch.equal(recorder.calls[0][1], prompt)
-    assert torch.equal(recorder.calls[-2][1], out.sequences[:, 4:])
-    for _, draft in recorder.calls[1:-2]:
-        assert draft.shape == (1, 10) and ((draft == 50) | (draft == out.sequences[:, 4:])).all()
-    assert (recorder.calls[1][1] == 50).any() and torch.equal(recorder.calls[-3][1], out.sequences[:, 4:])
-
-
 def test_a_streamer_that_asks_for_states_gets_the_digits_before_the_first_pass_and_after_each():
     class States(Recorder):
         def put_states(self, ids, digits):
@@ -300,7 +162,7 @@ def test_transformers_own_diffusion_streamer_prints_the_result(capsys):
     assert printed.rstrip().endswith("".join(f"<{each}>" for each in out[0].tolist()[2:]))
 
 
-# -- Options and bad input -------------------------------------------------------------------------------------------
+# Options
 
 
 def test_the_call_wins_over_its_config_over_the_model_s_over_the_default():
@@ -407,53 +269,6 @@ def test_a_plain_config_s_unsupported_option_and_an_attribute_set_later_are_refu
     model.generation_config.top_kk = 5
     with pytest.raises(ValueError, match="top_kk=5 is not an option"):
         model.generate()
-
-
-IDS = torch.tensor([[1, 2, 3]])
-BAD_INPUTS = [
-    ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\)"),
-    ({"input_ids": torch.empty(0, 3, dtype=torch.long)}, r"input_ids has shape \(0, 3\)"),
-    ({"input_ids": torch.tensor([[1, 51]])}, r"token ids span \[1, 51\]"),
-    ({"input_ids": torch.tensor([[-1, 3]])}, r"token ids span \[-1, 3\]"),
-    ({"input_ids": torch.tensor([[0.5]])}, "token ids must be integers"),
-    ({"input_ids": IDS, "attention_mask": torch.zeros(1, 3)}, "row 0 of attention_mask is padding alone"),
-    ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
-    ({"attention_mask": torch.ones(1, 4)}, "attention_mask was given without input_ids"),
-    ({"input_ids": IDS, "suffix_ids": torch.tensor([[1], [2]])}, r"suffix_ids has shape \(2, 1\)"),
-    ({"input_ids": IDS, "max_new_tokens": 40}, "43 tokens, but max_position_embeddings=32; use max_new_tokens=29"),
-    ({"input_ids": IDS, "suffix_ids": IDS, "max_new_tokens": 40}, "use max_new_tokens=26"),
-    ({"input_ids": IDS, "max_length": 40}, "use max_length=32"),
-    ({"input_ids": IDS, "max_length": 3}, "max_length=3 leaves no room .* use max_length=32"),
-    ({"input_ids": IDS.repeat(1, 11)}, "cut the prompt or the suffix to 31 tokens together"),
-    ({"input_ids": IDS, "eos_token_id": 50}, r"eos_token_id=50 is no token of this model; use an id in \[0, 49\]"),
-    ({"input_ids": IDS, "pad_token_id": 77}, "pad_token_id=77 is no token of this model"),
-    ({"bos_token_id": 77}, "bos_token_id=77 is no token of this model"),
-    ({"input_ids": IDS.repeat(2, 1), "streamer": Recorder()}, "a streamer takes one sequence, but the batch has 2"),
-    (
-        {"input_ids": IDS, "max_new_tokens": 2, "logits_processor": [lambda ids, scores: scores - torch.inf]},
-        "a position has no possible token",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS, ids=[message[:40] for _, message in BAD_INPUTS])
-def test_bad_inputs_are_refused_by_name_and_value(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        one_layer().generate(**arguments)
-
-
-def test_a_streamer_that_wants_logits_is_refused():
-    recorder = Recorder()
-    recorder._takes_logits = True
-    with pytest.raises(ValueError, match="this streamer wants the logits of drafts"):
-        one_layer().generate(IDS, streamer=recorder)
-
-
-def test_a_network_that_is_not_finite_is_reported():
-    model = one_layer()
-    model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="the network's logits are not finite"):
-        model.generate(IDS, max_new_tokens=2)
 
 
 def test_options_do_not_come_from_a_model_config():

@@ -145,20 +145,19 @@ def test_a_sum_over_all_that_could_be_drawn_has_no_error(case):
 def test_the_mode_is_kept_and_dropout_is_off(kind):
     model, ids = fresh_network(kind, attention_dropout=0.5), some_ids()
     target = torch.arange(7).expand(3, -1) >= 4
-    options = {"method": model.bound_method, "num_samples": 4}
-    expected = model.log_likelihood(ids, **options).value
+    expected = model.log_likelihood(ids, num_samples=4).value
     matches = model.greedy_matches(ids, None, target).matches
     model.train()
-    assert torch.equal(model.log_likelihood(ids, **options).value, expected)
+    assert torch.equal(model.log_likelihood(ids, num_samples=4).value, expected)
     assert torch.equal(model.greedy_matches(ids, None, target).matches, matches)
     assert model.training
 
 
-def test_the_model_s_own_bound_is_one_of_its_methods(kind):
+def test_the_default_is_the_model_s_own_bound(kind):
     model, ids = network(kind), some_ids()
     assert model.bound_method in model.likelihood_methods
-    found = model.log_likelihood(ids, method=model.bound_method, num_samples=4)
-    assert found.is_bound
+    default, bound = (model.log_likelihood(ids, num_samples=4, method=each) for each in (None, model.bound_method))
+    assert default.is_bound and torch.equal(default.value, bound.value)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -194,4 +193,4 @@ BAD_INPUT = {
 def test_bad_input_is_refused(kind, case):
     arguments, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
-        network(kind).log_likelihood(**{"input_ids": IDS, "method": network(kind).bound_method, **arguments})
+        network(kind).log_likelihood(**{"input_ids": IDS, **arguments})

@@ -6,11 +6,10 @@ import random
 import pytest
 import torch
 from networks import ORDERS, one_layer, prompts
-from transformers import AutoModel, GenerationConfig, NoRepeatNGramLogitsProcessor
+from transformers import GenerationConfig, NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_greedy_prime_v2 import most_confident, proposals
 from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig
-from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 MASK = 50  # the mask token of the networks here, which have 50 tokens
 NETWORKS = {
@@ -72,7 +71,7 @@ def rows_to_fill() -> list[list[int]]:
     return [full[0][:4], [full[1][0], MASK, full[1][1], MASK, MASK, full[1][2]], full[2][:1], [MASK, full[3][0], MASK]]
 
 
-# -- The decode ------------------------------------------------------------------------------------------------------
+# The decode
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 300])
@@ -97,15 +96,6 @@ def test_ids_and_passes_are_those_of_the_naive_loop_for_every_padding_and_batch(
                 start, end = starts[i], starts[i] + len(rows[i])
                 assert torch.equal(found[:8][mask[i] == 0], ids[i][mask[i] == 0])
                 assert ([*found[start:end].tolist(), *found[8:].tolist()], passes) == expected[i]
-
-
-def test_the_same_call_gives_the_same_tokens_and_touches_no_generator():
-    model, prompt = one_layer(attention_dropout=0.5).train(), prompts(2, 4)
-    state = torch.get_rng_state()
-    first = model.generate(prompt, max_new_tokens=9, do_sample=False)
-    assert torch.equal(torch.get_rng_state(), state) and model.training
-    assert torch.equal(model.generate(prompt.repeat(2, 1), max_new_tokens=9, do_sample=False), first.repeat(2, 1))
-    assert not torch.equal(model.eval().generate(prompt, max_new_tokens=9), first)
 
 
 def test_the_reveal_order_of_the_training_changes_nothing():
@@ -212,17 +202,6 @@ def test_logits_processors_decide_ids_and_confidence(processor):
         assert model.generate(torch.tensor([given]), logits_processor=[processor], **options).tolist() == [expected]
 
 
-def test_deciding_in_chunks_changes_nothing(monkeypatch):
-    model, prompt = one_layer(), prompts(3, 4)
-    whole = model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4)
-    target = torch.arange(16).expand(3, -1) >= 4
-    found = model.greedy_matches(whole, None, target)
-    for module in ("generation_process", "generation_greedy"):
-        monkeypatch.setattr(f"prime_v2.{module}_prime_v2.DRAW_ELEMENTS", 100)
-    assert torch.equal(whole, model.generate(prompt, max_new_tokens=12, do_sample=False, max_denoising_steps=4))
-    assert [each.tolist() for each in model.greedy_matches(whole, None, target)] == [each.tolist() for each in found]
-
-
 def test_stopping_criteria_finish_their_rows_with_one_more_pass():
     model, prompt, seen = one_layer(), prompts(2, 4), []
 
@@ -240,27 +219,7 @@ def test_stopping_criteria_finish_their_rows_with_one_more_pass():
     assert torch.equal(out.sequences[1], torch.where(draft == MASK, likeliest, draft))
 
 
-def test_a_streamer_gets_a_draft_after_each_pass():
-    calls = []
-
-    class Streamer:
-        def put(self, value):
-            calls.append(value[0].tolist())
-
-        def put_draft(self, value):
-            calls.append(value[0].tolist())
-
-        def end(self):
-            calls.append("end")
-
-    out = one_layer().generate(prompts(1, 4), max_new_tokens=6, do_sample=False, streamer=Streamer())[0].tolist()
-    assert calls[0] == out[:4] and calls[-2:] == [out[4:], "end"]
-    drafts = calls[1:-2]
-    assert [draft.count(MASK) for draft in drafts] == [5, 4, 3, 2, 1, 0]
-    assert all(x in (MASK, y) for draft in drafts for x, y in zip(draft, out[4:], strict=True))
-
-
-# -- Options ---------------------------------------------------------------------------------------------------------
+# Options
 
 
 def test_sampling_options_are_ignored_below_do_sample_false_and_refused_beside_or_above_it():
@@ -287,26 +246,7 @@ def test_sampling_options_are_ignored_below_do_sample_false_and_refused_beside_o
         assert torch.equal(model.generate(prompt, do_sample=do_sample, **options), sampled)
 
 
-def test_a_folder_keeps_do_sample_and_brings_the_code_of_the_decode(tmp_path):
-    model, prompt = one_layer(), prompts(2, 4)
-    model.generation_config = PrimeV2GenerationConfig(max_new_tokens=6, do_sample=False)
-    expected = model.generate(prompt)
-    model.save_pretrained(tmp_path)
-    assert '"do_sample": false' in (tmp_path / "generation_config.json").read_text()
-    assert {"generation_greedy_prime_v2.py", "generation_process_prime_v2.py"} <= {
-        path.name for path in tmp_path.glob("*.py")
-    }
-    for loaded in (
-        PrimeV2ForMaskedDiffusion.from_pretrained(tmp_path),
-        AutoModel.from_pretrained(tmp_path, trust_remote_code=True),
-    ):
-        assert loaded.generation_config.do_sample is False
-        assert torch.equal(loaded.generate(prompt), expected)
-        loaded.generation_config.do_sample = True
-        assert not torch.equal(loaded.generate(prompt), expected)
-
-
-# -- greedy_matches ---------------------------------------------------------------------------
+# greedy_matches
 
 
 def texts(model) -> tuple[list[list[int]], list[list[bool]]]:
@@ -374,32 +314,4 @@ def test_rows_stop_at_their_first_wrong_token_and_share_passes_within_the_budget
     hook.remove()
 
 
-def test_a_row_without_targets_matches_and_inputs_and_mode_stay():
-    model = one_layer(attention_dropout=0.5).train()
-    ids, target = prompts(2, 5), torch.tensor([[False] * 5, [False, True, False, True, True]])
-    before = ids.clone(), target.clone()
-    found = model.greedy_matches(ids, None, target)
-    assert found.matches[0] and found.num_forward[0] == 0 and found.num_forward[1] > 0
-    assert model.training and torch.equal(ids, before[0]) and torch.equal(target, before[1])
-
-
 IDS, TARGET = torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])
-BAD_TEXTS = [
-    ((torch.tensor([1, 2]), None, TARGET), r"input_ids has shape \(2,\); give \(B, L\)"),
-    ((IDS, None, TARGET[:, :2]), r"target_mask has shape \(1, 2\), but input_ids \(1, 3\)"),
-    ((IDS, torch.ones(1, 4), TARGET), r"attention_mask has shape \(1, 4\), but input_ids \(1, 3\)"),
-    ((torch.tensor([[1, MASK, 3]]), None, TARGET), r"span \[1, 50\].*a text to compare with has no mask token"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_TEXTS, ids=[message[:30] for _, message in BAD_TEXTS])
-def test_bad_texts_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        one_layer().greedy_matches(*arguments)
-
-
-def test_a_network_that_is_not_finite_is_reported():
-    model = one_layer()
-    model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="the network's logits are not finite"):
-        model.greedy_matches(IDS, None, TARGET)
