@@ -12,8 +12,8 @@ _EXPORTS = {
     "PrimeV2ForInterpolatingDiffusion": "modeling_interpolating_prime_v2",
     "PrimeV2ForMaskedDiffusion": "modeling_prime_v2",
     "PrimeV2ForUniformDiffusion": "modeling_uniform_prime_v2",
-    "PrimeV2GenerationConfig": "generation_prime_v2",
-    "PrimeV2GenerationOutput": "generation_prime_v2",
+    "PrimeV2GenerationConfig": "generation_config_prime_v2",
+    "PrimeV2GenerationOutput": "generation_process_prime_v2",
     "PrimeV2InterpolatingConfig": "configuration_interpolating_prime_v2",
     "PrimeV2LogLikelihood": "likelihood_output_prime_v2",
     "PrimeV2Model": "modeling_prime_v2",
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from prime_v2.configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig as PrimeV2InterpolatingConfig
     from prime_v2.configuration_prime_v2 import PrimeV2Config as PrimeV2Config
     from prime_v2.configuration_uniform_prime_v2 import PrimeV2UniformConfig as PrimeV2UniformConfig
-    from prime_v2.generation_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
-    from prime_v2.generation_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
+    from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
+    from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
     from prime_v2.likelihood_output_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
     from prime_v2.modeling_arm_prime_v2 import PrimeV2ForCausalLM as PrimeV2ForCausalLM
     from prime_v2.modeling_interpolating_prime_v2 import (

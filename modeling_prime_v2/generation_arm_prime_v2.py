@@ -16,8 +16,9 @@ from .backbone_prime_v2 import evaluating
 from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
+from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, propose
 from .generation_process_prime_v2 import num_new_tokens
-from .likelihood_arm_prime_v2 import start_token_id
+from .likelihood_arm_prime_v2 import next_tokens, start_token_id
 from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 
@@ -25,7 +26,7 @@ from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 MODEL_INPUTS = ("position_ids", "inputs_embeds", *CACHE_NAMES, "tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
-class PrimeV2ArmGenerationMixin(GenerationMixin):
+class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
     """The `generate` of `PrimeV2ForCausalLM`, called as that of the other families is."""
 
     @torch.no_grad()
@@ -91,6 +92,23 @@ class PrimeV2ArmGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, int]:
+        """All targets in one pass: each after the tokens of the text before it."""
+        tokens = next_tokens(ids, hidden, start_token_id(self.config))
+        hidden_states = self.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
+        proposed, _ = propose(self, hidden_states)
+        wrong = torch.zeros_like(ids[:, 0]).index_add_(0, tokens.rows, (proposed != tokens.ids).long())
+        return wrong == 0, hidden, 1
+
+    def check_targets(self, real: Tensor, targets: Tensor) -> None:
+        """ValueError unless the targets of each row are its last tokens."""
+        broken = (real & ~targets & (targets.cumsum(1) > 0)).any(1)
+        if broken.any():
+            raise ValueError(
+                f"row {int(broken.nonzero()[0])} has targets followed by given tokens, but an autoregressive model "
+                f"decodes left to right and cannot fill in; let the targets be the last tokens of the row"
+            )
 
 
 def refuse_filling_in(suffix_ids: Tensor | None, max_denoising_steps: int | None) -> None:
@@ -172,7 +190,8 @@ def lengths_to_feed(sources: list[dict], width: int, added: int, limit: int) -> 
     """
     lengths = [{name: each.get(name) for name in ("max_new_tokens", "max_length")} for each in sources]
     given = next((each for each in lengths if any(value is not None for value in each.values())), {})
-    count = num_new_tokens(PrimeV2GenerationConfig(**given), width, 0, limit, False)
+    checked = PrimeV2GenerationConfig(**given)
+    count = num_new_tokens(checked.max_new_tokens, checked.max_length, width, 0, limit)
     least = _first(sources, "min_length")
     return {"max_new_tokens": count, "max_length": None} | ({"min_length": least + added} if least else {})
 
@@ -221,7 +240,7 @@ def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | N
     empty = ~real.any(1)
     if ids.shape[1] and empty.any():
         raise ValueError(
-            f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row, or generate without a "
+            f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row, or generate without a "
             f"prompt by input_ids=None"
         )
     check_ids(ids[real], model.config.vocab_size, "and an autoregressive model fills in no mask tokens")

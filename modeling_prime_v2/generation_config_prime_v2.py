@@ -1,6 +1,7 @@
 """Options of `generate`: their defaults, their validation, and how those of a call, a model and a file combine."""
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -15,7 +16,13 @@ from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
 from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
 
 # What an option is when neither the call, nor its generation_config, nor the model's sets it.
-DEFAULTS = {"max_new_tokens": 256, "max_denoising_steps": 256, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
+DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 256,
+    "max_denoising_steps": 256,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+}
 # And the values that change nothing.
 SAMPLING_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "seed": None, "num_return_sequences": 1}
 SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
@@ -136,6 +143,28 @@ class PrimeV2GenerationConfig(GenerationConfig):
         raise NotImplementedError("PrimeV2Config holds no generation options; use PrimeV2GenerationConfig()")
 
 
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options of one call of `generate`, resolved by `merge_options`; meanings as of `PrimeV2GenerationConfig`.
+
+    max_new_tokens and max_length stay None where they are not given, see `num_new_tokens`.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    max_denoising_steps: int = DEFAULTS["max_denoising_steps"]
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_return_sequences: int = 1
+    use_cache: bool = True
+    return_dict_in_generate: bool = False
+    bos_token_id: int | None = None
+    pad_token_id: int = 0
+    eos_token_id: tuple[int, ...] = ()
+
+
 @cache
 def idle_options() -> dict[str, Any]:
     """The options of autoregressive generation that this package's `generate` has not, each with what changes nothing.
@@ -153,7 +182,7 @@ def _is(value: Any, idle: Any) -> bool:
     return isinstance(value, bool | np.bool_) == isinstance(idle, bool) and bool(np.all(value == idle))
 
 
-def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> PrimeV2GenerationConfig:
+def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> GenerationOptions:
     """Options of a call: keywords, else `generation_config`, else the model's, else its config's, else `DEFAULTS`."""
     known = [*OPTIONS, *arguments_of(model.generate), *idle_options(), *METADATA]
     # Values that mean nothing, of arguments of Transformers' own generate.
@@ -168,18 +197,16 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
             given = {k: v for k, v in config.to_dict().items() if v is not None and k not in METADATA}
             _override(merged, given)
     _override(merged, kwargs)
-    options = PrimeV2GenerationConfig(**merged)
-    for name in ("max_denoising_steps", "do_sample", "temperature", "top_p"):
-        if getattr(options, name) is None:
-            setattr(options, name, DEFAULTS[name])
-    if options.seed is None and options.do_sample:
-        options.seed = int(torch.randint(2**62, ()))
+    checked = PrimeV2GenerationConfig(**merged)
+    given = {name: value for name in OPTIONS if (value := getattr(checked, name)) is not None}
     for name in SPECIAL_TOKENS:
-        special_ids(name, getattr(options, name), model.config.vocab_size)
-    options.eos_token_id = special_ids("eos_token_id", options.eos_token_id)
-    if options.pad_token_id is None and options.eos_token_id:
-        options.pad_token_id = options.eos_token_id[0]
-    return options
+        special_ids(name, given.get(name), model.config.vocab_size)
+    given["eos_token_id"] = tuple(special_ids("eos_token_id", given.get("eos_token_id")))
+    if given["eos_token_id"]:
+        given.setdefault("pad_token_id", given["eos_token_id"][0])
+    if given.get("do_sample", True) and "seed" not in given:
+        given["seed"] = int(torch.randint(2**62, ()))
+    return GenerationOptions(**given)
 
 
 def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[int]:
@@ -209,4 +236,4 @@ def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
     merged.update(given)
 
 
-__all__ = ["SPECIAL_TOKENS", "PrimeV2GenerationConfig", "merge_options", "special_ids"]
+__all__ = ["SPECIAL_TOKENS", "GenerationOptions", "PrimeV2GenerationConfig", "merge_options", "special_ids"]

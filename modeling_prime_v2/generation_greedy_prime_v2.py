@@ -1,9 +1,4 @@
-"""The deterministic decode, `generate(do_sample=False)`: the most confident tokens first, and whether it gives a text.
-
-Each pass, every hidden token proposes its most probable id, and the proposals of highest probability are revealed, as
-many as spread the hidden tokens evenly over the steps: confidence order of MaskGIT (arXiv:2202.04200, sec. 3.2,
-without its noise and with equal steps), low-confidence remasking of LLaDA (arXiv:2502.09992, sec. 2.4, in one block).
-"""
+"""The deterministic decode, `generate(do_sample=False)`: proposals of highest probability, and `greedy_matches`."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,35 +8,9 @@ from torch import Tensor
 
 from .backbone_prime_v2 import evaluating
 from .code_table_prime_v2 import check_ids
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_process_prime_v2 import DRAW_ELEMENTS, Canvas, DenoisingProcess, to_probabilities
+from .generation_process_prime_v2 import DRAW_ELEMENTS, to_probabilities
 from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
-
-
-class GreedyProcess(DenoisingProcess):
-    """Deterministic decode of whole tokens, whatever the config's reveal_order, in N passes a row (`generate`).
-
-    N = min(max_denoising_steps, hidden tokens of the row). With r hidden and p passes left, a pass reveals ceil(r/p).
-    A logits processor is called for every hidden token in every pass; what it gives decides id and confidence.
-    """
-
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
-        self.passes_left = canvas.fillable.sum(1).clamp(max=int(options.max_denoising_steps or 1)).tolist()
-
-    def run_pass(self, rows: list[int]) -> None:
-        canvas = self.canvas
-        picked = torch.tensor(rows, device=canvas.ids.device)
-        hidden = self.hidden()[picked]  # (R, T)
-        ids, confidence = torch.zeros_like(canvas.ids[picked]), torch.full_like(hidden, -1.0, dtype=torch.double)
-        for at, columns, logits in self.scores(picked, hidden):
-            ids[at, columns], confidence[at, columns] = proposals(logits)
-        passes_left = torch.tensor([self.passes_left[row] for row in rows], device=ids.device)
-        quota = (hidden.sum(1) + passes_left - 1) // passes_left
-        revealed = most_confident(confidence, quota)
-        canvas.ids[picked] = torch.where(revealed, ids, canvas.ids[picked])
-        canvas.states[picked] = self.model.encode(canvas.ids[picked])
-        self._tick("sampling")
+from .validation_inputs_prime_v2 import scoring_inputs
 
 
 def proposals(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +20,14 @@ def proposals(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     confidence, ids = to_probabilities(logits).max(-1)
     return ids, confidence
+
+
+def propose(model: Any, hidden_states: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:
+    """`proposals` of N tokens from their hidden states (N, D), in pieces; states: what `token_logits` takes too."""
+    chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
+    pieces = zip(*(each.split(chunk) for each in (hidden_states, *states)), strict=True)
+    ids, confidence = zip(*(proposals(model.token_logits(*piece)) for piece in pieces), strict=True)
+    return torch.cat(ids), torch.cat(confidence)
 
 
 def most_confident(confidence: Tensor, count: Tensor) -> Tensor:
@@ -69,6 +46,28 @@ class PrimeV2GreedyMatches(NamedTuple):
     num_forward: Tensor
 
 
+class PrimeV2GreedyMixin:
+    """`greedy_matches` of a model of any family, which sets `reveal_targets`."""
+
+    def greedy_matches(self: Any, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
+        """Whether the deterministic decode gives exactly the targets: see generation_greedy_prime_v2.py."""
+        ids, mask, target, options = scoring_inputs(
+            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
+        )
+        return greedy_matches(self, ids, mask, target, **options)
+
+    def reveal_targets(self, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Decode some or all hidden targets of R rows of true ids; hidden and real, no padding, (R, L) bool.
+
+        Returns whether those that were decoded are right, (R,) bool, which they are, (R, L) bool, and the rows of the
+        network that it took for each, an int or (R,).
+        """
+        raise NotImplementedError
+
+    def check_targets(self, real: Tensor, targets: Tensor) -> None:
+        """ValueError for targets (B, L) bool that the decode cannot fill in; real (B, L) bool, no padding."""
+
+
 @torch.no_grad()
 def greedy_matches(
     model: Any,
@@ -77,32 +76,36 @@ def greedy_matches(
     target_mask: Tensor,
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> PrimeV2GreedyMatches:
-    """Whether the deterministic decode, one token a pass, fills hidden targets in with exactly the ids that they have.
+    """Whether the deterministic decode fills hidden targets in with exactly the ids that they have.
 
     input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
     target_mask (B, L) bool, tokens that are hidden at the start (padding is none). The number of tokens is known, so
     EOS is a token like others. The same as `generate` with do_sample=False, mask tokens in place of the targets and
-    no fewer steps than targets.
+    no fewer steps than targets; for an autoregressive model the targets are the last tokens of each row.
 
-    Until a row reveals a wrong token its state is the targets themselves, partly hidden; then it is dropped. So a row
-    costs one pass more than it has right tokens in order of confidence, and all its targets if it matches. A row
-    without targets matches, at no cost. Rows of like length share a pass of up to `tokens_per_pass` tokens.
+    A row without targets matches, at no cost. Masked diffusion: one target a pass; until a row reveals a wrong token
+    its state is the targets themselves, partly hidden; then it is dropped. So a row costs one pass more than it has
+    right tokens in order of confidence, and all its targets if it matches. Autoregressive and interpolating models:
+    one pass, each target given those before it. Uniform-state diffusion, which revises tokens until its last pass:
+    as many passes as targets. Rows of like length share a pass of up to `tokens_per_pass` tokens.
 
-    Equal probabilities are decided by id and position alone, the same in every batch. Unequal ones that differ by
+    Equal probabilities are decided by id and position only, the same in every batch. Unequal ones that differ by
     less than the network's rounding, coarse in bfloat16, may be ordered otherwise in a batch of another shape: run
-    equal batches where results are compared. Raises ValueError for bad shapes, ids out of range, logits not finite.
+    equal batches where results are compared.
+    Raises ValueError for bad shapes, ids out of range, over-long texts, logits not finite.
     """
     texts = Texts(model, input_ids, attention_mask, target_mask)
     num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
     with evaluating(model):
         going = texts.with_targets(texts.longest_first)
         while going:
-            right = []
             for rows in texts.batches(going, tokens_per_pass):
-                num_forward[rows] += 1
-                matches[rows] = texts.reveal_one(rows)
-                right += [row for row in rows if matches[row]]
-            going = texts.with_targets(right)
+                ids, hidden, real = texts.padded(rows)
+                right, revealed, passes = model.reveal_targets(ids, hidden, real)
+                texts.reveal(rows, revealed)
+                num_forward[rows] += passes
+                matches[rows] = right.cpu()
+            going = texts.with_targets([row for row in going if matches[row]])
     return PrimeV2GreedyMatches(matches, num_forward)
 
 
@@ -117,8 +120,9 @@ class Texts:
         real = real.bool()
         check_ids(input_ids[real], model.config.vocab_size, "and a text to compare with has no mask token")
         hidden = real & target_mask.to(real.device).bool()
+        model.check_targets(real, hidden)
         order = real.int().argsort(dim=1, descending=True, stable=True)
-        self.model, self.lengths = model, real.sum(1).tolist()
+        self.lengths = real.sum(1).tolist()
         self.ids = input_ids.masked_fill(~real, 0).long().gather(1, order).to(model.device)
         self.hidden = hidden.gather(1, order).to(model.device)
         self.longest_first = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
@@ -136,25 +140,16 @@ class Texts:
             yield rows[start:stop]
             start = stop
 
-    def reveal_one(self, rows: list[int]) -> Tensor:
-        """One pass, revealing the most confident target of each row; whether it is right, (R,) bool on the CPU."""
-        model, device = self.model, self.ids.device
-        picked, width = torch.tensor(rows, device=device), self.lengths[rows[0]]
-        lengths = torch.tensor([self.lengths[row] for row in rows], device=device)
-        ids, hidden = self.ids[picked, :width], self.hidden[picked, :width]
-        real = torch.arange(width, device=device) < lengths.unsqueeze(1)
-        states = model.encode(ids.masked_fill(hidden, model.config.mask_token_id))
-        mask = None if real.all() else real.long()
-        hidden_states = model.model(states, attention_mask=mask).last_hidden_state
-        at, columns = hidden.nonzero(as_tuple=True)
-        proposed, confidence = torch.zeros_like(ids), torch.full_like(ids, -1.0, dtype=torch.double)
-        chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
-        for where in zip(at.split(chunk), columns.split(chunk), strict=True):
-            logits = model.token_logits(hidden_states[where], states[where])
-            proposed[where], confidence[where] = proposals(logits)
-        chosen = most_confident(confidence, torch.ones_like(lengths))
-        self.hidden[picked, :width] = hidden & ~chosen
-        return (ids == proposed)[chosen].cpu()
+    def padded(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, hidden, real) of the rows, (R, L) each, L being the length of the first, the longest."""
+        width = self.lengths[rows[0]]
+        lengths = torch.tensor([self.lengths[row] for row in rows], device=self.ids.device)
+        real = torch.arange(width, device=self.ids.device) < lengths.unsqueeze(1)
+        return self.ids[rows, :width], self.hidden[rows, :width], real
+
+    def reveal(self, rows: list[int], revealed: Tensor) -> None:
+        """Take the targets `revealed` (R, L) bool for known."""
+        self.hidden[rows, : revealed.shape[1]] &= ~revealed
 
 
-__all__ = ["GreedyProcess", "PrimeV2GreedyMatches", "greedy_matches"]
+__all__ = ["PrimeV2GreedyMatches", "PrimeV2GreedyMixin", "greedy_matches", "most_confident", "propose"]

@@ -10,8 +10,6 @@ The deterministic decode (do_sample=False) has no diffusion: every token left to
 order of the "chain" likelihood, so one pass with the targets in place tells what it would give (`greedy_matches`).
 """
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,19 +17,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .backbone_prime_v2 import evaluating
 from .diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_inputs
 from .diffusion_prime_v2 import RevealOrder
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
-from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, draw_schedule, row_keys
-from .generation_process_prime_v2 import (
-    DRAW_ELEMENTS,
-    Canvas,
-    DenoisingProcess,
-    to_probabilities,
-)
-from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
+from .generation_config_prime_v2 import GenerationOptions
+from .generation_greedy_prime_v2 import proposals, propose
+from .generation_prime_v2 import PrimeV2GenerationMixin, draw_schedule
+from .generation_process_prime_v2 import Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import check_length
 
@@ -46,9 +37,27 @@ class PrimeV2InterpolatingGenerationMixin(PrimeV2GenerationMixin):
         in every pass: the same samples, up to the network's rounding, for more time and less memory.
     """
 
-    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
         return InterpolatingProcess(self, options, canvas, processors)
+
+    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, int]:
+        """All targets in one pass: each is predicted with the targets before it in place, as the decode has them."""
+        check_length(ids, None, self.config)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        text = ScoredTexts(ids, real & ~hidden, hidden, positions, self.config.mask_token_id)
+        inputs = sequential_inputs(text, hidden.cumsum(1) - 1, torch.zeros_like(ids[:, 0]))
+        hidden_states = self.model(
+            inputs.ids,
+            position_ids=inputs.position_ids,
+            order_ids=inputs.order_ids,
+            visible_until=inputs.visible_until,
+        ).last_hidden_state
+        at, columns = (inputs.target_ids >= 0).nonzero(as_tuple=True)
+        proposed, _ = propose(self, hidden_states[at, columns])
+        right = torch.ones_like(real[:, 0])
+        right[at[proposed != inputs.target_ids[at, columns]]] = False
+        return right, hidden, 1
 
 
 def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -69,16 +78,16 @@ def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) ->
 class InterpolatingProcess(DenoisingProcess):
     """Pass m reveals the tokens that are due in it (`draw_passes`), from what earlier passes revealed."""
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
         if options.do_sample:
-            self.keys = row_keys(canvas, int(options.seed or 0))
-            alpha_0, num_steps = model.config.alpha_0, int(options.max_denoising_steps or 1)
+            self.keys = row_keys(canvas, options.seed)
+            alpha_0, num_steps = model.config.alpha_0, options.max_denoising_steps
         else:
             self.keys, alpha_0, num_steps = torch.zeros_like(canvas.ids[:, 0]), 0.0, 1
         self.passes, self.order_ids = draw_passes(self.keys, canvas, alpha_0, num_steps)
         self.passes_left = (self.passes.amax(1) + 1).tolist()
-        self.cache = None if options.use_cache is False else KnownTokens()
+        self.cache = KnownTokens() if options.use_cache else None
 
     def run_pass(self, rows: list[int]) -> None:
         canvas, options = self.canvas, self.options
@@ -86,10 +95,9 @@ class InterpolatingProcess(DenoisingProcess):
         due = self.passes[picked] == self.num_forward[rows[0]]  # as many passes for all rows that are not done
         for at, columns, logits in self.scores(picked, due):
             if options.do_sample:
-                probabilities = to_probabilities(logits, options.temperature or 1.0, options.top_p or 1.0)
                 places = canvas.position_ids[picked[at], columns]
                 draws = uniforms(self.keys[picked[at]], Stream.INTERPOLATING_TOKEN, places)
-                ids = draw_by_inverse_cdf(probabilities, draws)
+                ids = draw_by_inverse_cdf(self.probabilities(logits), draws)
             else:
                 ids = proposals(logits)[0]
             canvas.ids[picked[at], columns] = ids
@@ -98,28 +106,8 @@ class InterpolatingProcess(DenoisingProcess):
         super().finish_next(row)
         self.passes[row].clamp_(max=self.num_forward[row])
 
-    def scores(self, picked: Tensor, target_mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One pass over the rows `picked` (R,): logits (M, V) of the tokens of `target_mask` (R, T) bool, in pieces.
-
-        Yields (numbers within `picked` (M,), columns (M,), logits after logits processors).
-        """
-        hidden_states = self.query_states(picked, target_mask)  # (M, D)
-        at, columns = target_mask.nonzero(as_tuple=True)
-        processors: Any = self.processors
-        known = self._known_ids(picked) if processors else None
-        chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
-        for start in range(0, len(at), chunk):
-            part = slice(start, start + chunk)
-            logits = self.model.token_logits(hidden_states[part])
-            self._tick("network")
-            if known is not None:
-                logits = processors(known[at[part]], logits)
-            yield at[part], columns[part], logits
-            self._tick("sampling")
-
-    def query_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
-        """Hidden states (M, D) of queries for the tokens of `target_mask` (R, T) bool of the rows `picked` (R,)."""
-        self._last = time.perf_counter()
+    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
+        """Those of the queries for the targets, (M, D)."""
         canvas, mask_id = self.canvas, self.model.config.mask_token_id
         passes, number = self.passes[picked], self.num_forward[int(picked[0])]
         known = canvas.real[picked] & (passes < number)
@@ -138,9 +126,7 @@ class InterpolatingProcess(DenoisingProcess):
         hidden_states = self.model.model(
             ids, position_ids=position_ids, order_ids=order_ids, visible_until=visible_until, cache=layers
         ).last_hidden_state
-        hidden_states = hidden_states[:, tokens.shape[1] :][is_query]
-        self._tick("network")
-        return hidden_states
+        return hidden_states[:, tokens.shape[1] :][is_query]
 
 
 class KnownTokens:
@@ -170,56 +156,4 @@ class KnownTokens:
         return order_ids, self.layers
 
 
-@torch.no_grad()
-def greedy_matches(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    target_mask: Tensor,
-    tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2GreedyMatches:
-    """Whether the deterministic decode fills hidden targets in with exactly the ids that they have.
-
-    input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
-    target_mask (B, L) bool, tokens that are hidden at the start (padding is none). The number of tokens is known, so
-    EOS is a token like others. The same as `generate` with do_sample=False and mask tokens in place of the targets.
-
-    One row of the network a text, none for a text without targets: each target is predicted with the targets before
-    it in place, as the decode has them unless it was wrong before. Rows of like length share a pass of up to
-    `tokens_per_pass` tokens. Equal probabilities fall to the lowest id; unequal ones that differ by less than the
-    network's rounding may be ordered otherwise in a batch of another shape. Raises ValueError for bad shapes, ids out
-    of range, over-long texts, logits not finite.
-    """
-    texts = Texts(model, input_ids, attention_mask, target_mask)
-    num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
-    with evaluating(model):
-        for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
-            num_forward[rows] = 1
-            matches[rows] = _rows_match(model, texts, rows)
-    return PrimeV2GreedyMatches(matches, num_forward)
-
-
-def _rows_match(model: Any, texts: Texts, rows: list[int]) -> Tensor:
-    """Whether every target of the `rows` is the most probable id where it stands, (R,) bool on the CPU."""
-    device, width = texts.ids.device, texts.lengths[rows[0]]
-    picked = torch.tensor(rows, device=device)
-    lengths = torch.tensor([texts.lengths[row] for row in rows], device=device)
-    positions = torch.arange(width, device=device).expand(len(rows), -1)
-    ids, hidden = texts.ids[picked, :width], texts.hidden[picked, :width]
-    check_length(ids, None, model.config)
-    given = (positions < lengths.unsqueeze(1)) & ~hidden
-    text = ScoredTexts(ids, given, hidden, positions, model.config.mask_token_id)
-    inputs = sequential_inputs(text, hidden.cumsum(1) - 1, torch.zeros_like(lengths))
-    hidden_states = model.model(
-        inputs.ids, position_ids=inputs.position_ids, order_ids=inputs.order_ids, visible_until=inputs.visible_until
-    ).last_hidden_state
-    at, columns = (inputs.target_ids >= 0).nonzero(as_tuple=True)
-    right = torch.ones(len(rows), dtype=torch.bool, device=device)
-    chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
-    for row, column in zip(at.split(chunk), columns.split(chunk), strict=True):
-        proposed = proposals(model.token_logits(hidden_states[row, column]))[0]
-        right[row[proposed != inputs.target_ids[row, column]]] = False
-    return right.cpu()
-
-
-__all__ = ["PrimeV2InterpolatingGenerationMixin", "greedy_matches"]
+__all__ = ["PrimeV2InterpolatingGenerationMixin"]

@@ -1,13 +1,18 @@
-"""`generate`, and sampling: the ancestral reverse process on sub-tokens (do_sample=False: generation_greedy_).
+"""`generate` of masked diffusion: the ancestral reverse process on sub-tokens, and a deterministic decode.
 
 For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each of them
 with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all
 units are drawn first. A step that reveals nothing leaves the state, hence the network's output, as it was: each
-sequence runs the network at its own non-empty steps alone, the same distribution with fewer passes.
+sequence runs the network only at its own non-empty steps, the same distribution with fewer passes.
+
+The deterministic decode (do_sample=False): each pass, every hidden token proposes its most probable id, and the
+proposals of highest probability are revealed, as many as spread the hidden tokens evenly over the steps: confidence
+order of MaskGIT (arXiv:2202.04200, sec. 3.2, without its noise and with equal steps), low-confidence remasking of
+LLaDA (arXiv:2502.09992, sec. 2.4, in one block).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,21 +20,22 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from .backbone_prime_v2 import evaluating
 from .diffusion_prime_v2 import RevealOrder
-from .generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from .generation_greedy_prime_v2 import GreedyProcess
+from .generation_config_prime_v2 import GenerationOptions, merge_options
+from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, most_confident, proposals, propose
 from .generation_process_prime_v2 import (
     Canvas,
     DenoisingProcess,
     DraftStream,
     PrimeV2GenerationOutput,
+    draw_by_inverse_cdf,
     make_canvas,
-    to_probabilities,
+    row_keys,
 )
-from .random_prime_v2 import Stream, hash64, uniforms
+from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
 
-class PrimeV2GenerationMixin:
+class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
     """The `generate` of `PrimeV2ForMaskedDiffusion`, with the names of Transformers' own diffusion language model."""
 
     @torch.no_grad()
@@ -85,10 +91,19 @@ class PrimeV2GenerationMixin:
             process.run(stopping_criteria or [], DraftStream(streamer, canvas))
         return process.output()
 
-    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
         kind = AncestralProcess if options.do_sample else GreedyProcess
         return kind(self, options, canvas, processors)
+
+    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The most confident target of each row: whether it is right, which it is, and its one pass."""
+        states = self.encode(ids.masked_fill(hidden, self.config.mask_token_id))
+        hidden_states = self.model(states, attention_mask=None if real.all() else real.long()).last_hidden_state
+        proposed, confidence = torch.zeros_like(ids), torch.full_like(ids, -1.0, dtype=torch.double)
+        proposed[hidden], confidence[hidden] = propose(self, hidden_states[hidden], states[hidden])
+        chosen = most_confident(confidence, torch.ones_like(ids[:, 0]))
+        return (ids == proposed)[chosen], chosen, 1
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Not called by `generate`, which has a canvas; peft's wrapper of causal models (CAUSAL_LM) asks for it."""
@@ -148,25 +163,48 @@ def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, num_steps: i
     return Schedule(passes, table[:, : max(num_passes)], num_passes)
 
 
-def row_keys(canvas: Canvas, seed: int) -> Tensor:
-    """int64 keys (B,): a hash of the seed, the row's ids and how many equal rows precede it; padding has no part."""
-    hashes = hash64(canvas.position_ids, canvas.ids).masked_fill(~canvas.real, 0)
-    contents = hashes.sum(1)
-    ordered, index = contents.sort(stable=True)
-    numbers = torch.arange(len(contents), device=contents.device)
-    starts = torch.where(ordered.diff(prepend=ordered[:1] - 1) != 0, numbers, 0).cummax(0).values
-    occurrence = torch.empty_like(numbers).scatter_(0, index, numbers - starts)
-    return hash64(seed, Stream.ROW, contents, occurrence)
+class MaskedProcess(DenoisingProcess):
+    """A process of masked diffusion; states (B, T, S) int64, base = masked."""
+
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
+        super().__init__(model, options, canvas, processors)
+        self.states = model.encode(canvas.ids)
+
+    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
+        return self.model.model(
+            self.states[picked],
+            attention_mask=self.padding_mask(picked),
+            position_ids=self.canvas.position_ids[picked],
+            target_mask=target_mask,
+        ).last_hidden_state
+
+    def digits(self) -> Tensor:
+        return self.states if self.states.shape[2] > 1 else super().digits()
+
+    def logits(self, hidden_states: Tensor, rows: Tensor, columns: Tensor, context: Tensor | None) -> Tensor:
+        """After the carry-over filter too: what it or a processor excludes is -inf (see `generate`)."""
+        states, table = self.states[rows, columns], self.model.code_table  # (M, S)
+        logits = self.model.token_logits(hidden_states, states)
+        self._tick("network")
+        if context is None and self.model.config.carry_over:
+            return logits
+        consistent = table.consistent(states)
+        logits = logits.masked_fill(~consistent, -torch.inf)
+        if context is None:
+            return logits
+        scores = cast(Any, self.processors)(context, logits.clone()).masked_fill(~consistent, -torch.inf)
+        overruled = (scores == -torch.inf).all(1) & (states != table.base).any(1)
+        return torch.where(overruled.unsqueeze(1), logits, scores)
 
 
-class AncestralProcess(DenoisingProcess):
+class AncestralProcess(MaskedProcess):
     """Sampling: pass m serves the m-th non-empty step of every row that has one (`generate`)."""
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
         self.order = RevealOrder.from_config(model.config)
-        self.keys = row_keys(canvas, int(options.seed or 0))
-        self.schedule = draw_schedule(self.keys, canvas, self.order, int(options.max_denoising_steps or 1))
+        self.keys = row_keys(canvas, options.seed)
+        self.schedule = draw_schedule(self.keys, canvas, self.order, options.max_denoising_steps)
         self.passes_left = list(self.schedule.num_passes)
 
     def run_pass(self, rows: list[int]) -> None:
@@ -183,29 +221,41 @@ class AncestralProcess(DenoisingProcess):
     def _reveal(self, number: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
         """Draw x_i ~ q_i for the positions (rows, columns) (M,) and reveal the digits that fall due in this pass."""
         canvas, table, passes = self.canvas, self.model.code_table, self.schedule.passes[rows, columns]  # (M, U)
-        states = canvas.states[rows, columns]  # (M, S)
-        probabilities = to_probabilities(logits, self.options.temperature or 1.0, self.options.top_p or 1.0)
+        states = self.states[rows, columns]  # (M, S)
         draws = uniforms(
             self.keys[rows], Stream.TOKEN, canvas.position_ids[rows, columns], self.schedule.steps[rows, number]
         )
-        ids = draw_by_inverse_cdf(probabilities, draws)
+        ids = draw_by_inverse_cdf(self.probabilities(logits), draws)
         due = self.order.visible_digits(passes > number) & (states == table.base)
-        canvas.states[rows, columns] = torch.where(due, table.codes[ids], states)
+        self.states[rows, columns] = torch.where(due, table.codes[ids], states)
         whole = (passes <= number).all(-1)
         canvas.ids[rows, columns] = torch.where(whole, ids, self.model.config.mask_token_id)
 
 
-def draw_by_inverse_cdf(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """Token ids (M,): the first whose cumulative probability exceeds draw x total.
+class GreedyProcess(MaskedProcess):
+    """Deterministic decode of whole tokens, whatever the config's reveal_order, in N passes a row (`generate`).
 
-    probabilities (M, V) float64, not necessarily normalised; draws (M,) float64 in (0, 1). Rounding of the cumulative
-    sum, which on accelerators need not rise, can point at a token of probability 0: the likeliest replaces it.
+    N = min(max_denoising_steps, hidden tokens of the row). With r hidden and p passes left, a pass reveals ceil(r/p).
+    A logits processor is called for every hidden token in every pass; what it gives decides id and confidence.
     """
-    cumulative = probabilities.cumsum(-1)
-    ids = torch.searchsorted(cumulative, draws.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    ids = ids.clamp(max=probabilities.shape[-1] - 1)
-    possible = probabilities.gather(-1, ids) > 0
-    return torch.where(possible, ids, probabilities.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
+        super().__init__(model, options, canvas, processors)
+        self.passes_left = canvas.fillable.sum(1).clamp(max=options.max_denoising_steps).tolist()
+
+    def run_pass(self, rows: list[int]) -> None:
+        canvas = self.canvas
+        picked = torch.tensor(rows, device=canvas.ids.device)
+        hidden = self.hidden()[picked]  # (R, T)
+        ids, confidence = torch.zeros_like(canvas.ids[picked]), torch.full_like(hidden, -1.0, dtype=torch.double)
+        for at, columns, logits in self.scores(picked, hidden):
+            ids[at, columns], confidence[at, columns] = proposals(logits)
+        passes_left = torch.tensor([self.passes_left[row] for row in rows], device=ids.device)
+        quota = (hidden.sum(1) + passes_left - 1) // passes_left
+        revealed = most_confident(confidence, quota)
+        canvas.ids[picked] = torch.where(revealed, ids, canvas.ids[picked])
+        self.states[picked] = self.model.encode(canvas.ids[picked])
+        self._tick("sampling")
 
 
-__all__ = ["PrimeV2GenerationConfig", "PrimeV2GenerationMixin", "PrimeV2GenerationOutput"]
+__all__ = ["PrimeV2GenerationMixin", "draw_schedule"]

@@ -1,9 +1,9 @@
-"""What both ways of `generate` share: the canvas that is filled, passes of the network over it, and the result."""
+"""What the processes of `generate` share: the canvas that they fill, passes of the network over it, the result."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .code_table_prime_v2 import check_ids
-from .generation_config_prime_v2 import DEFAULTS, PrimeV2GenerationConfig
+from .generation_config_prime_v2 import DEFAULTS, GenerationOptions
+from .random_prime_v2 import Stream, hash64
 from .validation_inputs_prime_v2 import check_mask
 
 DRAW_ELEMENTS = 2**23  # positions x V of float64 that are decided at once, 64 MiB
@@ -37,13 +38,12 @@ class PrimeV2GenerationOutput(ModelOutput):
 class Canvas:
     """B sequences of prompt + new + suffix, T columns, as far as they are known.
 
-    ids (B, T) int64: V (the mask id) where a token is not fully known, 0 for padding; states (B, T, S) int64, base =
-    masked; real (B, T) bool, False for padding; position_ids (B, T) int64; fillable (B, T) bool: tokens to be
-    generated; given (B, T): ids as they came, for padding; new: the columns of the new tokens.
+    ids (B, T) int64: V (the mask id) where a token is not fully known, 0 for padding; real (B, T) bool, False for
+    padding; position_ids (B, T) int64; fillable (B, T) bool: tokens to be generated; given (B, T): ids as they came,
+    for padding; new: the columns of the new tokens.
     """
 
     ids: Tensor
-    states: Tensor
     real: Tensor
     position_ids: Tensor
     fillable: Tensor
@@ -56,7 +56,7 @@ def make_canvas(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     suffix_ids: Tensor | None,
-    options: PrimeV2GenerationConfig,
+    options: GenerationOptions,
 ) -> Canvas:
     """Lay out prompt + new + suffix on the model's device, `num_return_sequences` times each row, one after another.
 
@@ -79,7 +79,7 @@ def make_canvas(
     suffix = prompt.new_empty(len(prompt), 0) if suffix_ids is None else suffix_ids.to(device)
     parts = [prompt, suffix]
     real = _real_tokens(parts, attention_mask)
-    copies = int(options.num_return_sequences or 1)
+    copies = options.num_return_sequences
     if copies > 1:
         parts, real = ([each.repeat_interleave(copies, dim=0) for each in several] for several in (parts, real))
         prompt, suffix = parts
@@ -87,14 +87,15 @@ def make_canvas(
         check_ids(part[kept], mask_id + 1, f"the mask token {mask_id} included")
     masked = any(bool((part[kept] == mask_id).any()) for part, kept in zip(parts, real, strict=True))
     width = prompt.shape[1]
-    count = num_new_tokens(options, width, suffix.shape[1], config.max_position_embeddings, masked)
+    lengths = options.max_new_tokens, options.max_length
+    count = num_new_tokens(*lengths, width, suffix.shape[1], config.max_position_embeddings, masked)
     blank = torch.full((len(prompt), count), mask_id, device=device)
     given = torch.cat([prompt.long(), blank, suffix.long()], dim=1)
     real_columns = torch.cat([real[0], torch.ones_like(blank, dtype=torch.bool), real[1]], dim=1)
     ids = given.masked_fill(~real_columns, 0)
     position_ids = (real_columns.long().cumsum(1) - 1).clamp(min=0)
     fillable = real_columns & (ids == mask_id)
-    return Canvas(ids, model.encode(ids), real_columns, position_ids, fillable, given, slice(width, width + count))
+    return Canvas(ids, real_columns, position_ids, fillable, given, slice(width, width + count))
 
 
 def _real_tokens(parts: list[Tensor], attention_mask: Tensor | None) -> list[Tensor]:
@@ -113,27 +114,29 @@ def _real_tokens(parts: list[Tensor], attention_mask: Tensor | None) -> list[Ten
     empty = ~mask[:, :width].any(1)
     if width and empty.any():
         raise ValueError(
-            f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row, or generate without a "
+            f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row, or generate without a "
             f"prompt by input_ids=None"
         )
     return [mask[:, :width], mask[:, width:] if mask.shape[1] > width else real[1]]
 
 
-def num_new_tokens(options: PrimeV2GenerationConfig, prompt: int, suffix: int, limit: int, masked: bool) -> int:
+def num_new_tokens(
+    max_new_tokens: int | None, max_length: int | None, prompt: int, suffix: int, limit: int, masked: bool = False
+) -> int:
     """How many tokens to append to a prompt; 0 only if there are masked tokens to fill and max_length asks for it."""
     room = limit - prompt - suffix
     least = 0 if masked else 1
-    if options.max_new_tokens is not None:
-        count, name = options.max_new_tokens, "max_new_tokens"
-    elif options.max_length is not None:
-        count, name = options.max_length - prompt - suffix, "max_length"
+    if max_new_tokens is not None:
+        count, name = max_new_tokens, "max_new_tokens"
+    elif max_length is not None:
+        count, name = max_length - prompt - suffix, "max_length"
         if count < least:
             raise ValueError(
-                f"max_length={options.max_length} leaves no room for new tokens beside a prompt of {prompt} and a "
+                f"max_length={max_length} leaves no room for new tokens beside a prompt of {prompt} and a "
                 f"suffix of {suffix}; use max_length={min(limit, prompt + suffix + DEFAULTS['max_new_tokens'])}"
             )
     else:
-        count, name = max(1, min(int(DEFAULTS["max_new_tokens"]), room)), "max_new_tokens"
+        count, name = max(1, min(DEFAULTS["max_new_tokens"], room)), "max_new_tokens"
     if count > room:
         if room < 1:
             advice = f"cut the prompt or the suffix to {limit - 1} tokens together"
@@ -152,7 +155,7 @@ class DenoisingProcess:
     A subclass sets `passes_left` (B), how many passes each row takes, and says in `run_pass` what one reveals.
     """
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         self.model, self.options, self.canvas = model, options, canvas
         self.processors = LogitsProcessorList(processors if isinstance(processors, (list, tuple)) else [processors])
         self.num_forward = [0] * len(canvas.ids)
@@ -162,13 +165,13 @@ class DenoisingProcess:
     def run(self, criteria: Any, stream: "DraftStream") -> None:
         """Pass after pass over the rows that have one left, until none has."""
         criteria = StoppingCriteriaList(criteria if isinstance(criteria, (list, tuple)) else [criteria])
-        stream.start(self.canvas)
+        stream.start(self.canvas.ids, self.digits())
         while rows := [row for row, passes in enumerate(self.passes_left) if passes > 0]:
             self.run_pass(rows)
             for row in rows:
                 self.num_forward[row] += 1
                 self.passes_left[row] -= 1
-            stream.draft(self.canvas)
+            stream.draft(self.canvas.ids, self.digits())
             if self.options.eos_token_id:
                 for row in self._decided().nonzero().flatten().tolist():
                     self.passes_left[row] = 0
@@ -191,34 +194,45 @@ class DenoisingProcess:
         """Tokens (B, T) bool that are not fully known."""
         return self.canvas.ids == self.model.config.mask_token_id
 
+    def digits(self) -> Tensor:
+        """What is known of each token's digits, (B, T, S) int64: a whole token is its only digit."""
+        return self.canvas.ids.unsqueeze(2)
+
     def scores(self, picked: Tensor, target_mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One pass over the rows `picked` (R,): logits (M, V) of the tokens of `target_mask` (R, T) bool, in pieces.
 
-        Yields (numbers within `picked` (M,), columns (M,), logits after carry-over filter and logits processors).
+        Yields (numbers within `picked` (M,), columns (M,), logits after the logits processors).
         """
-        canvas, table = self.canvas, self.model.code_table
         self._last = time.perf_counter()
-        mask = None if canvas.real.all() else canvas.real[picked].long()
-        hidden_states = self.model.model(
-            canvas.states[picked],
-            attention_mask=mask,
-            position_ids=canvas.position_ids[picked],
-            target_mask=target_mask,
-        ).last_hidden_state  # (M, D)
+        hidden_states = self.hidden_states(picked, target_mask)
         at, columns = target_mask.nonzero(as_tuple=True)
         self._tick("network")
         known = self._known_ids(picked) if self.processors else None
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
         for start in range(0, len(at), chunk):
             part = slice(start, start + chunk)
-            states = canvas.states[picked[at[part]], columns[part]]  # (M, S)
-            logits = self.model.token_logits(hidden_states[part], states)  # (M, V)
-            self._tick("network")
             context = None if known is None else known[at[part]]
-            if context is not None or not self.model.config.carry_over:
-                logits = _process(logits, table.consistent(states), self.processors, context, table.base, states)
+            logits = self.logits(hidden_states[part], picked[at[part]], columns[part], context)
             yield at[part], columns[part], logits
             self._tick("sampling")
+
+    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
+        """One pass of the network over the rows `picked` (R,): (M, D), of the tokens of `target_mask` (R, T) bool."""
+        raise NotImplementedError
+
+    def logits(self, hidden_states: Tensor, rows: Tensor, columns: Tensor, context: Tensor | None) -> Tensor:
+        """Logits (M, V) at rows and columns (M,), after the logits processors, which are given `context` (M, T)."""
+        logits = self.model.token_logits(hidden_states)
+        self._tick("network")
+        return logits if context is None else cast(Any, self.processors)(context, logits)
+
+    def padding_mask(self, picked: Tensor) -> Tensor | None:
+        """The attention mask of the rows `picked`, (R, T) int64; None where no row has padding."""
+        return None if self.canvas.real.all() else self.canvas.real[picked].long()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (M, V) to float64 probabilities (M, V) at the call's temperature and top_p."""
+        return to_probabilities(logits, self.options.temperature, self.options.top_p)
 
     def _known_ids(self, picked: Tensor) -> Tensor:
         """Ids (R, T) for the logits processors: a token not known copies a known neighbour, see `generate`."""
@@ -254,7 +268,7 @@ class DenoisingProcess:
     def result(self) -> tuple[Tensor, Tensor]:
         """Token ids (B, T), padded after EOS, padding of the input as it came; and tokens generated (B,)."""
         canvas, kept = self.canvas, self._kept()
-        ids = torch.where(canvas.real, canvas.ids, canvas.given).masked_fill(~kept, self.options.pad_token_id or 0)
+        ids = torch.where(canvas.real, canvas.ids, canvas.given).masked_fill(~kept, self.options.pad_token_id)
         return ids, (canvas.fillable & kept).sum(1)
 
     def output(self) -> Tensor | PrimeV2GenerationOutput:
@@ -266,23 +280,6 @@ class DenoisingProcess:
         return PrimeV2GenerationOutput(
             ids, num_forward, self.seconds["network"], self.seconds["sampling"], per_forward
         )
-
-
-def _process(
-    logits: Tensor,
-    consistent: Tensor,
-    processors: Any,
-    context: Tensor | None,
-    base: int,
-    states: Tensor,
-) -> Tensor:
-    """Carry-over filter and logits processors: (M, V) to (M, V); what they exclude is -inf (see `generate`)."""
-    logits = logits.masked_fill(~consistent, -torch.inf)
-    if context is None:
-        return logits
-    scores = processors(context, logits.clone()).masked_fill(~consistent, -torch.inf)
-    overruled = (scores == -torch.inf).all(1) & (states != base).any(1)
-    return torch.where(overruled.unsqueeze(1), logits, scores)
 
 
 def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
@@ -305,6 +302,34 @@ def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.
     return probabilities
 
 
+def draw_by_inverse_cdf(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Token ids (M,): the first whose cumulative probability exceeds draw x total.
+
+    probabilities (M, V) float64, not necessarily normalised; draws (M,) float64 in (0, 1). Rounding of the cumulative
+    sum, which on accelerators need not rise, can point at a token of probability 0: the likeliest replaces it.
+    """
+    cumulative = probabilities.cumsum(-1)
+    ids = torch.searchsorted(cumulative, draws.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    ids = ids.clamp(max=probabilities.shape[-1] - 1)
+    possible = probabilities.gather(-1, ids) > 0
+    return torch.where(possible, ids, probabilities.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def row_keys(canvas: Canvas, seed: int) -> Tensor:
+    """int64 keys (B,): a hash of the seed, the row's ids and how many equal rows precede it; padding has no part."""
+    contents = content_keys(canvas)
+    ordered, index = contents.sort(stable=True)
+    numbers = torch.arange(len(contents), device=contents.device)
+    starts = torch.where(ordered.diff(prepend=ordered[:1] - 1) != 0, numbers, 0).cummax(0).values
+    occurrence = torch.empty_like(numbers).scatter_(0, index, numbers - starts)
+    return hash64(seed, Stream.ROW, contents, occurrence)
+
+
+def content_keys(canvas: Canvas) -> Tensor:
+    """int64 keys (B,): a hash of the row's ids; padding has no part."""
+    return hash64(canvas.position_ids, canvas.ids).masked_fill(~canvas.real, 0).sum(1)
+
+
 class DraftStream:
     """Feeds a streamer, if there is one, with a sequence as it is generated (see `generate`)."""
 
@@ -315,26 +340,21 @@ class DraftStream:
             columns = canvas.real[0].nonzero().squeeze(1)
             self.columns, self.before, self.after = columns, columns[columns < first], columns[columns >= first]
 
-    def start(self, canvas: Canvas) -> None:
+    def start(self, ids: Tensor, digits: Tensor) -> None:
         if self.streamer is not None:
-            self.streamer.put(canvas.ids[:, self.before].cpu())
-            self._put_states(canvas)
+            self.streamer.put(ids[:, self.before].cpu())
+            self._put_states(ids, digits)
 
-    def draft(self, canvas: Canvas) -> None:
-        if self.streamer is not None:
-            self._put_states(canvas)
+    def draft(self, ids: Tensor, digits: Tensor) -> None:
+        self._put_states(ids, digits)
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(canvas.ids[:, self.after].cpu())
+            self.streamer.put_draft(ids[:, self.after].cpu())
 
     def finish(self, ids: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(ids[:, self.after].cpu())
             self.streamer.end()
 
-    def _put_states(self, canvas: Canvas) -> None:
-        if not hasattr(self.streamer, "put_states"):
-            return
-        ids = canvas.ids[:, self.columns].cpu()
-        # Families whose tokens are whole keep no states beside the ids: the token is its only digit.
-        states = canvas.states[:, self.columns].cpu() if canvas.states.shape[2] > 1 else ids.unsqueeze(2)
-        self.streamer.put_states(ids, states)
+    def _put_states(self, ids: Tensor, digits: Tensor) -> None:
+        if hasattr(self.streamer, "put_states"):
+            self.streamer.put_states(ids[:, self.columns].cpu(), digits[:, self.columns].cpu())

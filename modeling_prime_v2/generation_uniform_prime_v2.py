@@ -6,29 +6,26 @@ the bound calls reconstruction does. Every token can change in every step, and a
 so a step that changes nothing needs a pass all the same: each row takes N passes.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backbone_prime_v2 import evaluating
 from .diffusion_uniform_prime_v2 import reverse_step
-from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, most_confident
-from .generation_prime_v2 import PrimeV2GenerationMixin, draw_by_inverse_cdf, row_keys
+from .generation_config_prime_v2 import GenerationOptions
+from .generation_greedy_prime_v2 import most_confident
+from .generation_prime_v2 import PrimeV2GenerationMixin
 from .generation_process_prime_v2 import (
-    DRAW_ELEMENTS,
     Canvas,
     DenoisingProcess,
     DraftStream,
-    PrimeV2GenerationOutput,
+    content_keys,
+    draw_by_inverse_cdf,
     make_canvas,
-    to_probabilities,
+    row_keys,
 )
-from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
-from .random_prime_v2 import Stream, hash64, uniforms
+from .random_prime_v2 import Stream, uniforms
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
@@ -42,18 +39,29 @@ class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
     do_sample=False: see `GreedyUniformProcess`.
     """
 
-    def denoising_process(self: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
         kind = AncestralUniformProcess if options.do_sample else GreedyUniformProcess
         return kind(self, options, canvas, processors)
+
+    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All targets, by running the decode, since a token can be revised until the last pass."""
+        width = ids.shape[1]
+        options = GenerationOptions(max_length=width, max_denoising_steps=width, do_sample=False)
+        masked = ids.masked_fill(hidden, self.config.mask_token_id)
+        process = GreedyUniformProcess(self, options, make_canvas(self, masked, real, None, options), [])
+        process.run([], DraftStream(None, process.canvas))
+        right = ((process.canvas.ids == ids) | ~hidden).all(1)
+        return right, hidden, torch.tensor(process.num_forward)
 
 
 class UniformProcess(DenoisingProcess):
     """Passes over a canvas of noised tokens; a subclass sets the start and the steps of each row."""
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
         self.num_steps: list[int] = []  # N of each row
+        self.times = torch.zeros(0)  # (R,) of the pass
 
     def start(self, keys: Tensor, stream: int, num_steps: list[int]) -> None:
         """Fill the tokens to be generated with uniform noise, a function of row keys (B,) and position."""
@@ -75,27 +83,19 @@ class UniformProcess(DenoisingProcess):
 
         Yields, in pieces, (numbers within `picked` (M,), columns (M,), p (M, V) float64, which sums to 1).
         """
-        canvas, options = self.canvas, self.options
-        self._last = time.perf_counter()
-        mask = None if canvas.real.all() else canvas.real[picked].long()
+        self.times = times
+        for at, columns, logits in self.scores(picked, self.canvas.fillable[picked]):
+            probabilities = self.probabilities(logits)
+            yield at, columns, probabilities / probabilities.sum(1, keepdim=True)
+
+    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
         hidden_states = self.model.model(
-            canvas.ids[picked], times, attention_mask=mask, position_ids=canvas.position_ids[picked]
+            self.canvas.ids[picked],
+            self.times,
+            attention_mask=self.padding_mask(picked),
+            position_ids=self.canvas.position_ids[picked],
         ).last_hidden_state
-        at, columns = canvas.fillable[picked].nonzero(as_tuple=True)
-        hidden_states = hidden_states[at, columns]  # (M, D)
-        self._tick("network")
-        processors: Any = self.processors
-        known = self._known_ids(picked) if processors else None
-        chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
-        for start in range(0, len(at), chunk):
-            part = slice(start, start + chunk)
-            logits = self.model.token_logits(hidden_states[part])
-            self._tick("network")
-            if known is not None:
-                logits = processors(known[at[part]], logits)
-            probabilities = to_probabilities(logits, options.temperature or 1.0, options.top_p or 1.0)
-            yield at[part], columns[part], probabilities / probabilities.sum(1, keepdim=True)
-            self._tick("sampling")
+        return hidden_states[target_mask]
 
     def _decided(self) -> Tensor:
         """No row: until its last pass every token can change, EOS included."""
@@ -105,11 +105,10 @@ class UniformProcess(DenoisingProcess):
 class AncestralUniformProcess(UniformProcess):
     """Sampling (`generate`): N = max_denoising_steps passes a row."""
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
-        self.keys = row_keys(canvas, int(options.seed or 0))
-        steps = int(options.max_denoising_steps or 1)
-        num_steps = [steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()]
+        self.keys = row_keys(canvas, options.seed)
+        num_steps = [options.max_denoising_steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()]
         self.start(self.keys, Stream.UNIFORM_START, num_steps)
 
     def run_pass(self, rows: list[int]) -> None:
@@ -129,15 +128,14 @@ class GreedyUniformProcess(UniformProcess):
     floor(n m / N) tokens with the most probable proposals hold them, as many as the forward process keeps at that
     time; the others hold the noise that they began with, a function of the row's ids and the position. So a token can
     be revised until the last pass, in which all of them take their proposals. (The most probable *step* would be no
-    decode: for many steps it is to stay at the noise.) Confidence order as in `generation_greedy_prime_v2`.
+    decode: for many steps it is to stay at the noise.) Confidence order as in `generation_prime_v2`.
     """
 
-    def __init__(self, model: Any, options: PrimeV2GenerationConfig, canvas: Canvas, processors: Any):
+    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
-        keys = hash64(canvas.position_ids, canvas.ids).masked_fill(~canvas.real, 0).sum(1)
         self.num_tokens = canvas.fillable.sum(1).tolist()
-        steps = int(options.max_denoising_steps or 1)
-        self.start(keys, Stream.GREEDY_START, [min(steps, count) for count in self.num_tokens])
+        num_steps = [min(options.max_denoising_steps, count) for count in self.num_tokens]
+        self.start(content_keys(canvas), Stream.GREEDY_START, num_steps)
         self.noise = canvas.ids.clone()
 
     def run_pass(self, rows: list[int]) -> None:
@@ -161,39 +159,4 @@ class GreedyUniformProcess(UniformProcess):
         return num_tokens * (self.num_forward[row] + 1) // self.num_steps[row]
 
 
-@torch.no_grad()
-def greedy_matches(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    target_mask: Tensor,
-    tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2GreedyMatches:
-    """Whether the deterministic decode fills targets in with exactly the ids that they have, by running it.
-
-    input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
-    target_mask (B, L) bool, tokens to be generated (padding is none). The number of tokens is known, so EOS is a token
-    like others. The same as `generate` with do_sample=False, mask tokens in place of the targets and no fewer steps
-    than targets. A row costs as many passes as it has targets, since a token can be revised until the last one; a row
-    without targets matches, at no cost. Rows of like length share a pass of up to `tokens_per_pass` tokens.
-
-    Raises ValueError for bad shapes, ids out of range, logits not finite.
-    """
-    texts = Texts(model, input_ids, attention_mask, target_mask)
-    num_forward, matches = torch.zeros(len(input_ids), dtype=torch.long), torch.ones(len(input_ids), dtype=torch.bool)
-    with evaluating(model):
-        for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
-            picked, width = torch.tensor(rows, device=texts.ids.device), texts.lengths[rows[0]]
-            ids, hidden = texts.ids[picked, :width], texts.hidden[picked, :width]
-            options = PrimeV2GenerationConfig(max_length=width, max_denoising_steps=width, do_sample=False)
-            lengths = torch.tensor([texts.lengths[row] for row in rows], device=ids.device)
-            real = torch.arange(width, device=ids.device) < lengths.unsqueeze(1)
-            masked = ids.masked_fill(hidden, model.config.mask_token_id)
-            process = GreedyUniformProcess(model, options, make_canvas(model, masked, real, None, options), [])
-            process.run([], DraftStream(None, process.canvas))
-            matches[rows] = ((process.canvas.ids == ids) | ~hidden).all(1).cpu()
-            num_forward[rows] = torch.tensor(process.num_forward)
-    return PrimeV2GreedyMatches(matches, num_forward)
-
-
-__all__ = ["PrimeV2GenerationConfig", "PrimeV2GenerationOutput", "PrimeV2UniformGenerationMixin"]
+__all__ = ["PrimeV2UniformGenerationMixin"]

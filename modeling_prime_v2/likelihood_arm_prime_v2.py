@@ -1,4 +1,4 @@
-"""Log-likelihood of autoregressive models, and whether they decode a text: one pass of the network a text.
+"""Log-likelihood of autoregressive models: one pass of the network a text.
 
 log p(x) = sum over i of log p(x_i given x_<i), the first token given only the start token.
 """
@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbone_prime_v2 import evaluating
 from .chunked_loss_prime_v2 import token_nll
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, Texts, proposals
-from .generation_process_prime_v2 import DRAW_ELEMENTS
-from .likelihood_frame_prime_v2 import TOKENS_PER_PASS, Likelihood
+from .likelihood_frame_prime_v2 import Likelihood
 from .likelihood_rows_prime_v2 import Rows
 
 
@@ -74,56 +71,4 @@ class PrimeV2ArmLikelihood(Likelihood):
         return total.index_add_(0, tokens.rows.cpu(), nats.cpu().double())
 
 
-@torch.no_grad()
-def greedy_matches(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    target_mask: Tensor,
-    tokens_per_pass: int = TOKENS_PER_PASS,
-) -> PrimeV2GreedyMatches:
-    """Whether `generate(do_sample=False)` continues what precedes the targets with exactly the ids that they have.
-
-    input_ids (B, L) int64 in [0, V); attention_mask (B, L), 0 for padding on any side, None for no padding;
-    target_mask (B, L) bool: the last tokens of each text, any number of them (padding is none). The number of tokens
-    is known, so EOS is a token like others.
-
-    The most probable token after each prefix of the text itself: one pass for a text with targets, none for one
-    without, which matches. The network's rounding, coarse in bfloat16, may decide between nearly equal probabilities.
-    Raises ValueError for bad shapes, ids out of range, targets followed by given tokens, logits not finite.
-    """
-    texts = Texts(model, input_ids, attention_mask, target_mask)
-    check_targets_last(texts.hidden, texts.lengths)
-    num_forward = torch.zeros(len(input_ids), dtype=torch.long)
-    matches = torch.ones(len(input_ids), dtype=torch.bool)
-    with evaluating(model):
-        for rows in texts.batches(texts.with_targets(texts.longest_first), tokens_per_pass):
-            part, width = torch.tensor(rows, device=model.device), texts.lengths[rows[0]]
-            num_forward[rows] = 1
-            matches[rows] = _continues(model, texts.ids[part, :width], texts.hidden[part, :width]).cpu()
-    return PrimeV2GreedyMatches(matches, num_forward)
-
-
-def check_targets_last(targets: Tensor, lengths: list[int]) -> None:
-    """ValueError unless each text's targets (B, L) bool are its last tokens; texts of `lengths`, padding behind."""
-    columns = torch.arange(1, targets.shape[1])
-    inside = columns < torch.tensor(lengths).unsqueeze(1)
-    broken = (targets[:, :-1] & ~targets[:, 1:] & inside.to(targets.device)).any(1)
-    if broken.any():
-        raise ValueError(
-            f"row {int(broken.nonzero()[0])} has targets followed by given tokens, but an autoregressive model "
-            f"decodes left to right and cannot fill in; let the targets be the last tokens of the row"
-        )
-
-
-def _continues(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
-    """Whether each target (B, L) bool is the most probable token after those before it: (B,) bool."""
-    tokens = next_tokens(ids, targets, start_token_id(model.config))
-    hidden_states = model.model(tokens.inputs, use_cache=False).last_hidden_state[tokens.rows, tokens.columns]
-    chunk = max(1, DRAW_ELEMENTS // model.config.vocab_size)
-    proposed = torch.cat([proposals(model.token_logits(each))[0] for each in hidden_states.split(chunk)])
-    wrong = torch.zeros_like(ids[:, 0]).index_add_(0, tokens.rows, (proposed != tokens.ids).long())
-    return wrong == 0
-
-
-__all__ = ["NextTokens", "PrimeV2ArmLikelihood", "greedy_matches", "next_tokens", "start_token_id"]
+__all__ = ["NextTokens", "PrimeV2ArmLikelihood", "next_tokens", "start_token_id"]

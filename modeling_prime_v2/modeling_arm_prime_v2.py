@@ -18,8 +18,7 @@ from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
-from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, greedy_matches, next_tokens, start_token_id
+from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, next_tokens, start_token_id
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
 from .validation_inputs_prime_v2 import (
@@ -31,7 +30,6 @@ from .validation_inputs_prime_v2 import (
     divisor,
     refuse_lost_labels,
     scored_tokens,
-    scoring_inputs,
     token_inputs,
 )
 from .validation_keywords_prime_v2 import forward_keywords
@@ -217,7 +215,7 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2
             request are those of the input thus made.
         noise_keys, noise_levels: of other families; nothing is drawn here.
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
-        Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
+        Raises ValueError for ids out of range, over-long or empty input, rows of only padding, nothing to score.
         """
         kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
@@ -269,13 +267,6 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2
         total, nats = token_nll(hidden_states, self.head(), tokens.ids, torch.ones_like(tokens.ids))
         per_sequence = nats.new_zeros(len(ids)).index_add_(0, tokens.rows, nats)  # not every accelerator has float64
         return total / divisor(num_items_in_batch, scored), per_sequence, outputs
-
-    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode gives exactly the targets: see `likelihood_arm_prime_v2.greedy_matches`."""
-        ids, mask, target, options = scoring_inputs(
-            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
-        )
-        return greedy_matches(self, ids, mask, target, **options)
 
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.

@@ -23,8 +23,7 @@ from .diffusion_interpolating_prime_v2 import (
 )
 from .diffusion_prime_v2 import stratified_levels
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
-from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin, greedy_matches
+from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_interpolating_prime_v2 import PrimeV2InterpolatingLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -35,7 +34,6 @@ from .validation_inputs_prime_v2 import (
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
-    scoring_inputs,
     token_inputs,
 )
 from .validation_keywords_prime_v2 import forward_keywords
@@ -155,11 +153,6 @@ class PrimeV2ForInterpolatingDiffusion(
             return all_vectors(self.model.embed_tokens, self.config.vocab_size)
         return head_of(self.lm_head, self.config.vocab_size)
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) in [0, V], V = masked, to (B, L, 1): a whole token is its only digit."""
-        check_ids(ids, self.config.vocab_size + 1, MASKED_NOTE)
-        return ids.unsqueeze(-1)
-
     def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
@@ -192,7 +185,7 @@ class PrimeV2ForInterpolatingDiffusion(
             the config's ar_share makes a left-to-right row); None draws both from torch's generator, the levels
             stratified over the batch.
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
-        Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
+        Raises ValueError for ids out of range, over-long or empty input, rows of only padding, nothing to score.
         """
         kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
@@ -264,13 +257,6 @@ class PrimeV2ForInterpolatingDiffusion(
         total, nats = token_nll(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
         pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
         return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
-
-    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode fills in exactly the targets: `generation_interpolating_prime_v2`."""
-        ids, mask, target, options = scoring_inputs(
-            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
-        )
-        return greedy_matches(self, ids, mask, target, **options)
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:

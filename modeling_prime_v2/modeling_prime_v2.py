@@ -15,8 +15,8 @@ from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches, greedy_matches
-from .generation_prime_v2 import PrimeV2GenerationConfig, PrimeV2GenerationMixin
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_prime_v2 import PrimeV2GenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_prime_v2 import PrimeV2Likelihood
 from .linear_prime_v2 import HeadCall, apply_head, head_of
@@ -28,7 +28,6 @@ from .validation_inputs_prime_v2 import (
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
-    scoring_inputs,
     token_inputs,
 )
 from .validation_keywords_prime_v2 import forward_keywords
@@ -177,7 +176,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
         noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_noise`); None draws
             both from torch's generator, the levels stratified over the batch.
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
-        Raises ValueError for ids out of range, over-long or empty input, rows of padding alone, nothing to score.
+        Raises ValueError for ids out of range, over-long or empty input, rows of only padding, nothing to score.
         """
         kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
@@ -253,13 +252,6 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
         )
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double() * multiplicity)
-
-    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode fills in exactly the targets: see generation_greedy_prime_v2.py."""
-        ids, mask, target, options = scoring_inputs(
-            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
-        )
-        return greedy_matches(self, ids, mask, target, **options)
 
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:

@@ -17,8 +17,8 @@ from .code_table_prime_v2 import check_ids
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_prime_v2 import stratified_levels
 from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_loss
-from .generation_greedy_prime_v2 import PrimeV2GreedyMatches
-from .generation_uniform_prime_v2 import PrimeV2GenerationConfig, PrimeV2UniformGenerationMixin, greedy_matches
+from .generation_config_prime_v2 import PrimeV2GenerationConfig
+from .generation_uniform_prime_v2 import PrimeV2UniformGenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_uniform_prime_v2 import PrimeV2UniformLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
@@ -29,7 +29,6 @@ from .validation_inputs_prime_v2 import (
     refuse_lost_labels,
     refuse_noise,
     scored_tokens,
-    scoring_inputs,
     token_inputs,
 )
 from .validation_keywords_prime_v2 import forward_keywords
@@ -187,11 +186,6 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
     def get_output_embeddings(self) -> nn.Module | None:
         return getattr(self, "lm_head", None)
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) in [0, V], V = to be generated, to (B, L, 1): a whole token is its only digit."""
-        check_ids(ids, self.config.vocab_size + 1, f"the mask token {self.config.vocab_size} included")
-        return ids.unsqueeze(-1)
-
     @property
     def loss_is_bound(self) -> bool:
         """Whether the loss is an upper bound on -log p(x) per token."""
@@ -218,7 +212,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
         noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_noise`); None draws
             both from torch's generator, the levels stratified over the batch.
         num_items_in_batch: scored tokens of the whole optimiser step, the loss's divisor; None counts this batch.
-        Raises ValueError for ids and times out of range, over-long or empty input, rows of padding alone, nothing to
+        Raises ValueError for ids and times out of range, over-long or empty input, rows of only padding, nothing to
         score, times missing where the network needs them, and times with labels.
         """
         kwargs = forward_keywords(self, kwargs)
@@ -280,13 +274,6 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
         total, nats = uniform_loss(hidden_states[rows, columns], self.head(), tokens, kind)
         per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
         return total, per_sequence.index_add_(0, rows, nats.double())
-
-    def greedy_matches(self, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode fills in exactly the targets: see `generation_uniform_prime_v2`."""
-        ids, mask, target, options = scoring_inputs(
-            self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
-        )
-        return greedy_matches(self, ids, mask, target, **options)
 
 
 def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor | None, config) -> None:

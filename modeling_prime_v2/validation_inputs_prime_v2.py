@@ -220,7 +220,7 @@ def check_length(inputs: Tensor, attention_mask: Tensor | None, config) -> None:
     empty, faults = ~(attention_mask != 0).any(1), mask_faults(attention_mask)
     if empty.any() if faults is None else empty.any() | faults.any():  # one wait for an accelerator
         check_mask("attention_mask", attention_mask)
-        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask is padding alone; drop that row")
+        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row")
 
 
 def check_shapes(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:

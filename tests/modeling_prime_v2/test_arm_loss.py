@@ -186,7 +186,7 @@ def test_a_training_step_never_holds_a_tensor_of_batch_by_length_by_vocabulary(m
     ("changes", "message"),
     [
         ({"labels": torch.full((2, 3), -100)}, "no label to score: every one is -100 or padding"),
-        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask is padding alone"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has only padding"),
         ({"labels": torch.tensor([[1, 2, 3], [4, 5, 11]])}, r"token ids span \[1, 11\], .* in \[0, 10\], labels are"),
         (
             {"labels": torch.tensor([[2, 3, 4], [5, 6, 7]])},

@@ -17,12 +17,8 @@ from transformers import (
     TextDiffusionStreamer,
 )
 
-from prime_v2.generation_prime_v2 import (
-    PrimeV2GenerationConfig,
-    PrimeV2GenerationOutput,
-    draw_by_inverse_cdf,
-    to_probabilities,
-)
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
+from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput, draw_by_inverse_cdf, to_probabilities
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 # Draws

@@ -239,7 +239,7 @@ BAD_INPUT = {
     "large id": ({"input_ids": torch.tensor([[1, VOCAB_SIZE + 1]])}, r"ids span \[1, 12\]"),
     "negative id": ({"input_ids": torch.tensor([[-1, 3]])}, r"ids span \[-1, 3\]"),
     "floats": ({"input_ids": torch.tensor([[0.5]])}, "token ids must be integers"),
-    "padding": ({"attention_mask": torch.zeros(1, 3)}, "row 0 of attention_mask is padding alone"),
+    "padding": ({"attention_mask": torch.zeros(1, 3)}, "row 0 of attention_mask has only padding"),
     "mask": ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
     "mask without ids": ({"input_ids": None, "attention_mask": torch.ones(1, 4)}, "attention_mask was given without"),
     "too many": ({"max_new_tokens": 40}, "43 tokens, but max_position_embeddings=12; use max_new_tokens=9"),

@@ -29,8 +29,8 @@ class _Recorded(InterpolatingProcess):
         if self.cache is not None:
             self.extend, self.cache.extend = self.cache.extend, self.watched_extend
 
-    def query_states(self, picked, asked):
-        self.seen.append(super().query_states(picked, asked))
+    def hidden_states(self, picked, target_mask):
+        self.seen.append(super().hidden_states(picked, target_mask))
         return self.seen[-1]
 
     def watched_extend(self, rows, new_positions):
@@ -42,10 +42,7 @@ class _Recorded(InterpolatingProcess):
 
 
 class _NoStream:
-    def start(self, canvas):
-        pass
-
-    draft = finish = lambda self, ids: None
+    start = draft = finish = lambda self, *_: None
 
 
 @pytest.mark.parametrize("fields", [{}, {"alpha_0": 1.0}, {"num_key_value_heads": 1, "qk_norm": True}], ids=str)

@@ -20,7 +20,7 @@ from enumeration import (
 from networks import small_uniform
 from scipy.stats import chisquare
 
-from prime_v2.generation_uniform_prime_v2 import PrimeV2GenerationOutput
+from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput
 
 FALSE_ALARM = 1e-6
 ROWS = 20_000

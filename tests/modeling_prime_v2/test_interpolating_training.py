@@ -285,7 +285,7 @@ def test_the_vocabulary_cannot_be_resized(model):
 
 BAD_INPUT = [
     ({"labels": torch.full((2, 3), -100)}, "no label to score: every one is -100 or padding"),
-    ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask is padding alone"),
+    ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has only padding"),
     ({"labels": torch.tensor([[1, 2, 3], [4, 5, 11]])}, r"token ids span \[1, 11\], .* in \[0, 10\], labels are"),
     ({"labels": torch.tensor([[2, 3, 4], [5, 6, 7]])}, r"labels\[0, 0\]=2 differs from input_ids=1; .* not shifted"),
     (

@@ -416,7 +416,7 @@ def test_saving_writes_safetensors_and_every_file_that_the_hub_needs(tmp_path):
         ),
         (
             {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
-            "row 1 of attention_mask is padding alone; drop that row",
+            "row 1 of attention_mask has only padding; drop that row",
         ),
         ({}, "exactly one of input_ids .* and subtoken_ids"),
         (

@@ -348,7 +348,7 @@ def test_the_stored_code_table_wins_over_the_computed_one_and_a_missing_one_is_c
         ({"input_ids": torch.zeros(1, 33, dtype=torch.long)}, "33 tokens, but max_position_embeddings=32"),
         (
             {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
-            "row 1 of attention_mask is padding alone",
+            "row 1 of attention_mask has only padding",
         ),
         ({}, "exactly one of input_ids .* and inputs_embeds"),
         (

@@ -289,11 +289,11 @@ BAD_INPUT = {
     "no token": ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "1 rows of 0 tokens"),
     "too long": ({"input_ids": LONG}, "13 tokens, but max_position_embeddings=12"),
     "mask": ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\), but the input has \(1, 2\)"),
-    "padding": ({"attention_mask": torch.zeros(1, 2)}, "row 0 of attention_mask is padding alone; drop that row"),
+    "padding": ({"attention_mask": torch.zeros(1, 2)}, "row 0 of attention_mask has only padding; drop that row"),
 }
 BAD_LABELS = {
     "nothing scored": ({"labels": torch.full((2, 3), -100)}, "no label to score: every one is -100 or padding"),
-    "padding": ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask is padding alone"),
+    "padding": ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has only padding"),
     "all padding": ({"attention_mask": torch.zeros(2, 3)}, "no label to score: every one is -100 or padding"),
     "large label": ({"labels": torch.tensor([[1, 2, 3], [4, 5, MASK]])}, r"token ids span \[1, 11\], .* in \[0, 10\]"),
     "negative label": ({"labels": torch.tensor([[1, 2, 3], [4, 5, -1]])}, r"token ids span \[-1, 5\]"),

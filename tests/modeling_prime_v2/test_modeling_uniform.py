@@ -405,7 +405,7 @@ def test_a_16_bit_model_has_float32_logits(tmp_path):
             "33 tokens, but max_position_embeddings=32; cut it to 32",
         ),
         ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\), but the input has \(1, 2\)"),
-        ({"attention_mask": torch.zeros(1, 2)}, "row 0 of attention_mask is padding alone; drop that row"),
+        ({"attention_mask": torch.zeros(1, 2)}, "row 0 of attention_mask has only padding; drop that row"),
         ({"times": None}, r"times=None, but what the network says depends on the noise level; give times \(B,\)"),
         ({"times": torch.tensor([0.5, 0.5])}, r"times=\[0.5, 0.5\] must be 1 numbers in \[0, 1\], one a row"),
         ({"times": torch.tensor([1.5])}, r"times=\[1.5\] must be 1 numbers in \[0, 1\]"),

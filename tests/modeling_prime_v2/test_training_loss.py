@@ -212,7 +212,7 @@ def test_whole_token_masks_above_a_level_are_hidden_by_the_model():
     [
         ({"labels": torch.full((2, 3), -100)}, "no label to score: every one is -100 or padding"),
         ({"attention_mask": torch.zeros(2, 3)}, "no label to score: every one is -100 or padding"),
-        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask is padding alone"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has only padding"),
         ({"labels": torch.tensor([[1, 2, 3], [4, 5, 11]])}, r"token ids span \[1, 11\], .* in \[0, 10\], labels are"),
         ({"labels": torch.tensor([[1, 2, 3], [4, 5, -1]])}, r"token ids span \[-1, 5\]"),
         (
