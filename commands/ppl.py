@@ -246,11 +246,12 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
     """
     from prime_v2.eval.causal import METHOD, check_method
     from prime_v2.eval.loading import is_causal, load_config
-    from prime_v2.eval.suites import nearest
     from prime_v2.families import FAMILIES, FAMILY_OF_TYPE, bound_method
+    from prime_v2.validation_keywords_prime_v2 import one_of
 
     if asked is not None:
-        nearest("--method", asked, sorted({method for family in FAMILIES.values() for method in family.methods}))
+        known = sorted({method for family in FAMILIES.values() for method in family.methods})
+        one_of(f"--method {asked}", asked, known)
     methods, reported = [], []
     for name in models:
         config = None if is_causal(name) else load_config(name)
@@ -312,7 +313,7 @@ def _about_intervals(scores: list[dict[str, Any]]) -> str:
 
 
 def _lossy(score: dict[str, Any]) -> str:
-    from prime_v2.tokenization.round_trip import not_kept
+    from prime_v2.tokenization.plain_text import not_kept
 
     return not_kept(score["tokenizer_loss"])
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from prime_v2.data.docs_corpus import docs_documents, is_encodable
 
@@ -133,7 +134,7 @@ def _jsonl_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]
             raise ValueError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not a JSON object with the field {fields[0]!r}")
-        yield tuple(_field(row, field, f"{path} line {number}") for field in fields)
+        yield tuple(_text_of(row, field, f"{path} line {number}") for field in fields)
 
 
 def read_rows(source: str | Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -160,10 +161,10 @@ def _parquet_file(path: Path, text_field: str) -> Iterator[str]:
         for batch in table.iter_batches(columns=[text_field], batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield _field(row, text_field, f"{path} row {number}")
+                yield _text_of(row, text_field, f"{path} row {number}")
 
 
-def _field(row: dict, text_field: str, place: str) -> str:
+def _text_of(row: dict, text_field: str, place: str) -> str:
     if text_field not in row:
         raise ValueError(f"{place} has no field {text_field!r}; its fields are {', '.join(row) or 'none'}")
     if not isinstance(row[text_field], str):
@@ -173,20 +174,35 @@ def _field(row: dict, text_field: str, place: str) -> str:
     return row[text_field]
 
 
-def _hub_documents(source: str, text_field: str, split: str, streaming: bool) -> Iterator[str]:
+class NotOnHub(ValueError):
+    """A data set that the hub does not give now; the text says why, in one line."""
+
+
+def hub_texts(name: str, config: str | None, field: str, **options: Any) -> Iterator[str]:
+    """The texts of a hub data set. options: of `datasets.load_dataset`, which is called at once.
+
+    Raises `NotOnHub` where it cannot be loaded and, while iterating, ValueError for a row without text in `field`.
+    """
     import datasets
 
+    try:
+        rows = datasets.load_dataset(name, config, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise NotOnHub(f"{type(error).__name__}: {reason}") from error
+    place = name if config is None else f"{name}:{config}"
+    return (_text_of(row, field, f"{place} row {number}") for number, row in enumerate(rows, 1))
+
+
+def _hub_documents(source: str, text_field: str, split: str, streaming: bool) -> Iterator[str]:
     name, _, config = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield from hub_texts(name, config or None, text_field, split=split, streaming=streaming)
+    except NotOnHub as error:
         raise ValueError(
-            f"{source!r} is neither a file nor a hub data set that can be loaded ({type(error).__name__}: {reason}); "
-            "without a network use a local file or docs"
+            f"{source!r} is neither a file nor a hub data set that can be loaded ({error}); without a network use a "
+            f"local file or docs"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield _field(row, text_field, f"{source} row {number}")
 
 
-__all__ = ["FILE_SUFFIXES", "folder_files", "read_documents", "read_rows"]
+__all__ = ["FILE_SUFFIXES", "NotOnHub", "folder_files", "hub_texts", "read_documents", "read_rows"]

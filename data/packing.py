@@ -19,12 +19,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from prime_v2.data.splits import Fingerprint
 from prime_v2.output.atomic import written_whole
 from prime_v2.random_prime_v2 import Stream, permutation, uniforms
+from prime_v2.tokenization.plain_text import in_batches
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
 FindLoss = Callable[[list[str], list[list[int]]], str | None]  # of texts and their ids
-
-# Documents of one call of `encode_batch`: enough for a tokenizer to use all cores, few enough to bound memory.
-DOCUMENTS_PER_BATCH = 256
 
 
 class _Stream:
@@ -57,8 +55,7 @@ class _Stream:
 
         skip: so many ids of the first document are left out.
         """
-        documents = iter(documents)
-        while texts := list(itertools.islice(documents, DOCUMENTS_PER_BATCH)):
+        for texts in in_batches(documents):
             encoded = self.encode_batch(texts)
             if len(encoded) != len(texts):
                 raise ValueError(f"encode_batch returned {len(encoded)} lists of ids for {len(texts)} documents")
@@ -230,21 +227,6 @@ class PackedBlocks:
     def bytes_per_token(self) -> float:
         """Bytes of text per token, EOS tokens included: nats per token / (this * log 2) are bits per byte."""
         return self.bytes / self.tokens
-
-    def unigram_counts(self) -> np.ndarray:
-        """How often each id occurs, (vocab_size,) int64."""
-        rows = max(1, 2**20 // self.block_size)
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for start in range(0, len(self), rows):
-            counts += np.bincount(self._ids[start : start + rows].reshape(-1), minlength=self.vocab_size)
-        return counts
-
-    def unigram_entropy(self) -> float:
-        """Entropy in nats of the frequencies of the ids in these blocks (plug-in): the best that any model without
-        context can reach on them, itself included."""
-        counts = self.unigram_counts()
-        share = counts[counts > 0] / self.tokens
-        return float(-(share * np.log(share)).sum())
 
 
 def _sample(block: Any, sample_number: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal, wr
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.build import build_tokenizer, recode_tokenizer
 from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
-from prime_v2.tokenization.round_trip import first_loss
+from prime_v2.tokenization.plain_text import first_loss, plain_ids
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
@@ -35,7 +35,7 @@ COMPLETE = "complete"  # the seal, written last: without it a folder of prepared
 SEALED = (WHOLE_TOKENS, "text.json")  # beside the splits
 CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
 MAX_CODE_BLOCKS = 2**17  # of the training text, so many blocks are read to make codes from it
-# Of a streamed data set, so many documents per wanted block are read for the dev and test splits.
+# Documents of a stream that are read for the dev and test splits, for each block that is wanted.
 DOCUMENTS_PER_EVAL_BLOCK = 4
 
 
@@ -74,15 +74,6 @@ def documents_by_side(text: TextOptions) -> Iterator[tuple[str, str]]:
     side_of = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
     for document in documents if text.streaming else deduplicate(documents):
         yield side_of(document), document
-
-
-def encode_batch(tokenizer: PrimeV2Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """list of texts to list of ids; text that spells a special token stays plain text."""
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-    return encode
 
 
 def prepare_text(
@@ -227,7 +218,7 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
             try:
                 pack_blocks(
                     documents_of(split),
-                    encode_batch(tokenizer),
+                    partial(plain_ids, tokenizer),
                     block_size=text.block_size,
                     eos_token_id=tokenizer.eos_token_id,
                     vocab_size=tokenizer.code_table.shape[0],
@@ -260,8 +251,8 @@ def _documents_by_side_on_disk(
 ) -> Iterator[Callable[[str], Iterator[str]]]:
     """Reads the source once, into files in `folder`, which go at the end; yields a reader of the documents of a split.
 
-    The training documents are read from there twice where a BPE is trained. Of a stream only as many are kept for dev
-    and test as their blocks may need.
+    The training documents are read from there twice where a BPE is trained. From a stream, only as many are kept for
+    dev and test as their blocks may need.
     """
     left = dict.fromkeys(splits, math.inf)
     if text.streaming:

@@ -6,7 +6,7 @@ fixed length learns where answers end (docs/finetuning.md).
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prime_v2.data.documents import read_rows
 from prime_v2.data.splits import Fingerprint, split_of
-from prime_v2.tokenization.round_trip import first_loss
+from prime_v2.tokenization.plain_text import first_loss, plain_ids
 
 ANSWER, PROMPT = "{answer}", "{prompt}"
 NOT_SCORED = -100  # Transformers' label of a token that takes no part in the loss
@@ -148,7 +148,7 @@ def read_splits(options: Supervision, tokenizer: Any) -> dict[str, Examples]:
 
 def _encoded(split: str, texts: list[tuple[str, str]], options: Supervision, tokenizer: Any) -> Examples:
     rows, fingerprint, text_bytes = [], Fingerprint(), 0
-    prompts, answers = (_ids(tokenizer, [pair[part] for pair in texts]) for part in (0, 1))
+    prompts, answers = (plain_ids(tokenizer, [pair[part] for pair in texts]) for part in (0, 1))
     for (prompt, answer), prompt_ids, answer_ids in zip(texts, prompts, answers, strict=True):
         if len(prompt_ids) + len(answer_ids) >= options.block_size:
             continue
@@ -174,14 +174,6 @@ def _encoded(split: str, texts: list[tuple[str, str]], options: Supervision, tok
         dropped=len(texts) - len(rows),
         tokenizer_loss=first_loss(tokenizer, [answer for _, answer in texts], answers),
     )
-
-
-def _ids(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    """Ids of texts; one that spells a special token stays text."""
-    texts = list(texts)
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 __all__ = ["Examples", "Supervision", "read_examples", "read_splits", "render"]

@@ -22,6 +22,7 @@ from prime_v2.likelihood_rows_prime_v2 import draw_levels, sequence_key
 from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.validation_inputs_prime_v2 import checked_flag, checked_seed, whole_number
 
+FIRST_DRAWS = 8  # of an adaptive score; one draw has no standard error
 ONE_ROUND = ("chain", "causal", "orders")  # nothing drawn, or no mean of draws
 PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passes: progress, cache, memory
 
@@ -34,17 +35,15 @@ class Settings:
         other by z paired standard errors, in nats and in nats per unit of `Choice.length`; for few effective degrees
         of freedom by more, as sure as z of a normal (Student's t). The draws of all rounds
         together are stratified as if drawn at once (`draw_levels`). The first round has `num_samples` halved as long
-        as it stays whole and at least `first_draws`.
-    common_masks: choices of a question draw the same masks. exhaustive: few masks are summed over, not drawn.
+        as it stays whole and at least FIRST_DRAWS.
+    common_masks: choices of a question draw the same masks.
     """
 
     method: str = "subtoken"
     num_samples: int = 128
     seed: int = 0
     adaptive: float | None = None
-    first_draws: int = 8
     common_masks: bool = True
-    exhaustive: bool = True
     tokens_per_pass: int = TOKENS_PER_PASS
 
     def __post_init__(self):
@@ -54,17 +53,15 @@ class Settings:
         is_number = isinstance(adaptive, Real) and not isinstance(adaptive, bool)
         if adaptive is not None and not (is_number and adaptive > 0):
             raise ValueError(f"adaptive={self.adaptive} must be a positive number of standard errors, or off; use 3")
-        whole_number("first_draws", self.first_draws, 2, use=8)  # fewer have no standard error
         whole_number("tokens_per_pass", self.tokens_per_pass, 1, use=TOKENS_PER_PASS)
-        for name in ("common_masks", "exhaustive"):
-            checked_flag(name, getattr(self, name))
+        checked_flag("common_masks", self.common_masks)
 
     def rounds(self) -> list[int]:
         """New draws of each round."""
         if self.adaptive is None or self.method in ONE_ROUND:
             return [self.num_samples]
         first, doublings = self.num_samples, 0
-        while first % 2 == 0 and first // 2 >= self.first_draws:
+        while first % 2 == 0 and first // 2 >= FIRST_DRAWS:
             first, doublings = first // 2, doublings + 1
         return [first, *(first * 2**each for each in range(doublings))]
 
@@ -180,7 +177,6 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
             num_samples=size,
             round_number=round_number,
             keys=keys,
-            exhaustive=settings.exhaustive,
             return_samples=True,
             tokens_per_pass=settings.tokens_per_pass,
         )

@@ -37,6 +37,7 @@ from prime_v2.eval.published import published_score, published_settings
 from prime_v2.families import bound_method
 from prime_v2.likelihood_output_prime_v2 import NotFiniteError
 from prime_v2.random_prime_v2 import Stream, hash64
+from prime_v2.tokenization.plain_text import plain_ids
 from prime_v2.validation_inputs_prime_v2 import SEEDS, checked_flag
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class PrimeV2LM(HFLM):
     method: of `log_likelihood`, for answers by default "chain" and for rolling likelihoods the bound of the model's
         reveal order; "paper_loss" is the published score (`prime_v2.eval.published`), which is no likelihood.
     num_samples, seed, adaptive: see `prime_v2.eval.answers.Settings`; adaptive=off draws num_samples always.
-    cfg, temperature, mask_unit: of the published score alone. published=true: its settings of each task, which were
+    cfg, temperature, mask_unit: only of the published score. published=true: its settings of each task, which were
         tuned on the test sets.
     batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by
         default 8,192 tokens on a CPU and 131,072 elsewhere. No value depends on it.
@@ -112,7 +113,7 @@ class PrimeV2LM(HFLM):
             place, backend="causal", tokenizer=tokenizer, device=device, max_length=max_length, batch_size=1, **kwargs
         )
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None:  # HFLM counts processes on several GPUs alone
+        if accelerator is not None:  # HFLM counts processes only on several GPUs
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         limit = self.config.max_position_embeddings
         if max_length is not None:
@@ -336,8 +337,7 @@ class PrimeV2LM(HFLM):
         totals = []
         for number, request in enumerate(tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Scoring texts")):
             (text,) = request.args
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            ids = encoded["input_ids"]
+            (ids,) = plain_ids(self.tokenizer, [text])
             if not ids:
                 raise ValueError(f"{place_of(requests, number)} is a text without a token, which has no likelihood")
             try:

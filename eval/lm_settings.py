@@ -19,11 +19,11 @@ from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_text
 from prime_v2.output.places import check_new_file
-from prime_v2.validation_keywords_prime_v2 import did_you_mean
+from prime_v2.validation_keywords_prime_v2 import did_you_mean, one_of
 
 log = logging.getLogger(__name__)
 
-# One setting for all tasks, chosen on training splits alone (benchmarks/likelihood_settings.py, docs/lm_eval.md).
+# One setting for all tasks, chosen only on training splits (benchmarks/likelihood_settings.py, docs/lm_eval.md).
 DEFAULT_METHOD = "chain"
 DEFAULT_SAMPLES, DEFAULT_ROLLING_SAMPLES = 128, 16
 DEFAULT_ADAPTIVE = 3.0
@@ -118,8 +118,8 @@ def make_scoring(
 ) -> Scoring:
     """`given`: cfg, temperature, mask_unit. Raises ValueError for what is unknown, impossible or has no effect."""
     methods = FAMILY_OF_TYPE[config.model_type].methods
-    if method is not None and method not in methods:
-        raise ValueError(f"method={method!r} is not one of {', '.join(methods)}{did_you_mean(method, methods)}")
+    if method is not None:
+        one_of(f"method={method!r}", method, methods)
     given = {
         "cfg": _real_number("cfg", given["cfg"], 0.5),
         "temperature": _real_number("temperature", given["temperature"], 1.0),
@@ -137,14 +137,14 @@ def make_scoring(
         for name, off in NOT_FOR_BOUNDS.items():
             if given[name] != off:
                 raise ValueError(
-                    f"{name}={given[name]} changes the published score alone, and method={of_answers} is a "
+                    f"{name}={given[name]} changes only the published score, and method={of_answers} is a "
                     f"likelihood; leave it out, or use method=paper_loss"
                 )
     mask_unit_schedule(given["mask_unit"], getattr(config, "num_subtokens", 1))
     count = None if num_samples is None else whole_number("num_samples", num_samples, 1, DEFAULT_SAMPLES)
     if of_answers in EXACT_METHODS and count is not None:
         log.warning(
-            "num_samples=%d is of texts alone: answers are scored by %s, which draws nothing.", count, of_answers
+            "num_samples=%d is only for texts: answers are scored by %s, which draws nothing.", count, of_answers
         )
     samples = DEFAULT_SAMPLES if count is None else count
     return Scoring(
@@ -165,7 +165,7 @@ def _check_published(method: str | None, num_samples: Any, given: dict[str, Any]
         raise ValueError(f"published=true takes {named[0]} from the published settings; leave one of the two out")
     log.warning(
         "published=true takes settings that were tuned for each task on its test set, and a score that is no "
-        "likelihood: for reproducing the published accuracies alone."
+        "likelihood: only for reproducing the published accuracies."
     )
 
 
@@ -267,7 +267,7 @@ def fingerprint(model: Any, *settings: Any) -> str:
 
 
 def check_cache(database: Any, mark: str) -> None:
-    """lm-eval keys its cache by the requests' texts alone: ValueError unless this one holds scores of this `mark`."""
+    """lm-eval keys its cache only by the requests' texts: ValueError unless this one holds scores of this `mark`."""
     if CACHE_KEY not in database:
         if len(database):
             raise ValueError(f"--use_cache {database.filename} holds scores of something else; give another name")

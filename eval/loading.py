@@ -67,7 +67,7 @@ def load_scorer(
 def is_causal(path_or_repo: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint holds a causal language model of Transformers; False for one of our families.
 
-    Reads its configuration alone. Raises ValueError where there is none, and for any other model type.
+    Reads only its configuration. Raises ValueError where there is none, and for any other model type.
     """
     return _check_type(_locate(path_or_repo), foreign=True) not in FAMILY_OF_TYPE
 

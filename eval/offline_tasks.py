@@ -58,8 +58,8 @@ def _answer_key(value: Any, document: dict[str, Any]) -> str | None:
     return None if value.lstrip() in document["choices"]["label"] else "must be among the labels of choices"
 
 
-def _targets(first_alone: bool) -> Check:
-    rule = "the first alone being 1" if first_alone else "one or more of them 1"
+def _targets(only_first: bool) -> Check:
+    rule = "only the first being 1" if only_first else "one or more of them 1"
     form = f'must be {{"choices": [...], "labels": [...]}} with labels 0 and 1, {rule}'
 
     def check(value: Any, _: dict[str, Any]) -> str | None:
@@ -70,7 +70,7 @@ def _targets(first_alone: bool) -> Check:
             return form
         if any(type(label) is not int or label not in (0, 1) for label in labels):
             return form
-        right = labels[0] == sum(labels) == 1 if first_alone else sum(labels) > 0
+        right = labels[0] == sum(labels) == 1 if only_first else sum(labels) > 0
         return None if right else form
 
     return check
@@ -169,7 +169,7 @@ def tasks_in(data: Path, splits: Mapping[str, str]) -> list[str]:
         task
         for task, source in TASKS.items()
         if (files := _files(source, _upstream(source), data))
-        # What has a train split alone is not scored unless that is asked for.
+        # What has only a train split is not scored unless that is asked for.
         and (set(files) != {"train"} or task in splits or ALL_TASKS in splits)
     ]
     if not found:
@@ -224,7 +224,7 @@ def _prepare(
     scored = asked or next((split for split in ("test", "validation") if split in available), None)
     if scored is None:
         raise ValueError(
-            f"{source.name}: {data}/{source.folder} has {names['train']}.jsonl alone; --split {source.name}=train "
+            f"{source.name}: {data}/{source.folder} has only {names['train']}.jsonl; --split {source.name}=train "
             f"scores it, and --tasks without it leaves it out"
         )
     if scored not in names:

@@ -1,4 +1,4 @@
-"""The published zero-shot score, for reproduction alone: Monte Carlo of the paper's loss, one request at a time.
+"""The published zero-shot score, only for reproduction: Monte Carlo of the paper's loss, one request at a time.
 
 Described by the authors' evaluation script (chen-hao-chao/mdm-prime-v2, lit_gpt/evaluate_prime.py, commit e491c9b):
 time form with weight 1/(t + 1e-6), t spread evenly over each batch of 32 draws, classifier-free guidance against a

@@ -4,13 +4,14 @@ A suite is data; nothing here scores. Sets come from the hub, or from local copi
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.data.documents import FILE_SUFFIXES, read_documents
+from prime_v2.data.documents import FILE_SUFFIXES, NotOnHub, hub_texts, read_documents
 from prime_v2.data.splits import corpus_fingerprint
+from prime_v2.validation_keywords_prime_v2 import one_of
 
 # Rows of the hub's data sets that only a script reads, as the hub itself has converted them: no script is run.
 CONVERTED = "refs/convert/parquet"
@@ -108,17 +109,6 @@ class SetNotThere(ValueError):
     """A set that cannot be reached; the others of its suite can still be scored."""
 
 
-def nearest(option: str, value: str, names: Iterable[str]) -> str:
-    """`value`, which must be one of `names`; ValueError that lists them, and says which is near."""
-    from prime_v2.validation_keywords_prime_v2 import did_you_mean
-
-    names = list(names)
-    if value in names:
-        return value
-    listed = ", ".join(repr(each) for each in names)
-    raise ValueError(f"{option}: {value!r} is not one of {listed}{did_you_mean(value, names)}")
-
-
 def read_suite(
     suite: str,
     data: Path | None = None,
@@ -134,8 +124,8 @@ def read_suite(
     Raises ValueError for unknown names, a folder that is not there, a set that is damaged or has no text, and where no
     set at all can be reached.
     """
-    sets = SUITES[nearest("--suite", suite, SUITES)]
-    chosen = {nearest("--only", each, [text_set.name for text_set in sets]) for each in only}
+    sets = SUITES[one_of(f"--suite {suite}", suite, SUITES)]
+    chosen = {one_of(f"--only {each}", each, [text_set.name for text_set in sets]) for each in only}
     if data is not None and not data.is_dir():
         raise ValueError(f"--data {data} is not a folder; give the folder that holds the sets")
     found, skipped = [], []
@@ -213,7 +203,7 @@ def _file_documents(text_set: TextSet, file: Path) -> Iterator[str]:
 
 
 def _field(text_set: TextSet, file: Path) -> str:
-    """Of the hub's field and "text", the first that the file's first row has; where it has neither, the hub's."""
+    """The first of the hub's field and "text" that the file's first row has; where it has neither, the hub's."""
     for field in (text_set.field, "text"):
         try:
             next(read_documents(file, text_field=field), None)
@@ -225,29 +215,14 @@ def _field(text_set: TextSet, file: Path) -> str:
 
 def _hub(text_set: TextSet) -> tuple[str, Iterator[str]]:
     """(name on the hub, its documents); SetNotThere where the hub cannot be reached or has no such data set."""
-    import datasets
-
+    options = {"split": text_set.split, "revision": text_set.revision, "data_dir": text_set.data_dir}
     try:
-        rows = datasets.load_dataset(
-            text_set.hub,
-            text_set.config,
-            split=text_set.split,
-            revision=text_set.revision,
-            data_dir=text_set.data_dir,
-            streaming="[" not in text_set.split,
+        texts = hub_texts(
+            text_set.hub, text_set.config, text_set.field, streaming="[" not in text_set.split, **options
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise SetNotThere(f"{text_set.hub} cannot be loaded from the hub ({reason})") from error
-    return text_set.hub_source, _hub_documents(text_set, rows)
-
-
-def _hub_documents(text_set: TextSet, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    for number, row in enumerate(rows, 1):
-        text = row.get(text_set.field)
-        if not isinstance(text, str):
-            raise ValueError(f"{text_set.hub} row {number} has no text in the field {text_set.field!r}")
-        yield text
+    except NotOnHub as error:
+        raise SetNotThere(f"{text_set.hub} cannot be loaded from the hub ({error})") from error
+    return text_set.hub_source, texts
 
 
 __all__ = [
@@ -256,7 +231,6 @@ __all__ = [
     "SetOfDocuments",
     "TextSet",
     "local_source",
-    "nearest",
     "read_suite",
     "sets_trained_on",
 ]

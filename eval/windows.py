@@ -1,6 +1,5 @@
 """From documents to windows of token ids in which every token is scored once (docs/perplexity.md)."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prime_v2.tokenization.round_trip import first_loss
+from prime_v2.tokenization.plain_text import first_loss, in_batches, plain_ids
 
 Windows = tuple[Tensor, Tensor | None]  # ids (N, L) int64; prompt_mask (N, L) bool, True for what is not scored
-
-DOCUMENTS_PER_BATCH = 256
 
 
 def window_and_stride(configs: Sequence[Any], window: int | None, stride: int | None) -> tuple[int, int]:
@@ -91,9 +88,8 @@ def encode_documents(tokenizer: Any, documents: Iterable[str], eos_token_id: Any
     pieces: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     num_documents, text_bytes, loss = 0, 0, None
-    remaining = iter(documents)
-    while texts := list(itertools.islice(remaining, DOCUMENTS_PER_BATCH)):
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    for texts in in_batches(documents):
+        encoded = plain_ids(tokenizer, texts)
         loss = loss or first_loss(tokenizer, texts, encoded)
         for text, ids in zip(texts, encoded, strict=True):
             if num_documents:

@@ -79,7 +79,7 @@ def _integers(values: Any) -> np.ndarray:
 
 
 def _load_pickle(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain values alone."""
+    """What torch.save wrote, only tensors and plain values."""
     # Files of before PyTorch 1.6 are no archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     kind = "file that can be read without running code of it"

@@ -53,6 +53,14 @@ def did_you_mean(name: Any, names: Iterable[str], prefix: str = "") -> str:
     return "" if near is None else f"; did you mean {prefix}{near}?"
 
 
+def one_of(given: str, value: Any, names: Iterable[str]) -> Any:
+    """`value`, which must be one of `names`; else ValueError, which begins with `given` and lists them."""
+    names = list(names)
+    if value not in names:
+        raise ValueError(f"{given} is not one of {', '.join(names)}{did_you_mean(value, names)}")
+    return value
+
+
 def shown(value: Any) -> str:
     """A value as a sentence names it: short, whatever it is."""
     if isinstance(value, Tensor):
@@ -133,6 +141,7 @@ __all__ = [
     "forward_keywords",
     "did_you_mean",
     "nearest",
+    "one_of",
     "refuse_causal_scoring",
     "refuse_unknown",
     "shown",

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tiny_runs import MODEL, TINY
 
-from prime_v2.data import packing
 from prime_v2.data import preparation as prepare
 from prime_v2.data.documents import read_documents
+from prime_v2.tokenization import plain_text
 from prime_v2.training import run as training
 
 STOP_AT, NAN_AT = 5, 3
@@ -19,7 +19,7 @@ STOP_AT, NAN_AT = 5, 3
 
 def main(text: str, tokenizer: str, folder: Path) -> None:
     prepare.read_documents = lambda source, *, streaming, **options: read_documents(text)
-    packing.DOCUMENTS_PER_BATCH = 2
+    plain_text.TEXTS_PER_BATCH = 2
     options = ["--data", "a_hub_set", "--streaming", "--tokenizer", tokenizer, *TINY.split()]
 
     def run(name: str) -> int:

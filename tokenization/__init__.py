@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import prime_v2.tokenization` alone loads neither torch nor Transformers."""
+    """Import on first use: `import prime_v2.tokenization` itself loads neither torch nor Transformers."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

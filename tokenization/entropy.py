@@ -7,13 +7,14 @@ shuffling moves the mean, never the joint.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from prime_v2.code_table_prime_v2 import base_needed, build_code_table, digits_needed
+from prime_v2.output.tables import aligned
+from prime_v2.tokenization.plain_text import in_batches, plain_ids
 
 DESIGN_SPACE = (2, 3, 4, 6, 8)  # the paper's numbers of sub-tokens; the binary one depends on V and is added to them
 SHUFFLE_RATIOS = {"unshuffled": 0.0, "shuffled": 1.0, "shuffled_25_percent": 0.25}
@@ -27,9 +28,8 @@ def count_tokens(documents: Iterable[str], tokenizer: Any) -> np.ndarray:
     table = getattr(tokenizer, "code_table", None)
     vocab_size = len(tokenizer) if table is None else len(table)
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for batch in _batches(documents, size=256):
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        for ids in encoded["input_ids"]:
+    for batch in in_batches(documents):
+        for ids in plain_ids(tokenizer, batch):
             counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=vocab_size)
     return counts
 
@@ -71,23 +71,14 @@ def entropy_table(
 
 def render_table(rows: list[dict[str, float]]) -> str:
     """The rows of `entropy_table` as text."""
-    lines = [
-        "Mean sub-token entropy in units of log b (1 is the ceiling)",
-        f"{'S':>4} {'b':>6} {'unshuffled':>11} {'shuffled':>9} {'shuffled 25%':>13} {'joint / S':>10}",
-    ]
+    table = [["S", "b", "unshuffled", "shuffled", "shuffled 25%", "joint / S"]]
     for row in rows:
-        lines.append(
-            f"{row['num_subtokens']:>4} {row['base']:>6} {row['unshuffled']:>11.4f} {row['shuffled']:>9.4f} "
-            f"{row['shuffled_25_percent']:>13.4f} {row['joint_per_subtoken']:>10.4f}"
-        )
-    lines.append(f"Joint entropy of a token's digits: {rows[0]['joint_nats']:.4f} nats in every row and column")
-    return "\n".join(lines)
-
-
-def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
-        yield batch
+        entropies = (row[name] for name in (*SHUFFLE_RATIOS, "joint_per_subtoken"))
+        table.append([f"{row['num_subtokens']}", f"{row['base']}", *(f"{each:.4f}" for each in entropies)])
+    return (
+        f"Mean sub-token entropy in units of log b (1 is the ceiling)\n{aligned(table, right=True)}\n"
+        f"Joint entropy of a token's digits: {rows[0]['joint_nats']:.4f} nats in every row and column"
+    )
 
 
 def _probabilities(counts: Any, vocab_size: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The code table C (V, S) is data, stored beside the tokenizer in code_table.json, so encoding never depends on how a
 random permutation is drawn. `prime_v2.tokenization.build_tokenizer` makes the table. This file imports nothing of the
-package, since the Hub loads it alone.
+package, since the Hub loads only this file.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import TokenizersBackend
 
 CODE_TABLE_FILE = "code_table.json"
-# Of the table and of the vocabulary that it was made for, in code_table.json; older files lack them.
+# Digests in code_table.json of the table and of the vocabulary that it was made for; older files lack them.
 CODES_HASH, VOCABULARY_HASH = "codes_sha256", "vocabulary_sha256"
 # Read with a tokenizer, as far as they are there.
 JSON_FILES = (

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import Tensor
 from transformers import TrainerState
@@ -22,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from prime_v2.data.packing import StreamedBlocks
 from prime_v2.output.seals import Damaged, check_no_pickles, read_json
 from prime_v2.training.checkpoints import damage, load_state, random_state, set_damaged_aside, step_of
+from prime_v2.training.processes import from_first_process
 from prime_v2.validation_weights_prime_v2 import read_header
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
@@ -34,17 +33,8 @@ def last_whole_checkpoint(trainer: Any, folder: Path) -> str | None:
 
     Newer ones that are damaged are set aside with a message. ValueError when none is whole.
     """
-    found: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            last = set_damaged_aside(folder, lambda checkpoint: problem_of(trainer, checkpoint))
-            found[0] = None if last is None else str(last)
-        except (ValueError, OSError) as error:
-            found[1] = error
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+    last = from_first_process(lambda: set_damaged_aside(folder, lambda checkpoint: problem_of(trainer, checkpoint)))
+    return None if last is None else str(last)
 
 
 def problem_of(trainer: Any, checkpoint: Path) -> str | None:
@@ -113,7 +103,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     losses = ("loss", "tokens", "tokens_per_second") if "loss" in entry else ()
     bounds = ("eval_bound", "tokens") if "eval_bound" in entry else ()
-    # Of a single sequence there is no error; a bound that is not finite is left out of the plot.
+    # A single sequence has no error; a bound that is not finite is left out of the plot.
     optional = [entry.get(name) for name in ("eval_bound_stderr", "eval_bound_degrees")]
     return (
         all(_is_number(entry.get(name)) and math.isfinite(entry[name]) for name in losses)
@@ -293,9 +283,9 @@ def _fresh_optimizer(trainer: Any) -> tuple[Any, Any]:
 def _fresh_state(trainer: Any, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any] | None:
     """The state that this run's kind of optimizer has of a parameter like this one after a step; None for none."""
     kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    alone = torch.nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
-    alone.grad = torch.zeros_like(alone)
-    optimizer = kind([{**group, "params": [alone]}], **options)
+    single = torch.nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+    single.grad = torch.zeros_like(single)
+    optimizer = kind([{**group, "params": [single]}], **options)
     optimizer.step()
     return optimizer.state_dict()["state"].get(0)
 

@@ -146,7 +146,7 @@ def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{place} is of type {type(value).__name__}, but checkpoints hold tensors, numbers and text alone; "
+        f"{place} is of type {type(value).__name__}, but checkpoints hold only tensors, numbers and text; "
         f"use e.g. --optim adamw_torch"
     )
 

@@ -20,7 +20,7 @@ from prime_v2.output.seals import Damaged, read_json
 
 # The projections of attention and MLP.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Of the configuration, what a run may change in a trained model: neither its weights nor its codes depend on it.
+# Fields of the configuration that a run may change in a trained model: neither weights nor codes depend on them.
 TRAINING_FIELDS = {"objective", "loss_weight", "attention_dropout", "whole_token_above"}
 ADAPTER = "adapter"  # folder of the adapter beside the merged model
 
@@ -125,7 +125,7 @@ def _noted(path: Path, key: str) -> Any:
 
 
 def with_lora(model: Any, rank: int) -> Any:
-    """The model in a PeftModel with fresh adapters of this rank, scaled by 2, which alone are trained."""
+    """The model in a PeftModel with fresh adapters of this rank, scaled by 2; only these are trained."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS)))

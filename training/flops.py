@@ -29,7 +29,7 @@ def six_n_d(num_parameters: int, num_tokens: int) -> int:
 
 
 def measure_flops(step: Callable[[], torch.Tensor]) -> int:
-    """FLOPs of one forward and backward pass as counted by PyTorch: matrix products and attention alone."""
+    """FLOPs of one forward and backward pass as counted by PyTorch: only matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
         step().backward()
     return counter.get_total_flops()

@@ -32,7 +32,7 @@ class RunOptions:
         default=None, metadata={"help": "Folder of a trained model: start from its weights, tokenizer and config."}
     )
     lora: int | None = field(
-        default=None, metadata={"help": "Rank of LoRA adapters, which alone are trained (with init_from)."}
+        default=None, metadata={"help": "Rank of LoRA adapters; only these are trained (with init_from)."}
     )
     label: str | None = field(default=None, metadata={"help": "Name of the run in records and plots."})
     data: str = field(
@@ -47,7 +47,7 @@ class RunOptions:
     prompt_field: str | None = field(
         default=None, metadata={"help": "Field of the question in a .jsonl of questions with answers (init_from)."}
     )
-    answer_field: str | None = field(default=None, metadata={"help": "Field of its answer, which alone is scored."})
+    answer_field: str | None = field(default=None, metadata={"help": "Field of its answer; only this is scored."})
     example_template: str = field(
         default="{prompt}\n{answer}", metadata={"help": "Text of an example; what precedes {answer} is the prompt."}
     )
@@ -117,7 +117,7 @@ def parse_options(
         flag = unknown[0]
         hint = did_you_mean(flag.lstrip("-").split("=")[0], known, "--") or "; see --help"
         parser.error(f"unknown option {flag}{hint}")
-    if run.config is None and run.family in FAMILIES:  # what the default recipe says of its own family alone
+    if run.config is None and run.family in FAMILIES:  # what the default recipe says only of its own family
         fields = FAMILIES[run.family].fields() if run.init_from is None else ()
         model_options = {key: value for key, value in model_options.items() if key in fields}
     if run.init_from is not None and run.family in FAMILIES:  # sizes and codes of a recipe give way to the weights'
@@ -231,7 +231,7 @@ def _key_values(pairs: list[str], parser: HfArgumentParser) -> dict[str, Any]:
 
 
 def _has_it(key: str, but: str) -> str:
-    """Of which families an option is, where it is not of this one."""
+    """The families that have an option, where this one does not."""
     others = [family.name for family in FAMILIES.values() if family.name != but and key in family.fields()]
     return f" (it belongs to --family {' and '.join(others)})" if others else ""
 

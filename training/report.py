@@ -18,8 +18,9 @@ from prime_v2.eval.windows import Windows
 from prime_v2.families import bound_method, label_of
 from prime_v2.hub_card.card import write_card
 from prime_v2.output.atomic import write_json
+from prime_v2.output.numbers import duration
 from prime_v2.output.records import make_record
-from prime_v2.tokenization.round_trip import not_kept
+from prime_v2.tokenization.plain_text import not_kept
 from prime_v2.training.finetuning import answers, merge_adapter, scored_ids
 from prime_v2.training.flops import count_parameters, measure_flops, peak_flops, six_n_d
 from prime_v2.training.loss_plot import plot_training
@@ -123,7 +124,7 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
         f"{label_of(model.config)}, {_digits(model.config)} for {model.config.vocab_size:,} tokens\n"
         f"run: {training.max_steps:,} steps x {run.global_batch} x {run.block_size} = {tokens:,} tokens, "
         f"{numbers['flops_6nd']:.2e} FLOPs by 6ND, {numbers['flops_measured']:.2e} measured, about "
-        f"{expected / 60:.1f} minutes on {training.world_size} x {training.device.type}",
+        f"{duration(expected)} on {training.world_size} x {training.device.type}",
         flush=True,
     )
     peak = peak_flops(training.device)

@@ -15,21 +15,22 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prime_v2.data.packing import StreamedBlocks, TrainingOrder
-from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_by_side, encode_batch, prepare_text
+from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_by_side, prepare_text
 from prime_v2.families import family_named
 from prime_v2.output.atomic import write_json
-from prime_v2.output.locks import folder_lock
+from prime_v2.output.locks import FolderLock, folder_lock
 from prime_v2.output.records import code_version, read_record
 from prime_v2.output.seals import disk_trouble, writing
+from prime_v2.tokenization.plain_text import plain_ids
 from prime_v2.training.checkpoint_checks import last_whole_checkpoint
 from prime_v2.training.course import RECORD, RUN, Holds, check_folder, course_of
 from prime_v2.training.finetuning import start_from
 from prime_v2.training.options import RunOptions, parse_options
+from prime_v2.training.processes import from_first_process
 from prime_v2.training.report import bytes_held, estimate, finish, print_summary, score_dev
 from prime_v2.training.sharding import prepare_sharding
 from prime_v2.training.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
@@ -73,7 +74,7 @@ def training_set(run: RunOptions, training: TrainingArguments, tokenizer, data):
     text = text_options(run, training.seed)
     return StreamedBlocks(
         lambda _: (document for side, document in documents_by_side(text) if side == "train"),
-        encode_batch(tokenizer),
+        partial(plain_ids, tokenizer),
         block_size=run.block_size,
         eos_token_id=tokenizer.eos_token_id,
         vocab_size=tokenizer.code_table.shape[0],
@@ -148,19 +149,11 @@ def held(folder: Path) -> Iterator[Callable[[], bool]]:
 
     Yields whether the folder still is the one that was locked; on the other processes always true.
     """
-    state = PartialState()
-    refusal: list[Exception | None] = [None]
+    locks: list[FolderLock] = []
     with ExitStack() as stack:
-        is_in_place: Callable[[], bool] = lambda: True  # noqa: E731
-        if state.is_main_process:
-            try:
-                is_in_place = stack.enter_context(folder_lock(folder, f"--output_dir {folder}")).is_in_place
-            except (ValueError, OSError) as error:
-                refusal = [error]
-        broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise refusal[0]
-        yield is_in_place
+        # Nothing is returned: a lock cannot be sent.
+        from_first_process(lambda: locks.append(stack.enter_context(folder_lock(folder, f"--output_dir {folder}"))))
+        yield locks[0].is_in_place if locks else lambda: True
 
 
 def _train(

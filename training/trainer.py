@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -38,6 +38,7 @@ from prime_v2.training.checkpoints import (
     set_random_state,
     step_of,
 )
+from prime_v2.training.processes import from_first_process
 
 SAME_SIGNAL_SECONDS = 1.0  # launchers pass on a signal that the terminal has sent already
 TRACE = ("sample_number", "position")  # of a batch, what says where it comes from; no input of the model
@@ -202,8 +203,8 @@ class DiffusionTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"random_{self.args.process_index}"
-        # Only dropout and NEFTune draw from it (see `course.SPLIT`). Of more processes than before, which there can be
-        # only without them, the new ones keep their seed.
+        # Only dropout and NEFTune draw from it (see `course.SPLIT`). With more processes than before, which there
+        # can be only without them, the new ones keep their seed.
         if checkpoint is not None and Path(checkpoint, f"{name}.json").exists():
             self.random_state = load_state(Path(checkpoint), name)
 
@@ -213,9 +214,7 @@ class DiffusionTrainer(Trainer):
 
     def check_place(self) -> None:
         """ValueError on all processes when the output folder has been deleted, or made anew, while the run was on."""
-        gone = [not self.is_in_place()]
-        broadcast_object_list(gone)
-        if gone[0]:
+        if not from_first_process(self.is_in_place):
             raise ValueError(
                 f"--output_dir {self.args.output_dir} was deleted or replaced during the run, at or before step "
                 f"{self.state.global_step}; nothing more is written there: start again, in a folder that stays"

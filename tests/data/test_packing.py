@@ -1,7 +1,6 @@
 """Packed blocks, the order in which they are read, streams, and batches."""
 
 import json
-import math
 import os
 import pickle
 import random
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from prime_v2.data import packing
 from prime_v2.data.packing import (
     PackedBlocks,
     StreamedBlocks,
@@ -22,6 +20,7 @@ from prime_v2.data.packing import (
     short_length,
 )
 from prime_v2.data.splits import corpus_fingerprint
+from prime_v2.tokenization import plain_text
 
 EOS = 256
 
@@ -49,7 +48,7 @@ def naive_stream(documents):
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 300])
 def test_blocks_are_the_stream_of_ids_cut_into_rows(tmp_path, monkeypatch, block_size):
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 5)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 5)
     documents = some_documents(53)
     blocks = pack(tmp_path / "a.bin", iter(documents), block_size=block_size)
     stream = naive_stream(documents)
@@ -92,15 +91,6 @@ def test_large_ids_survive(tmp_path, vocab_size, dtype):
     assert (tmp_path / "a.bin").read_bytes() == b"".join(i.to_bytes(size, "little") for i in [*ids, 3])
 
 
-def test_unigram_entropy_is_that_of_the_counted_ids(tmp_path):
-    documents = some_documents(40)
-    blocks = pack(tmp_path / "a.bin", documents)
-    counts = Counter(naive_stream(documents)[: blocks.tokens])
-    entropy = -sum(n / blocks.tokens * math.log(n / blocks.tokens) for n in counts.values())
-    assert blocks.unigram_entropy() == pytest.approx(entropy, rel=1e-12)  # float64 sums of eight terms
-    assert blocks.unigram_counts().tolist() == [counts[i] for i in range(257)]
-
-
 def test_blocks_pickle_as_their_path(tmp_path):
     blocks = pack(tmp_path / "a.bin", some_documents(400))
     data = pickle.dumps(blocks)
@@ -134,7 +124,7 @@ def test_wrong_encoders_are_refused(tmp_path):
 
 
 def test_failure_while_packing_keeps_the_earlier_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 2)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 2)
     path = tmp_path / "a.bin"
     first = [block.tolist() for block in pack(path, some_documents(20))]
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.bin.json"]
@@ -239,7 +229,7 @@ def stream_blocks(documents, encode_batch=encode_bytes, **options):
 
 
 def test_stream_gives_the_blocks_of_all_passes_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 3)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 3)
     passes = [some_documents(7, seed=number) for number in range(5)]
     stream = naive_stream(document for documents in passes for document in documents)
     assert len(naive_stream(passes[0])) % 16 and len(stream) >= 20 * 16
@@ -257,7 +247,7 @@ def test_stream_gives_the_blocks_of_all_passes_one_after_the_other(monkeypatch):
 def test_a_stream_resumes_at_the_position_of_any_sample(monkeypatch):
     """The same samples as the unbroken stream, from the position of each sample, at that sample and at later ones;
     documents before the position are not tokenised. Passes, empty documents and long ones are among them."""
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 3)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 3)
     passes = [[*some_documents(5, seed=number), "", "x" * 50] for number in range(5)]
     encoded = []
 
@@ -293,7 +283,7 @@ def test_impossible_positions_are_refused():
 
 
 def test_stream_reads_no_further_than_it_must(monkeypatch):
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 3)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 3)
     num_read = 0
 
     def endless(number):

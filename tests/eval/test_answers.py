@@ -186,16 +186,15 @@ def test_few_masks_are_summed_over_as_soon_as_a_round_has_as_many(model):
         ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1; use 128"),
         ({"adaptive": 0.0}, "adaptive=0.0 must be a positive number of standard errors, or off; use 3"),
         ({"adaptive": math.nan}, "adaptive=nan must be a positive number"),
-        ({"first_draws": 1}, "first_draws=1 must be an integer of at least 2; use 8"),
         ({"tokens_per_pass": 0}, "tokens_per_pass=0 must be an integer of at least 1; use 8192"),
         ({"adaptive": True}, "adaptive=True must be a positive number"),
         ({"adaptive": "3"}, "adaptive='?3'? must be a positive number"),
         *(
             ({name: value}, f"{name}={value!r} must be an integer")
-            for name in ("seed", "num_samples", "first_draws", "tokens_per_pass")
+            for name in ("seed", "num_samples", "tokens_per_pass")
             for value in (8.5, "8", True, None)
         ),
-        *(({name: "false"}, f"{name}='false' must be True or False") for name in ("common_masks", "exhaustive")),
+        ({"common_masks": "false"}, "common_masks='false' must be True or False"),
     ],
     ids=str,
 )

@@ -149,7 +149,7 @@ def test_scored_split_is_the_one_asked_for_or_test_or_validation(
         ("piqa", {"label": 1.0}, "the field 'label' is 1.0; it must be one of 0, 1"),
         ("openbookqa", {"answerKey": "E"}, "the field 'answerKey' is \"E\"; it must be among the labels of choices"),
         ("openbookqa", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "two or more texts that are not empty"),
-        ("truthfulqa_mc", {"mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "the first alone being 1"),
+        ("truthfulqa_mc", {"mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "only the first being 1"),
         ("truthfulqa_mc", {"mc2_targets": {"choices": ["a", "b"], "labels": [0, 0]}}, "one or more of them 1"),
     ],
 )
@@ -232,7 +232,7 @@ def test_tasks_command_writes_the_tasks_that_are_there(own_data, tmp_path):
 
     refused = run(own_data, tmp_path / "out", "--tasks", "gsm8k")
     assert refused.exit_code == 2
-    assert refused.stderr.startswith(f"prime-v2 tasks: error: gsm8k: {own_data}/gsm8k has train.jsonl alone")
+    assert refused.stderr.startswith(f"prime-v2 tasks: error: gsm8k: {own_data}/gsm8k has only train.jsonl")
     assert not (tmp_path / "out").exists()
 
     usual = run(own_data, tmp_path / "usual", "--json")

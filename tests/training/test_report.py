@@ -8,9 +8,8 @@ from tokenizers import normalizers
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.data.packing import pack_blocks
-from prime_v2.data.preparation import encode_batch
 from prime_v2.tokenization.bpe import train_bpe
-from prime_v2.tokenization.round_trip import first_loss
+from prime_v2.tokenization.plain_text import first_loss, plain_ids
 from prime_v2.training.report import bytes_held, print_summary, score_dev, score_held_out
 
 DOCUMENTS = [f"The {word} fox jumps over {word} dogs, again and again." for word in ("quick", "Slow", "red", "Blue")]
@@ -26,7 +25,7 @@ def make_tokenizer(lower: bool = False):
 def packed(tmp_path, tokenizer):
     return pack_blocks(
         DOCUMENTS * 8,
-        encode_batch(tokenizer),
+        partial(plain_ids, tokenizer),
         block_size=16,
         eos_token_id=tokenizer.eos_token_id,
         vocab_size=270,

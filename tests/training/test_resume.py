@@ -11,25 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
 from tiny_runs import MODEL, TINY, losses_of, write_text
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from prime_v2.data import packing
 from prime_v2.data import preparation as prepare
 from prime_v2.data.documents import read_documents
-from prime_v2.data.packing import TrainingOrder
 from prime_v2.data.preparation import SEALED
 from prime_v2.data.sources import fingerprint_of
 from prime_v2.output.locks import folder_lock
 from prime_v2.output.seals import write_seal
+from prime_v2.tokenization import plain_text
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.training import run as training
 from prime_v2.training.checkpoints import seal
 from prime_v2.training.course import Holds, check_folder
-from prime_v2.training.trainer import Collator
 
 ROOT = Path(__file__).resolve().parents[2]
 # Dropout draws from the random states that a checkpoint must bring back.
@@ -351,34 +347,6 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_a_sentence(text, unbroken,
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
-# What the samples of a step are
-
-
-def batches_of_steps(workers: int, micro: int, processes: int) -> list[dict[int, tuple]]:
-    """For each step of 8 samples, what each sample number comes with."""
-    order = TrainingOrder(torch.arange(33 * 5).view(33, 5).numpy(), 6 * 8, seed=3)
-    collator = Collator(8, 3, 0.5, traced=True)
-    steps: list[dict[int, tuple]] = [{} for _ in range(6)]
-    for process in range(processes):
-        loader = DataLoader(order, batch_size=micro, num_workers=workers, collate_fn=collator)
-        if processes > 1:
-            loader = prepare_data_loader(loader, num_processes=processes, process_index=process)
-        for number, batch in enumerate(loader):
-            names = ("input_ids", "labels", "noise_keys", "noise_levels")
-            step = steps[number * micro * processes // 8]
-            for i, sample in enumerate(batch["sample_number"].tolist()):
-                assert sample not in step
-                step[sample] = tuple(batch[name][i].tolist() for name in names)
-    return steps
-
-
-@pytest.mark.parametrize(("workers", "micro", "processes"), [(2, 8, 1), (0, 2, 1), (0, 4, 2), (2, 1, 2)])
-def test_samples_and_noise_of_a_step_do_not_depend_on_workers_split_or_processes(workers, micro, processes):
-    expected = batches_of_steps(0, 8, 1)
-    assert [sorted(step) for step in expected] == [list(range(8 * i, 8 * i + 8)) for i in range(6)]
-    assert batches_of_steps(workers, micro, processes) == expected
-
-
 # Streams
 
 
@@ -389,14 +357,10 @@ def test_a_stopped_stream_goes_on_to_the_same_weights_and_tokenises_only_what_is
     base = train_bpe(read_documents(text), 300)
     PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")
     monkeypatch.setattr(prepare, "read_documents", lambda source, *, streaming, **options: read_documents(text))
-    monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 2)
-    encode_batch, seen = training.encode_batch, []
-
-    def noted(tokenizer):
-        encode = encode_batch(tokenizer)
-        return lambda texts: [seen.extend(texts), encode(texts)][1]
-
-    monkeypatch.setattr(training, "encode_batch", noted)
+    monkeypatch.setattr(plain_text, "TEXTS_PER_BATCH", 2)
+    plain_ids, seen = training.plain_ids, []
+    noted = lambda tokenizer, texts: [seen.extend(texts), plain_ids(tokenizer, texts)][1]  # noqa: E731
+    monkeypatch.setattr(training, "plain_ids", noted)
     run_from = training.DiffusionTrainer.run_from
     monkeypatch.setattr(
         training.DiffusionTrainer, "run_from", lambda *arguments: [seen.clear(), run_from(*arguments)][1]

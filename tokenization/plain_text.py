@@ -1,10 +1,29 @@
-"""Whether the tokens of a text give it back: what they do not hold, no model over them codes."""
+"""Documents to token ids as plain text, and whether the ids give the text back.
+
+A model over tokens codes nothing of a text that the tokens do not hold.
+"""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+# Texts of one call of a tokenizer: enough to use all cores, few enough to bound memory.
+TEXTS_PER_BATCH = 256
 SHOWN = 24  # characters of a text that is quoted
+
+
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of TEXTS_PER_BATCH; the last one may be shorter."""
+    remaining = iter(texts)
+    while batch := list(itertools.islice(remaining, TEXTS_PER_BATCH)):
+        yield batch
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens; text that spells a special token is encoded as text."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def first_loss(tokenizer: Any, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> str | None:
@@ -27,4 +46,4 @@ def not_kept(loss: str) -> str:
     return f"the tokenizer does not keep the text: {loss}"
 
 
-__all__ = ["first_loss", "not_kept"]
+__all__ = ["first_loss", "in_batches", "not_kept", "plain_ids"]
