@@ -124,7 +124,7 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
         state = state_of(each)
         rows.append(
             {
-                "name": each.run.name,
+                "name": each.run.label,
                 "shape": each.run.shape,
                 "budget": each.run.budget,
                 "seed": each.run.seed,

@@ -119,6 +119,8 @@ def label_of(config: Any) -> str:
         return f"interpolating, alpha_0 = {values['alpha_0']:g}"
     if digits == 1:
         return "MDM"
+    if values["reveal_order"] == "token":  # whole tokens are hidden: no digit diffuses
+        return f"MDM, {'tree' if values['subtoken_embedding'] == 'ancestors' else 'sub-token'} embedding"
     if values["reveal_order"] != "digit":
         return f"sub-tokens, {values['reveal_order']} order"
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"

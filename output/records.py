@@ -17,8 +17,15 @@ from typing import Any
 from prime_v2.output.paths import without_places
 
 PACKAGES = ("prime-v2", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-# Earlier name: present name, of a method and of the values of a configuration's `objective`.
-PRESENT_NAMES = {"token_objective": "paper_loss"}
+# Earlier name: present name, of a method, a family and runs of the recipes, and of the values of a configuration's
+# `objective`.
+PRESENT_NAMES = {
+    "token_objective": "paper_loss",
+    "sub-tokens, token order": "MDM, tree embedding",
+    "token order": "MDM, tree embedding",
+    "token order, random codes": "MDM, tree embedding, random codes",
+    "token order, two levels": "MDM, tree embedding, two levels",
+}
 PRESENT_OBJECTIVES = {"token": "joint", "subtoken": "marginal"}
 
 

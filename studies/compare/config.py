@@ -14,13 +14,13 @@ from prime_v2.training.recipes import find_recipe
 
 KIND = "compare"  # of its recipes
 FIELDS = ("train", "budgets", "count", "shapes", "seeds", "runs", "baseline")
-RUN_FIELDS = ("family", "model", "train", "shapes", "budgets")
+RUN_FIELDS = ("label", "family", "model", "train", "shapes", "budgets")
 COUNTS = {"6nd": "flops_6nd", "measured": "flops_measured"}  # how FLOPs are counted, and their name in a record
 # Options of train.py that a comparison sets itself, and from what.
 DECIDED = {
     "config": "it is made for each run",
     "family": "write it in the run",
-    "label": "it is the name of the run",
+    "label": "write it in the run",
     "output_dir": "it is --out and the name of the run",
     "data_dir": "all runs share one in --out",
     "record": "use --output",
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {"num_generated": 0}
 class Run:
     """One training run. `options`: of train.py, but for those that follow from the number of steps.
 
-    budget: FLOPs; shape: the name of the network's size, "" where there is one size alone.
+    budget: FLOPs; shape: the name of the network's size, "" where there is only one size.
     """
 
     name: str
@@ -54,6 +54,11 @@ class Run:
     options: dict[str, Any] = dataclasses.field(hash=False)
 
     @property
+    def label(self) -> str:
+        """What it is called in tables and figures: by default its name."""
+        return self.options.get("label", self.name)
+
+    @property
     def folder(self) -> str:
         """The name of its folder: the same however many runs a comparison has."""
         parts = [_slug(self.name), self.shape, number(self.budget), f"seed{self.seed}"]
@@ -61,7 +66,7 @@ class Run:
 
     def __str__(self) -> str:
         shape = f", {self.shape}" if self.shape else ""
-        return f"{self.name}{shape}, {number(self.budget)} FLOPs, seed {self.seed}"
+        return f"{self.label}{shape}, {number(self.budget)} FLOPs, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Comparison:
     runs: tuple[Run, ...]
 
     def values(self, name: str) -> list[Any]:
-        """The different names, shapes, budgets or seeds of its runs, in their order."""
+        """The different labels, shapes, budgets or seeds of its runs, in their order."""
         return list(dict.fromkeys(getattr(run, name) for run in self.runs))
 
 
@@ -208,7 +213,11 @@ def _runs_of(
     for budget in budgets:
         for shape in chosen:
             options = DEFAULTS | train | shape.train | own
-            options |= {"family": family, "model": common_model[family] | shape.model | model, "label": name}
+            options |= {
+                "family": family,
+                "model": common_model[family] | shape.model | model,
+                "label": _label(name, entry),
+            }
             for seed in seeds:
                 yield Run(name, shape.name, budget, seed, options | {"seed": seed})
 
@@ -240,6 +249,14 @@ def _check_names(runs: dict[str, Any], path: str) -> None:
             raise ValueError(f"{path}: the name {name} gives the folder {slug!r}{other}; use letters and digits that "
                              f"tell runs apart")  # fmt: skip
         slugs[slug] = name
+    labels = [_label(name, entry or {}) for name, entry in runs.items()]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: two runs have the label {twice}; give each its own")
+
+
+def _label(name: str, entry: dict[str, Any]) -> str:
+    return str(entry.get("label", name))
 
 
 def _shapes(value: Any, path: str) -> list[_Shape]:

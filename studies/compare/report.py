@@ -112,14 +112,20 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
     return {
         "comparison": comparison.name,
         "count": comparison.count,
-        "baseline": comparison.baseline,
-        **{f"{name}s": comparison.values(name) for name in ("name", "shape", "budget", "seed")},
+        "baseline": _baseline(comparison),
+        "names": comparison.values("label"),
+        **{f"{name}s": comparison.values(name) for name in ("shape", "budget", "seed")},
         "commits": sorted({_commit(record) for _, record in trained}),
         "data": {str(run.seed): record["results"]["data"] for run, record in trained},
         "rows": rows,
         "groups": groups,
         "best": _best(comparison, rows, scores) if len(comparison.values("shape")) > 1 else [],
     }
+
+
+def _baseline(comparison: Comparison) -> str:
+    """The label of the baseline."""
+    return next(run.label for run in comparison.runs if run.name == comparison.baseline)
 
 
 def _difference(scores: dict[Run, dict[str, Any]], run: Run, other: Run | None) -> dict[str, Any] | None:
@@ -135,7 +141,7 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
     loss = evaluation.get("paper_loss")
     flops_per_token = training[COUNTS[count]] / training["tokens"]
     return {
-        "name": run.name,
+        "name": run.label,
         "family": results["family"],
         "shape": run.shape,
         "budget": run.budget,
@@ -205,7 +211,8 @@ def _best(
     comparison: Comparison, rows: Sequence[dict[str, Any]], scores: dict[Run, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """For each name and budget the shape whose last dev bound is the lowest, over the seeds, and its test bound."""
-    runs = {(run.name, run.shape, run.budget, run.seed): run for run in scores}
+    baseline = _baseline(comparison)
+    runs = {(run.label, run.shape, run.budget, run.seed): run for run in scores}
     last: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in rows:
         if row["curve"]:
@@ -215,11 +222,11 @@ def _best(
     best = []
     for (name, budget), shape in shapes.items():
         group = _group(rows, (name, shape, budget))
-        other = shapes.get((comparison.baseline, budget))
+        other = shapes.get((baseline, budget))
         group["difference"] = None
-        if name != comparison.baseline and other is not None:
+        if name != baseline and other is not None:
             pairs = [
-                _difference(scores, runs[name, shape, budget, seed], runs[comparison.baseline, other, budget, seed])
+                _difference(scores, runs[name, shape, budget, seed], runs[baseline, other, budget, seed])
                 for seed in group["seeds"]
             ]
             group["difference"] = over_seeds(pairs)

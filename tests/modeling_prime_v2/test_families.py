@@ -133,6 +133,18 @@ def test_all_families_read_the_same_text(run, source):
     assert sorted(each.name for each in (folder / "data").iterdir()) == ["tokenizer"]  # its own digits, nothing else
 
 
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"subtoken_embedding": "ancestors", "tree_levels": [4, 9]}, "MDM, tree embedding"),
+        ({}, "MDM, sub-token embedding"),
+    ],
+)
+def test_a_model_that_hides_whole_tokens_is_called_mdm(fields, label):
+    config = FAMILIES["prime"].config_class(vocab_size=300, base=2, reveal_order="token", **fields)
+    assert label_of(config) == label
+
+
 def test_its_folder_loads_bounds_and_generates(run):
     name, folder, results = run
     model, tokenizer = load_model_and_tokenizer(folder, device="cpu")

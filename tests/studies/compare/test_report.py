@@ -1,6 +1,7 @@
 """Rows, paired differences, tables and pictures of a comparison, from records that are made up here."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,19 @@ def test_text_and_markdown_say_what_the_numbers_are():
         assert "Budgets count 6 N D" in text
         assert "12 of 12 runs read the training text more than once, up to 2.4 times" in text
     assert markdown_text(results).startswith("| run | family | size | nats/token ± 95% |")
+
+
+def test_a_run_is_called_by_its_label_and_lies_in_the_folder_of_its_name():
+    comparison, trained = compared(names=("MDM", "ARM"), shapes=("16x1", "32x1"))
+    called = {run: replace(run, options={"label": f"{run.name}!"}) for run in comparison.runs}
+    comparison = replace(comparison, runs=tuple(called.values()))
+    results = summarise(comparison, [(called[run], record) for run, record in trained])
+    assert (results["names"], results["baseline"]) == (["MDM!", "ARM!"], "MDM!")
+    assert {(row["name"], row["folder"].split("-")[0]) for row in results["rows"]} == {
+        ("MDM!", "MDM"),
+        ("ARM!", "ARM"),
+    }
+    assert [each["difference"] is None for each in results["best"]] == [True, False]
 
 
 def test_notes_say_what_the_interval_of_one_seed_covers():

@@ -309,6 +309,7 @@ def test_signals_stop_unless_they_are_ignored_as_under_nohup():
         ({"runs": {"A": {"familly": "arm"}}}, "run A: unknown field familly; did you mean family?"),
         ({"runs": {"A": None, "B": 3}}, "run B is 3; write e.g. `B: {family: arm}`"),
         ({"runs": {"A-1": None, "A 1": None}, "baseline": "A 1"}, "the name A 1 gives the folder 'A_1', like A-1"),
+        ({"runs": {"A": {"label": "B"}, "B": None}, "baseline": "A"}, "two runs have the label B; give each its own"),
         ({"runs": {"A": {"model": {"hiden_size": 8}}}}, "run A: --model hiden_size is no field .*hidden_size"),
         (
             {"runs": {"MDM": None, "A": {"family": "uniform", "model": {"num_subtokens": 9}}}},
