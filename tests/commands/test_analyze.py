@@ -9,12 +9,11 @@ from statistics import fmean
 
 import pytest
 import torch
+from command_runs import DOCUMENTS, of_command
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands.analyze import name_arguments, render
-from prime_v2.commands.main import app
 from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.windows import encode_documents
 from prime_v2.output.records import read_record
@@ -23,31 +22,16 @@ from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
 from prime_v2.studies.analysis.spectra import gaussian_spectrum
 from prime_v2.tokenization.bpe import train_bpe
 
-DOCUMENTS = [f"document {i} says that the quick brown fox jumps over {i * 7} lazy dogs" for i in range(12)]
 WINDOW = 32
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("analysis_attention.png", "analysis_spectra.png")
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["analyze", *(str(each) for each in arguments)])
+run, refused = of_command("analyze")
 
 
 def analyzed(*arguments: object) -> dict:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
-
-
-def refused(*arguments: object) -> str:
-    """The sentence of a refusal, which must be all that it prints."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("prime-v2 analyze: error: ")
-    return lines[0].removeprefix("prime-v2 analyze: error: ")
 
 
 @pytest.fixture(scope="module")

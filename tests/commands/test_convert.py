@@ -10,12 +10,11 @@ import pytest
 import torch
 import yaml
 from command_options import NUMBERS
+from command_runs import of_command
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
-from typer.testing import CliRunner
 
 from prime_v2 import build_tokenizer
-from prime_v2.commands.main import app
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.hub_card.convert import sizes_of
 from prime_v2.tokenization.bpe import train_bpe
@@ -23,20 +22,7 @@ from prime_v2.tokenization.bpe import train_bpe
 ROOT = Path(__file__).resolve().parents[2]
 V, D, FFN, HEADS, LAYERS, BASE, DIGITS = 300, 24, 40, 4, 2, 2, 9
 TEXT = [f"document {i} says that the quick brown fox jumps over {i * 7} lazy dogs" for i in range(12)]
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["convert", *(str(each) for each in arguments)])
-
-
-def refused(*arguments: object) -> str:
-    """The sentence of a refusal, which must be all that it prints."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("prime-v2 convert: error: ")
-    return line.removeprefix("prime-v2 convert: error: ")
+run, refused = of_command("convert")
 
 
 def published(groups=HEADS, rows=V, table=(BASE + 1) * DIGITS, width=D, seed=0) -> dict[str, torch.Tensor]:

@@ -5,10 +5,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from command_runs import of_command
 from tiny_runs import write_text
-from typer.testing import CliRunner
 
-from prime_v2.commands.main import app
 from prime_v2.output.records import read_record
 from prime_v2.training.trainer import DiffusionTrainer
 
@@ -17,10 +16,7 @@ STEPS = (
     "--test_sequences=4 --num_generated=0 --dev_share=0.2 --test_share=0.2 --bpe_vocab_size=300 --block_size=32 "
     "--model hidden_size=16 num_attention_heads=2 num_subtokens=11"
 )
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["demo", *map(str, arguments)])
+run, refused = of_command("demo")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_runs import of_command
 from installed import link_package, make_environment
 from task_files import own_cache, write_questions  # noqa: F401
-from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands import eval as commands_eval
 from prime_v2.commands.eval import call_lm_eval, parse_arguments, summarise
-from prime_v2.commands.main import app
 from prime_v2.eval.offline_tasks import PAPER, parse_splits, write_tasks
 from prime_v2.output.records import read_record
 from prime_v2.tokenization.bpe import train_bpe
@@ -44,19 +43,7 @@ RESULTS = {
     },
     "chat_template": "{{ messages }}",
 }
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
-def refused(*arguments: object) -> str:
-    """The sentence of a refusal, which must be all that it prints."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("prime-v2 eval: error: ")
-    return line.removeprefix("prime-v2 eval: error: ")
+run, refused = of_command("eval")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +126,7 @@ def test_what_is_missing_is_said_at_once(data, tmp_path, calls, monkeypatch):
     assert refused("--config", "run.yaml", "--split", "train") == "--split needs --tasks on the command line"
     assert refused("DIR", "--tasks", "hellaswag", "--data", data).startswith("--data has no form of the task hellaswa")
     assert refused("DIR", "--tasks", "gsm8k", "--data", data).endswith(
-        "has train.jsonl alone; --split gsm8k=train scores it, and --tasks without it leaves it out"
+        "has only train.jsonl; --split gsm8k=train scores it, and --tasks without it leaves it out"
     )
     assert calls == []
 

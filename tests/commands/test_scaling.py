@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from command_runs import of_command
 from matplotlib.figure import Figure
-from typer.testing import CliRunner
 
 from docs.tables.scaling import TABLES
 from prime_v2.commands.base import Group
@@ -53,18 +53,7 @@ def points(tmp_path_factory) -> Path:
     return path
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["scaling", *map(str, arguments)])
-
-
-def refused(*arguments: object) -> str:
-    """The sentence of a refusal, which must be all that it prints."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    (line,) = result.stderr.splitlines()
-    start = f"prime-v2 scaling {arguments[0]}: error: "
-    assert line.startswith(start)
-    return line.removeprefix(start)
+run, refused = of_command("scaling")
 
 
 # ------------------------------------------------------------------------------------------------- fit

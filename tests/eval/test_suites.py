@@ -9,11 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from command_runs import of_command
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
-from prime_v2.commands.main import app
 from prime_v2.commands.ppl import render_table
 from prime_v2.data.splits import corpus_fingerprint
 from prime_v2.eval.loading import load_scorer
@@ -25,19 +24,7 @@ from prime_v2.tokenization.bpe import train_bpe
 
 PTB = [f"the quick brown fox number {i} jumps over a lazy dog" for i in range(9)]
 ARXIV = ["a long paper about the foxes that jump over the dogs\n\nand the dogs", "a short paper"]
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["ppl", *(str(each) for each in arguments)])
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("prime-v2 ppl: error: ")
-    return result.stderr.removeprefix("prime-v2 ppl: error: ").strip()
+run, refused = of_command("ppl")
 
 
 @pytest.fixture(scope="module")
