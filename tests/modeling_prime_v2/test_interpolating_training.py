@@ -5,17 +5,12 @@ import itertools
 import pytest
 import torch
 from enumeration import query_log_probabilities
-from networks import small_interpolating
+from networks import small_interpolating, some_ids
 
 from prime_v2.diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, draw_terms, sequential_share
-from prime_v2.modeling_interpolating_prime_v2 import PrimeV2ForInterpolatingDiffusion
 
 # float32 networks of two layers; a loss is a mean of a few dozen nats.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def some_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def some_noise(batch: int, start: int = 0) -> dict:
@@ -84,30 +79,6 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(fields):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_changes_no_gradient(model, reentrant):
-    ids, calls = some_ids(4, 6), []
-    model.train().model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    model(ids, labels=ids, **some_noise(4)).loss.backward()
-    gradients = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model(ids, labels=ids, **some_noise(4)).loss.backward()
-    assert len(calls) == 2 + 4, "two terms, each run once more for the backward pass"
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
-
-
-def test_the_loss_under_autocast_is_close_and_float32(model):
-    ids = some_ids(4, 6)
-    expected = model(ids, labels=ids, **some_noise(4)).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(ids, labels=ids, **some_noise(4)).loss
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.03)  # three digits of bfloat16 through two layers
-    assert loss.item() != expected.item()
-
-
 # What is hidden and scored
 
 
@@ -155,80 +126,7 @@ def test_a_mask_in_the_prompt_is_no_token(model):
     torch.testing.assert_close(model(ids, labels=labels, **some_noise(1)).loss, expected, **CLOSE)
 
 
-def test_inputs_that_are_masked_where_labels_are_scored_are_noised_from_the_labels(model):
-    ids = some_ids(2, 5)
-    masked = torch.where(torch.arange(5) % 2 == 0, 11, ids)
-    expected = model(ids, labels=ids, **some_noise(2)).loss
-    torch.testing.assert_close(model(masked, labels=ids, **some_noise(2)).loss, expected, rtol=0, atol=0)
-
-
-def test_a_row_with_nothing_to_score_takes_no_part(model):
-    ids = some_ids(3, 5)
-    labels = ids.clone()
-    labels[1] = -100
-    noise = some_noise(3)
-    rest = {name: each[[0, 2]] for name, each in noise.items()}
-    expected = model(ids[[0, 2]], labels=labels[[0, 2]], **rest).loss
-    torch.testing.assert_close(model(ids, labels=labels, **noise).loss, expected, **CLOSE)
-
-
-# What it is divided by
-
-
-def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(model):
-    """Rows of unequal numbers of scored tokens: the mean of the micro-batches' means would differ."""
-    ids = some_ids(6, 7)
-    labels, noise = ids.clone(), some_noise(6)
-    labels[0, 1:] = labels[3, :5] = labels[5, 2:] = -100
-    whole = model(ids, labels=labels, **noise).loss
-    whole.backward()
-    gradients = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    total = 0.0
-    for rows in torch.tensor([5, 0, 3, 2, 4, 1]).split(2):
-        part = {name: each[rows] for name, each in noise.items()}
-        loss = model(ids[rows], labels=labels[rows], num_items_in_batch=(labels != -100).sum(), **part).loss
-        loss.backward()
-        total += loss.item()
-    assert total == pytest.approx(whole.item(), rel=1e-5)  # as CLOSE
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_neither_loss_nor_gradient(model, side):
-    lengths, noise = [4, 7, 2, 5], some_noise(4)
-    rows = [some_ids(1, length, seed=length) for length in lengths]
-    total = sum(
-        model(
-            row, labels=row, num_items_in_batch=sum(lengths), **{k: each[i : i + 1] for k, each in noise.items()}
-        ).loss
-        for i, row in enumerate(rows)
-    )
-    total.backward()
-    gradients = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    ids, mask = torch.full((4, 9), -1), torch.zeros(4, 9, dtype=torch.long)
-    for i, row in enumerate(rows):
-        part = slice(9 - lengths[i], 9) if side == "left" else slice(0, lengths[i])
-        ids[i, part], mask[i, part] = row, 1
-    loss = model(ids, mask, labels=ids, **noise).loss
-    torch.testing.assert_close(loss, total, **CLOSE)
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
-
-
 # Noise drawn by the model
-
-
-def test_noise_comes_from_torchs_generator(model):
-    ids = some_ids(3, 7)
-    losses = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        losses.append(model(ids, labels=ids).loss.item())
-    assert losses[0] == losses[1] != losses[2]
 
 
 def test_levels_of_a_batch_are_stratified(model, seen):
@@ -256,71 +154,13 @@ def test_every_loss_says_whether_it_is_a_bound(fields, expected):
 # Loading
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_loads_with_the_same_loss_and_tied_heads_stay_tied(tmp_path, tied):
-    model, ids = small_interpolating(tie_word_embeddings=tied), some_ids(3, 5)
-    model.save_pretrained(tmp_path)
-    again = PrimeV2ForInterpolatingDiffusion.from_pretrained(tmp_path)
-    noise = some_noise(3)
-    assert torch.equal(again(ids, labels=ids, **noise).loss, model(ids, labels=ids, **noise).loss)
-    assert again.can_generate() and again.dtype == torch.float32
-    half = PrimeV2ForInterpolatingDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    loss = half(ids, labels=ids, **noise).loss.item()
-    assert loss == pytest.approx(model(ids, labels=ids, **noise).loss.item(), rel=0.05)  # as under autocast
-    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
 def test_attention_that_cannot_take_the_mask_is_refused():
     for implementation in ("flash_attention_2", "flex_attention"):
         with pytest.raises((ValueError, ImportError), match="(?i)flash|flex"):
             small_interpolating(attn_implementation=implementation)
 
 
-def test_the_vocabulary_cannot_be_resized(model):
-    with pytest.raises(ValueError, match="vocab_size=11 is fixed: the embedding's last row is the mask"):
-        model.resize_token_embeddings(12)
-
-
 # Refusals
-
-BAD_INPUT = [
-    ({"labels": torch.full((2, 3), -100)}, "no label to score: every one is -100 or padding"),
-    ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 of attention_mask has only padding"),
-    ({"labels": torch.tensor([[1, 2, 3], [4, 5, 11]])}, r"token ids span \[1, 11\], .* in \[0, 10\], labels are"),
-    ({"labels": torch.tensor([[2, 3, 4], [5, 6, 7]])}, r"labels\[0, 0\]=2 differs from input_ids=1; .* not shifted"),
-    (
-        {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 12]]), "labels": torch.tensor([[1, 2, 3], [4, 5, -100]])},
-        r"token ids span \[.*12\], .* in \[0, 11\], the mask token, the last",
-    ),
-    ({"labels": torch.tensor([[1, 2, 3]])}, r"labels has shape \(1, 3\), but input_ids \(2, 3\)"),
-    ({"attention_mask": torch.ones(2, 1)}, r"attention_mask has shape \(2, 1\), but input_ids \(2, 3\)"),
-    ({"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B"),
-    ({name: torch.zeros(1, 33, dtype=torch.long) for name in ("input_ids", "labels")}, "33 tokens, but max_position"),
-    (
-        {name: torch.zeros(0, 3, dtype=torch.long) for name in ("input_ids", "labels")},
-        r"input_ids has shape \(0, 3\); give \(B",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD_INPUT, ids=[message[:30] for _, message in BAD_INPUT])
-def test_bad_input_is_refused(model, changes, message):
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(ValueError, match=message):
-        model(**({"input_ids": ids, "labels": ids} | changes))
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (torch.tensor([[1, 12]]), r"token ids span \[1, 12\], .* in \[0, 11\], the mask token, the last"),
-        (torch.zeros(1, 33, dtype=torch.long), "33 tokens, but max_position_embeddings=32"),
-        (torch.zeros(1, 0, dtype=torch.long), "1 rows of 0 tokens; give at least one row of one token"),
-    ],
-)
-def test_bad_ids_without_labels_are_refused(model, ids, message):
-    with pytest.raises(ValueError, match=message):
-        model(ids)
 
 
 def test_levels_decide_the_term_and_keys_the_draw(model):

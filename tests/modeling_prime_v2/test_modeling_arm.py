@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from networks import SUBTOKENS, after_start, padded, peer_name, peer_of, small_arm, small_config, some_ids
-from safetensors.torch import load_file, save_file
+from networks import SUBTOKENS, after_start, peer_name, peer_of, small_arm, small_config, some_ids
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from prime_v2.configuration_arm_prime_v2 import PrimeV2ArmConfig
-from prime_v2.modeling_arm_prime_v2 import PrimeV2ArmModel, PrimeV2ForCausalLM
+from prime_v2.modeling_arm_prime_v2 import PrimeV2ForCausalLM
 
 # float32 networks of two layers whose logits are of order 1: other orders of summation differ by some 1e-7 a step.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -103,18 +101,6 @@ def test_a_logit_depends_on_earlier_tokens_alone():
         difference = (model(other).logits - model(ids).logits).abs().amax(-1)[0]
         assert (difference[:changed] < 1e-5).all()
         assert difference[changed] > 1e-3
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logits(side, implementation):
-    model = small_arm()
-    model.set_attn_implementation(implementation)
-    rows = [some_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
-    ids, mask = padded(rows, side, 9)
-    logits = model(ids, mask).logits
-    for i, row in enumerate(rows):
-        torch.testing.assert_close(logits[i][mask[i] == 1], model(row[None]).logits[0], **CLOSE)
 
 
 def test_only_the_logits_that_are_asked_for_are_computed():
@@ -212,20 +198,6 @@ def test_texts_start_with_bos_or_else_eos(bos, eos, expected):
 # Transformers' trainer, adapters and precisions
 
 
-def test_trainer_trains_evaluates_and_predicts(tmp_path):
-    data = [{"input_ids": each, "labels": each} for each in some_ids(6)]
-    arguments = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=3, report_to="none", use_cpu=True, disable_tqdm=True
-    )
-    trainer = Trainer(small_arm(), arguments, train_dataset=data, eval_dataset=data)
-    before = trainer.evaluate()["eval_loss"]
-    ids = some_ids(6)
-    assert before == pytest.approx(small_arm()(ids, labels=ids).loss.item(), rel=1e-5)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] != before
-    assert 0 < trainer.predict(data).metrics["test_loss"] < 20
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_adapter_of_peft_is_trained_and_generates(reentrant):
     from peft import LoraConfig, get_peft_model
@@ -253,40 +225,6 @@ def test_an_adapter_of_peft_is_trained_and_generates(reentrant):
     assert torch.equal(merged.generate(ids, max_new_tokens=4, do_sample=False), new)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_changes_no_gradient(reentrant):
-    model, ids = small_arm().train(), some_ids()
-    calls = []
-    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    model(ids, labels=ids).loss.backward()
-    gradients = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model(ids, labels=ids).loss.backward()
-    assert len(calls) == 3, "once, then once more for the backward pass"
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE)
-
-
-def test_bfloat16_by_autocast_and_of_the_weights(tmp_path):
-    model, ids = small_arm(scale=0.1), some_ids()
-    full = model(ids, labels=ids).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    loss.backward()
-    # bfloat16 rounds each of some ten steps to 2**-9.
-    torch.testing.assert_close(loss, full, rtol=0.02, atol=0)
-    model.save_pretrained(tmp_path)
-    loaded = PrimeV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.lm_head.weight.dtype == torch.bfloat16
-    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    loss = loaded(ids, labels=ids).loss
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, full, rtol=0.02, atol=0)
-    loss.backward()
-    assert loaded.lm_head.weight.grad.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_whole_tokens_can_be_added(tied, tmp_path):
     model, ids = small_arm(tie_word_embeddings=tied), some_ids()
@@ -302,39 +240,6 @@ def test_whole_tokens_can_be_added(tied, tmp_path):
         small_arm(**SUBTOKENS).resize_token_embeddings(14)
 
 
-# Saving and loading
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"tie_word_embeddings": True}, SUBTOKENS, {"tie_word_embeddings": True, **SUBTOKENS}], ids=str
-)
-def test_a_saved_model_loads_equal(fields, tmp_path):
-    model, ids = small_arm(**fields), some_ids()
-    model.save_pretrained(tmp_path)
-    loaded, report = PrimeV2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values()), report
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
-    backbone = PrimeV2ArmModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(backbone(ids)[0], model.model(ids)[0], rtol=0, atol=0)
-    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
-    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == ("tie_word_embeddings" not in fields)
-
-
-def test_the_stored_code_table_wins_over_the_computed_one_and_a_missing_one_is_computed(tmp_path):
-    model = small_arm(**SUBTOKENS)
-    model.save_pretrained(tmp_path)
-    path, name = tmp_path / "model.safetensors", "model.code_table.codes"
-    weights = load_file(path)
-    changed = weights[name].clone()
-    changed[[0, 1]] = changed[[1, 0]]
-    save_file(weights | {name: changed}, path, metadata={"format": "pt"})
-    assert torch.equal(PrimeV2ForCausalLM.from_pretrained(tmp_path).code_table.codes, changed)
-    del weights[name]
-    save_file(weights, path, metadata={"format": "pt"})
-    computed = PrimeV2ForCausalLM.from_pretrained(tmp_path).code_table.codes
-    assert torch.equal(computed, model.code_table.build())
-
-
 # Bad input
 
 
@@ -342,14 +247,6 @@ def test_the_stored_code_table_wins_over_the_computed_one_and_a_missing_one_is_c
     ("arguments", "message"),
     [
         ({"input_ids": torch.tensor([[0, 11]])}, r"token ids span \[0, 11\], .* an autoregressive model has no mask"),
-        ({"input_ids": torch.tensor([[-1, 3]])}, r"token ids span \[-1, 3\]"),
-        ({"input_ids": torch.tensor([[0.0, 1.0]])}, "token ids must be integers, not torch.float32; use ids.long"),
-        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "the batch has 0 rows of 3 tokens"),
-        ({"input_ids": torch.zeros(1, 33, dtype=torch.long)}, "33 tokens, but max_position_embeddings=32"),
-        (
-            {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
-            "row 1 of attention_mask has only padding",
-        ),
         ({}, "exactly one of input_ids .* and inputs_embeds"),
         (
             {"input_ids": torch.zeros(1, 1, dtype=torch.long), "inputs_embeds": torch.zeros(1, 1, 16)},

@@ -93,6 +93,9 @@ def test_hidden_states_attentions_and_tuples_on_request(model):
     torch.testing.assert_close(model(ids, **times, return_dict=False)[0], outputs.logits, rtol=0, atol=0)
     if len(passes_of(model, ids, labels=ids)) == 1:  # a loss of two terms has no one sequence of hidden states
         assert len(model(ids, labels=ids, output_hidden_states=True).hidden_states) == 2
+    else:
+        with pytest.raises(ValueError, match="output_hidden_states=True with labels"):
+            model(ids, labels=ids, output_hidden_states=True)
     loss, is_bound, *_ = model(ids, labels=ids, **some_noise(3), return_dict=False)
     assert loss == model(ids, labels=ids, **some_noise(3)).loss and is_bound is model.loss_is_bound
 
