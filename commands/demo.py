@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any
 
 import typer
@@ -128,6 +129,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 def report(results: dict[str, Any], out: Path) -> str:
     """The table of both runs and the unigram entropy, the sample, and where everything is."""
+    from prime_v2.commands.generate import PICTURES
     from prime_v2.eval.intervals import plus_minus
     from prime_v2.output.numbers import duration, quantity
     from prime_v2.output.tables import aligned
@@ -151,15 +153,16 @@ def report(results: dict[str, Any], out: Path) -> str:
                 duration(run["seconds"]),
             ]
         )
+    sample_text = indent(results["sample"].translate(PICTURES), "    ")
     return (
         f"\n{aligned(rows)}\n\n"
         f"Both were measured on the same {first['num_tokens']:,} tokens; lower is better, ± is a 95% interval.\n"
         f"The paper's loss is no bound on the likelihood: it says nothing about which model is better.\n\n"
-        f"A sample of {better}, after the prompt {PROMPT!r}:\n\n    {results['sample']}\n\n"
+        f"A sample of {better}, after the prompt {PROMPT!r}:\n\n{sample_text}\n\n"
         f"how it denoised    {out / PICTURE}\n"
         f"models             {', '.join(str(out / name) for name in runs)}\n"
-        f"more               prime-v2 generate {out / better} --prompt {PROMPT!r} --watch"
+        f"more samples       prime-v2 generate {out / better} --prompt {PROMPT!r} --watch"
     )
 
 
-__all__ = ["demo"]
+__all__ = ["demo", "report"]

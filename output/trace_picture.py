@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from prime_v2.output.trace import Trace, TraceStep
 
 MOST_ROWS = 12  # passes that are drawn, evenly spaced, the first and the last among them
-WIDTH = 960.0  # of the picture, in pixels; a text that is wider goes on in the next line
+WIDTH, LEAST_WIDTH = 960.0, 660.0  # of the picture, in pixels; a text that is wider goes on in the next line
 MARGIN, GUTTER = 20.0, 74.0  # around all; left of the text, for the number of the pass
 CELL, LINE_GAP, ROW_GAP = 30.0, 4.0, 12.0  # height of a cell; between the lines of a row; between rows
 TEXT_SIZE, TEXT_ADVANCE = 13.0, 7.9  # font size of a token's text and width of a character of it
@@ -72,6 +72,7 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
     row_height = (columns[-1].line + 1) * (CELL + LINE_GAP) - LINE_GAP + ROW_GAP
     numbers = drawn_passes(len(trace.steps) - 1)
     height = 2 * MARGIN + len(numbers) * row_height + CELL
+    width = max(LEAST_WIDTH, *(column.left + column.width + MARGIN for column in columns))
     body, before = [], None
     for place, number in enumerate(numbers):
         top = MARGIN + place * row_height
@@ -80,15 +81,15 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
         body.append(row.draw(trace.steps[number], before))
         if place:
             y = top - ROW_GAP / 2
-            body.append(f'<path class="rule" d="M{MARGIN:g} {y:g}H{WIDTH - MARGIN:g}"/>')
+            body.append(f'<path class="rule" d="M{MARGIN:g} {y:g}H{width - MARGIN:.5g}"/>')
         before = trace.steps[number]
     body.append(legend(height - MARGIN - CELL, len(trace.steps[0].digits[0]) > 1))
     text = escape("".join(text_of(trace.result[i]) for i in kept))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {height:g}" width="{WIDTH:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.5g} {height:g}" width="{width:.5g}" '
         f'height="{height:g}" role="img">\n<title>A text denoises in {len(trace.steps) - 1} passes of the network'
         f"</title>\n<desc>{printable(text)}</desc>\n<style>{STYLE}</style>\n"
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1:g}" height="{height - 1:g}" rx="10"/>\n'
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1:.5g}" height="{height - 1:g}" rx="10"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"
     )

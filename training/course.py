@@ -19,7 +19,7 @@ RUN, RECORD = "run.json", Path("results", "train.json")
 # Options in RunOptions of where things lie and what they are called; changing these continues the same run.
 MACHINE_OPTIONS = {"record", "config", "data_dir", "label"}
 # Options in TrainingArguments that cannot change the weights beyond the rounding of sums. Everything else is compared,
-# also what a later Transformers adds. docs/training.md has the table.
+# also what a later Transformers adds. docs/resume.md has the table.
 NO_INFLUENCE = {
     # Names, places and hub repositories.
     *("output_dir", "run_name", "project", "report_to", "hub_token", "hub_private_repo", "hub_model_id"),

@@ -86,7 +86,7 @@ def end_to_end_table(results: Path) -> str:
             f"{found['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
         ],
         [
-            "data alone, tokens/s",
+            "only data, tokens/s",
             f"{found['pipeline_tokens_per_second']['prime']:,.0f}",
             f"{found['pipeline_tokens_per_second']['plain']:,.0f}",
             f"{found['pipeline_tokens_per_second']['plain'] / found['pipeline_tokens_per_second']['prime']:.2f}",

@@ -1,6 +1,6 @@
 """Tables of README.md and docs/, generated from the records in results/.
 
-    python -m docs.tables README.md docs/paper_loss.md     # rewrite the tables in place
+    python -m docs.tables README.md docs/results.md        # rewrite the tables in place
     python -m docs.tables --check README.md                # exit status 1 when a table is out of date
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
@@ -15,7 +15,9 @@ from typing import Any
 from docs.tables.benchmarks import TABLES as BENCHMARK_TABLES
 from docs.tables.compare import TABLES as COMPARE_TABLES
 from docs.tables.scaling import TABLES as SCALING_TABLES
+from prime_v2.commands.demo import report
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
+from prime_v2.eval.plugin import DEMO
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin, with_origin
 
@@ -26,6 +28,26 @@ def about_intervals(scores: Iterable[dict[str, Any]]) -> str:
     """The line below a table of bounds that says how to read them."""
     clustered = all("interval_over" in score for score in scores)
     return f"{UPPER_END}\n" + ("" if clustered else f"{NOT_CLUSTERED}\n")
+
+
+def families_table(results: Path) -> str:
+    """The families of README: the valid bound of each, and the paper's loss where it has one."""
+    record = read_record(results / "compare_families.json")
+    found = {row["name"]: row["evaluation"] for row in record["results"]["rows"]}
+    rows = []
+    for name in ("ARM", "MDM", "MDM-Prime", "MDM-Prime-v2", "uniform-state", "interpolating, alpha_0 = 0.5"):
+        bound, loss = found[name]["bound"], found[name].get("paper_loss")
+        sign = "=" if bound["is_exact"] else "≤"
+        note = "–" if loss is None else f"{loss['nats_per_token']:.2f}"
+        note += " (the same bound)" if loss is not None and loss["is_bound"] else ""
+        rows.append([name, f"{sign} {bound['nats_per_token']:.2f}{plus_minus(bound, 2)}", note])
+    return with_origin(["family", "bound, nats/token ± 95%", "the paper's loss"], rows, record)
+
+
+def demo_text(results: Path) -> str:
+    """What `make demo` prints."""
+    record = read_record(results / "demo.json")
+    return f"```text\n{report(record['results'], DEMO).strip()}\n```\n\n{origin(record)}"
 
 
 def training_table(results: Path) -> str:
@@ -231,6 +253,8 @@ def perplexity_table(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "demo": demo_text,
+    "families": families_table,
     "training": training_table,
     "entropy": entropy_table,
     "paper_loss": paper_loss_table,

@@ -1,4 +1,4 @@
-"""The tables of the README come from the records, and nothing else."""
+"""The tables of README and docs come from the records, and nothing else."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,8 @@ DOCS = (
     "compare",
     "findings",
     "benchmarks",
-    "training",
+    "resume",
+    "results",
     "security",
     "dependencies",
 )
@@ -28,9 +29,9 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_records(capsys):
 
 
 def test_a_changed_number_is_found_and_mended(tmp_path, capsys):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| MDM (`num_subtokens=1`)"))
-    page = tmp_path / "README.md"
+    page = tmp_path / "results.md"
     page.write_text(text.replace(row, row.replace("±", "+-")))
     options = ["--results", str(ROOT / "results"), str(page)]
     assert main(["--check", *options]) == 1
@@ -40,7 +41,7 @@ def test_a_changed_number_is_found_and_mended(tmp_path, capsys):
 
 
 def test_an_unknown_table_and_a_missing_record_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no table losses; there are training"):
+    with pytest.raises(ValueError, match="there is no table losses; there are demo"):
         rewrite("<!-- table: losses -->\n<!-- end of table -->", ROOT / "results")
     with pytest.raises(ValueError, match="tiny.json does not exist"):
         rewrite("<!-- table: training -->\n<!-- end of table -->", tmp_path)
