@@ -5,7 +5,7 @@
 
 Both train on the same packed blocks with Transformers' Trainer, batch and optimizer alike; ours adds noise by sample
 number, the bound's loss and its logs. The runs take turns; time is what Trainer reports for `train()`, evaluation and
-saving left out. The data pipeline alone, without a model, is timed over the same samples beside a plain loader.
+saving left out. The data pipeline by itself, without a model, is timed over the same samples beside a plain loader.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def causal_batch(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 def pipeline(options: argparse.Namespace, blocks: PackedBlocks) -> dict[str, float]:
-    """Tokens/s of the loader alone, with our collator and with PyTorch's."""
+    """Tokens/s of the loader by itself, with our collator and with PyTorch's."""
     samples = TrainingOrder(blocks, 200 * options.batch, options.seed)
     collators = {"prime": Collator(options.batch, options.seed, 0.01), "plain": causal_batch}
     rates = {}

@@ -7,7 +7,7 @@ Both draw from the same process (docs/derivation.md). The reference is the plain
 network on the whole batch, draw a token for every position by `torch.distributions.Categorical`, and reveal each
 hidden digit with probability (alpha_s - alpha_t) / (1 - alpha_t). `generate` draws all reveal times first, runs the
 network at the steps at which a sequence reveals something, and computes last feed-forward network, head and softmax
-for the tokens of that step alone. Calls alternate.
+only for the tokens of that step. Calls alternate.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which method and draws answer questions best: measured on training splits alone, to choose the one default.
+"""Which method and draws answer questions best: measured only on training splits, to choose the one default.
 
     python benchmarks/likelihood_settings.py runs/tiny --data JSONL_FOLDERS --output results/likelihood_settings.json
 

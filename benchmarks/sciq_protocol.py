@@ -5,7 +5,7 @@
 Published: 256 draws of each choice, classifier-free guidance (two passes a draw), one request at a time, by this code.
 It is run on a random part of the questions, on which everything else is run too; the default is also run on all
 of them. The standard error is that of the difference between the best choice and the runner-up. Token passes at equal
-standard error scale the draws by the ratio of variances. What each part brings: it alone is switched off.
+standard error scale the draws by the ratio of variances. What each part brings: only that part is switched off.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/startup_hook.py                           # 300 pairs of starts, about 10 seconds
     python benchmarks/startup_hook.py --output results/startup_hook.json
 
-`python -c pass` is started in two fresh virtual environments that differ by that file alone. The starts alternate, the
-first of each pair by turns. Beside the whole start, the time of the file's line alone is taken, inside new processes.
+`python -c pass` is started in two fresh virtual environments that differ only by that file. The starts alternate, the
+first of each pair by turns. Beside the whole start, the time of only the file's line is taken, inside new processes.
 """
 
 import argparse

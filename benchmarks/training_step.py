@@ -147,7 +147,7 @@ def memory_in_fresh_process(kind: str, case: Case, options: argparse.Namespace) 
 
 
 def beside_products(stepper: Stepper, flops: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """FLOP/s of products alone, which take turns with the steps, and the share of them that a step reaches."""
+    """FLOP/s of products by themselves, which take turns with the steps, and the share of them that a step reaches."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
     alone = {name: products_alone(*each, flops // 10, device, dtype) for name, each in sides.items()}

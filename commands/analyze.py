@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -18,16 +17,6 @@ from prime_v2.output.progress import progress_bar, quiet_libraries
 DEFAULT_TEXT = "docs"
 MASKED_SHARES = (0.0, 0.5, 0.9)
 FIGURES = {"spectra": "analysis_spectra.png", "attention": "analysis_attention.png"}
-COLUMNS = (  # of the printed table: heading, statistic, format
-    ("first", "first_position_mass", "{:.3f}"),
-    ("top", "top_position_mass", "{:.3f}"),
-    ("top in window", "top_in_window_mass", "{:.3f}"),
-    ("self", "self_mass", "{:.3f}"),
-    ("self ± 1", "neighbour_mass", "{:.3f}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("relative", "relative_entropy", "{:.3f}"),
-    ("distance", "mean_distance", "{:.1f}"),
-)
 MaskedShare = Annotated[
     list[float] | None,
     typer.Option(
@@ -74,13 +63,15 @@ def analyze(
 ) -> None:
     """Spectra of the weights and attention patterns.
 
-    Of a model, or of two side by side: Prime-v2 or causal ones (AutoModelForCausalLM) with projections named as in
-    Llama, OPT or GPT-2.
+    The models, one or two side by side, are Prime-v2 or causal ones (AutoModelForCausalLM) with projections named as
+    in Llama, OPT or GPT-2.
 
     \b
     prime-v2 analyze MODEL my_text.txt
     prime-v2 analyze MODEL gpt2 my_text.txt --output analysis.json --figure-dir figures
     """
+    from prime_v2.studies.analysis.report import render
+
     _check_figures(figure_dir)
     quiet_libraries()
     names, source = name_arguments(model_a, model_b, text)
@@ -188,7 +179,7 @@ def _windows(
 
     window, _ = window_and_stride(configs, options.window, None)
     tokenizers = [load_tokenizer(each) for each in names]
-    # Of the models, the first that train.py wrote says which documents are on a side.
+    # The first model that train.py wrote says which documents are on a side.
     run = next((each for each in names if (Path(each) / RUN_FILE).is_file()), names[0])
     documents = _enough(text.documents("test", run), tokenizers, window * options.max_windows)
     pairs = zip(tokenizers, configs, strict=True)
@@ -261,65 +252,4 @@ def _analyze_model(name: str, label: str, windows: Any, shares: list[Any], optio
     }
 
 
-def render(results: dict[str, Any]) -> str:
-    """Two tables: spectra, means over layers, and attention, means over layers and heads."""
-    from prime_v2.output.tables import aligned
-
-    text = results["text"]
-    return "\n".join(
-        [
-            "spectra, means over layers; gaussian: a random matrix of the same shape",
-            aligned(_spectra_rows(results)),
-            "",
-            f"attention, means over layers and heads, on windows of {text['window']:,} tokens of {text['source']}; "
-            f"uniform: over all positions that a query sees",
-            aligned(_attention_rows(results)),
-        ]
-    )
-
-
-def _spectra_rows(results: dict[str, Any]) -> list[list[str]]:
-    from prime_v2.studies.analysis.spectra import KINDS
-
-    rows = [["matrix", "model", "shape", "stable rank", "effective rank", "tail exponent"]]
-    references = {(each["rows"], each["columns"]): each for each in results["gaussian"]}
-    for kind in KINDS:
-        shapes = []
-        for model in results["models"]:
-            found = [each for each in model["matrices"] if each["kind"] == kind]
-            if found:
-                shapes.append((found[0]["rows"], found[0]["columns"]))
-                rows.append([kind, model["name"], *_spectrum_cells(found)])
-        rows += [[kind, "gaussian", *_spectrum_cells([references[shape]])] for shape in sorted(set(shapes))]
-    return rows
-
-
-def _spectrum_cells(found: list[dict[str, Any]]) -> list[str]:
-    exponents = [each["tail"]["exponent"] for each in found if each["tail"]]
-    cells = [f"{found[0]['rows']} x {found[0]['columns']}"]
-    for name in ("stable_rank", "effective_rank"):
-        values = [each[name] for each in found if each[name] is not None]
-        cells.append(f"{fmean(values):.1f}" if values else "-")
-    return [*cells, f"{fmean(exponents):.2f}" if exponents else "-"]
-
-
-def _attention_rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = [["masked", "model", "windows", *(heading for heading, _, _ in COLUMNS)]]
-    references: dict[str, dict[str, float]] = {}
-    kinds = {model["name"]: model["model_type"] for model in results["models"]}
-    states = [(state, model["name"]) for model in results["models"] for state in model["attention"]]
-    for state, name in sorted(states, key=lambda each: each[0]["masked_share"] or 0.0):
-        means = {each: fmean(map(fmean, state["statistics"][each]["mean"])) for _, each, _ in COLUMNS}
-        share = state["masked_share"]
-        shown = [form.format(means[each]) for _, each, form in COLUMNS]
-        rows.append(["causal" if share is None else f"{share:g}", name, str(state["num_windows"]), *shown])
-        kind = "uniform, causal" if share is None else "uniform"
-        if kinds[name] == "prime_v2_interpolating":  # whose queries see what is known
-            kind += f", {share:g} masked"
-        references[kind] = state["uniform"]
-    for name, each in references.items():
-        rows.append(["", name, "", *(form.format(each[statistic]) for _, statistic, form in COLUMNS)])
-    return rows
-
-
-__all__ = ["FIGURES", "MASKED_SHARES", "analyze", "name_arguments", "render"]
+__all__ = ["FIGURES", "MASKED_SHARES", "analyze", "name_arguments"]

@@ -65,7 +65,7 @@ def finish(
     print_and_record(shown, output, lambda: make_record(name, results, seed=seed, **about))
 
 
-# Of an argument in a message, name=value: what is before it, where it is no part of a path or another name, and value.
+# An argument in a message, name=value: the name is no part of a path or of another name.
 NOT_IN_NAME = r"(?<![\w./-])"
 VALUE = r"""('[^']*'|"[^"]*"|[^\s,;:()]+)"""
 
@@ -177,7 +177,7 @@ def bad_input(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python and numpy, of an accelerator, and of the CPU's memory as torch says it."""
+    """Whether Python, numpy, an accelerator or torch (for the CPU's memory) says that memory is used up."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

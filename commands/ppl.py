@@ -239,36 +239,28 @@ def _device(model: Any) -> dict[str, str]:
 
 
 def _methods(models: list[str], asked: str | None) -> list[str]:
-    """The method of each model. asked: None for each model's own; otherwise that of the models that have it.
+    """The method of each model: the one that is asked for where the model has it, otherwise the model's own.
 
-    Raises ValueError for an unknown method, for one that no model here has, and for "causal" beside a model that has
-    others.
+    Raises ValueError for a method that is unknown or that no model here has.
     """
-    from prime_v2.eval.causal import METHOD, check_method
+    from prime_v2.eval.causal import METHOD
     from prime_v2.eval.loading import is_causal, load_config
     from prime_v2.families import FAMILIES, FAMILY_OF_TYPE, bound_method
     from prime_v2.validation_keywords_prime_v2 import one_of
 
     if asked is not None:
-        known = sorted({method for family in FAMILIES.values() for method in family.methods})
-        one_of(f"--method {asked}", asked, known)
-    methods, reported = [], []
+        one_of(f"--method {asked}", asked, sorted({each for family in FAMILIES.values() for each in family.methods}))
+    chosen, there = [], []
     for name in models:
-        config = None if is_causal(name) else load_config(name)
-        methods.append((METHOD,) if config is None else FAMILY_OF_TYPE[config.model_type].methods)
-        reported.append(METHOD if config is None else bound_method(config))
-    having = [asked in each for each in methods]
-    if asked not in (None, METHOD) and all(each == (METHOD,) for each in methods):
-        check_method(asked)
-    if asked == METHOD and not all(having):
-        other = having.index(False)
-        raise ValueError(
-            f"method={METHOD!r} is for causal models; {models[other]} is a diffusion model and has "
-            f"{', '.join(methods[other])}"
-        )
-    if asked is not None and not any(having):
-        raise ValueError(f"method={asked!r} is none of {models[0]}, which has {', '.join(methods[0])}")
-    return [asked if has else own for has, own in zip(having, reported, strict=True)]
+        methods, own = (METHOD,), METHOD
+        if not is_causal(name):
+            config = load_config(name)
+            methods, own = FAMILY_OF_TYPE[config.model_type].methods, bound_method(config)
+        chosen.append(asked if asked in methods else own)
+        there.append(f"{name} has {', '.join(methods)}")
+    if asked is not None and asked not in chosen:
+        raise ValueError(f"--method {asked} is for other models; {'; '.join(there)}")
+    return chosen
 
 
 def render_score(score: dict[str, Any]) -> str:

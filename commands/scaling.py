@@ -38,7 +38,7 @@ class Count(StrEnum):
 
 
 class Approach(StrEnum):
-    """Of Hoffmann et al., arXiv:2203.15556."""
+    """The approaches 2 and 3 of Hoffmann et al., arXiv:2203.15556."""
 
     both = "both"
     isoflop = "2"
@@ -57,7 +57,7 @@ Family = Annotated[
     typer.Option(metavar="NAME", help="A family to fit; repeatable [default: all whose loss is a bound]."),
 ]
 LossOption = Annotated[
-    Loss, typer.Option("--loss", help="Of a record: its bound, or the paper's loss, which is no bound.")
+    Loss, typer.Option("--loss", help="Which loss of a record: its bound, or the paper's loss, which is no bound.")
 ]
 CountOption = Annotated[
     Count, typer.Option("--count", help="FLOPs of a record: by the rule 6 N D, or as train.py measured them.")

@@ -74,7 +74,7 @@ def generation_table(results: Path) -> str:
 
 
 def end_to_end_table(results: Path) -> str:
-    """train.py against Trainer with Llama, and the data pipeline alone."""
+    """train.py against Trainer with Llama, and the data pipeline by itself."""
     record = read_record(results / "end_to_end.json")
     found = record["results"]
     low, high = found["time_ratio_range"]

@@ -160,7 +160,7 @@ def _attention_modules(network: Any) -> list[tuple[int, Any]]:
 
 @contextmanager
 def _eager_evaluation(network: Any) -> Iterator[None]:
-    """Evaluation mode and eager attention, which alone gives its weights; afterwards as before."""
+    """Evaluation mode and eager attention, the only one that gives its weights; afterwards as before."""
     before = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:

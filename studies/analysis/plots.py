@@ -1,4 +1,4 @@
-"""The pictures of `prime-v2 analyze`, drawn from its results alone (docs/analysis.md)."""
+"""The pictures of `prime-v2 analyze`, drawn only from its results (docs/analysis.md)."""
 
 import math
 from pathlib import Path
@@ -210,7 +210,7 @@ def _panels(
 
 
 def _handles(models: list[dict[str, Any]], reference: str, line: str | None = None) -> list[Any]:
-    """Of the legend: the models, what is dotted, and what a line is."""
+    """Entries of the legend: the models, what is dotted, and what a line is."""
     from matplotlib.lines import Line2D
 
     handles = [

@@ -111,7 +111,7 @@ class Children:
                 stderr=subprocess.STDOUT,
                 env=os.environ | _threads(self.jobs),
                 pass_fds=(self.lock,) if self.lock >= 0 else (),
-                start_new_session=True,  # signals reach it through this process alone, once
+                start_new_session=True,  # signals reach it only through this process, once
             )
         except OSError as error:
             file.close()

@@ -1,4 +1,4 @@
-"""The pictures of `prime-v2 compare`, drawn from its results alone. All that they show are bounds or exact values."""
+"""The pictures of `prime-v2 compare`, drawn only from its results. All that they show are bounds or exact values."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ BOUND_LABEL = "nats per token (bound, or exact)"
 def plot_comparison(results: dict[str, Any], folder: Path) -> list[Path]:
     """Save PNGs and return their paths: `curves.png`, and with several shapes `sizes.png`, else `bounds.png`.
 
-    results: of `compare_report.summarise`. Error bars are 95% intervals.
+    results: of `summarise`. Error bars are 95% intervals.
     """
     last = ("sizes.png", plot_sizes) if len(results["shapes"]) > 1 else ("bounds.png", plot_bounds)
     return [draw(results, folder / name) for name, draw in (("curves.png", plot_curves), last)]

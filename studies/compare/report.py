@@ -238,7 +238,7 @@ def _best(
 def score_table(
     results: dict[str, Any], groups: Sequence[dict[str, Any]] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """(headings, lines) of the bounds of all groups: perplexity of bounds alone, the paper's loss with its label."""
+    """(headings, lines) of the bounds of all groups: perplexity only of bounds, the paper's loss with its label."""
     groups = results["groups"] if groups is None else groups
     heads = ["nats/token ± 95%", "perplexity", "paper's loss", f"minus {results['baseline']} ± 95%"]
     lines = []
@@ -360,7 +360,7 @@ def with_interval(estimate: dict[str, Any], form: str = ".3f") -> str:
 
 
 def _perplexity(bound: dict[str, Any]) -> str:
-    assert bound["is_bound"], "a perplexity is of a bound alone"
+    assert bound["is_bound"], "only a bound has a perplexity"
     value, *ends = (math.exp(min(each, 700.0)) for each in (bound["nats_per_token"], *(bound["interval_95"] or ())))
     digits = 0 if value >= 100 else 1
     return f"{value:,.{digits}f}" + (f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "")

@@ -1,7 +1,7 @@
 """`prime-v2 compare`: plan the training runs of a comparison, run what is missing, and set the results side by side.
 
-What a comparison is, is read by `compare_config`; the runs are trained by `prime_v2.training.run`, each in a process
-of its own (`compare_children`); `compare_report` makes the rows, `compare_plots` the pictures (docs/compare.md).
+`config` reads what a comparison is; `prime_v2.training.run` trains the runs, each in a process of its own
+(`children`); `report` makes the rows and `plots` the figures (docs/compare.md).
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Cost:
     seconds: float | None
 
     def flops(self, count: str) -> float:
-        """FLOPs a token by a count of `compare_config.COUNTS`."""
+        """FLOPs a token by a count of `config.COUNTS`."""
         if count == "measured":
             assert self.measured is not None, "cost_of was asked to measure"
             return self.measured
@@ -254,7 +254,7 @@ class Running:
 def run_comparison(comparison: Comparison, out: Path, running: Running) -> list[tuple[Run, dict[str, Any]]]:
     """Train what is not yet trained; the runs with their records.
 
-    Raises ValueError for bad input and for runs that failed, `compare_children.Stopped` after a signal, when the
+    Raises ValueError for bad input and for runs that failed, `children.Stopped` after a signal, when the
     running ones have saved.
     """
     new = not out.exists()
@@ -370,7 +370,7 @@ class _Clock:
 
 
 def tidy(folder: Path, keep_models: bool) -> None:
-    """Of a finished run, drop the checkpoints and, unless kept, the weights."""
+    """Drop the checkpoints of a finished run and, unless kept, its weights."""
     if not (folder / "results" / "train.json").exists():
         return
     for checkpoint in folder.glob("checkpoint-*"):

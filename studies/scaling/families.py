@@ -72,9 +72,9 @@ def choose_families(points: Sequence[Point], asked: Sequence[str]) -> tuple[dict
             together = "is not a bound" if len(others) == 1 else "are not bounds"
             raise ValueError(
                 f"the loss of {', '.join(others)} {together} on -log p and means nothing beside another family's; fit "
-                f"it alone, with --family {others[0]}"
+                f"it by itself, with --family {others[0]}"
             )
-        left_out = [f"{each} left out: its loss is not a bound; --family {each} fits it alone" for each in others]
+        left_out = [f"{each} left out: its loss is not a bound; --family {each} fits it by itself" for each in others]
         chosen = bounds
     return {family: families[family] for family in chosen}, left_out
 

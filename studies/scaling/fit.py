@@ -52,7 +52,7 @@ class Law:
 
     @property
     def exponents(self) -> tuple[Any, Any]:
-        """Of C in the optimal N and D: b / (a + b) and a / (a + b)."""
+        """The powers of C in the optimal N and D: b / (a + b) and a / (a + b)."""
         return self.b / (self.a + self.b), self.a / (self.a + self.b)
 
     def allocate(self, flops: Any) -> tuple[Any, Any]:

@@ -74,7 +74,7 @@ class PowerLaw:
         log_coefficient, exponent = self.replicates.T
         return PowerLaw(log_coefficient, exponent, NO_SAMPLES)
 
-    # Of the loss, a frontier (studies/scaling/fit.py): it has no floor, and reaches every loss.
+    # The law of the loss is a frontier (studies/scaling/fit.py): it has no floor, and reaches every loss.
     frontier = at
 
     def flops_for(self, loss: Any) -> Any:
@@ -135,7 +135,7 @@ def fit_isoflop(
     if not parabolas:
         raise ValueError(
             f"no budget has {MIN_SIZES} sizes, which a parabola needs; train {MIN_SIZES} sizes at equal FLOPs (within "
-            f"{SAME_BUDGET:.0%}), or fit approach 3 alone"
+            f"{SAME_BUDGET:.0%}), or fit only approach 3"
         )
     found = IsoFlop(parabolas, {}, notes)
     _fit_power_laws(found, samples)

@@ -4,7 +4,7 @@ CSV: one point a line under the header
 
     family,train_flops,nonembedding_params,train_tokens,loss_nats_per_token,is_bound[,stderr]
 
-Lines that begin with # are comments. `published` names the published points (eval/scaling_data/isoflop_losses.csv).
+Lines that begin with # are comments. `published` names the published points (studies/scaling/data/isoflop_losses.csv).
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def check_one_experiment(points: Iterable[Point]) -> None:
 
 
 def read_shapes() -> list[Shape]:
-    """The published networks (eval/scaling_data/scaling_runs.csv)."""
+    """The published networks (studies/scaling/data/scaling_runs.csv)."""
     return [
         Shape(
             row["family"],

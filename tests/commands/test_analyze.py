@@ -13,12 +13,13 @@ from command_runs import DOCUMENTS, of_command
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
-from prime_v2.commands.analyze import name_arguments, render
+from prime_v2.commands.analyze import name_arguments
 from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.windows import encode_documents
 from prime_v2.output.records import read_record
 from prime_v2.studies.analysis.attention import STATISTICS, measure_attention
 from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
+from prime_v2.studies.analysis.report import render
 from prime_v2.studies.analysis.spectra import gaussian_spectrum
 from prime_v2.tokenization.bpe import train_bpe
 

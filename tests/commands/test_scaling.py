@@ -62,7 +62,7 @@ run, refused = of_command("scaling")
 def test_fit_prints_both_approaches_and_what_it_leaves_out(points):
     done = run("fit", points, "--bootstrap", 10)
     assert done.exit_code == 0, done.output
-    assert done.stderr == "Prime left out: its loss is not a bound; --family Prime fits it alone\n"
+    assert done.stderr == "Prime left out: its loss is not a bound; --family Prime fits it by itself\n"
     for family in LAWS:
         assert f"{family}: 24 points, 3e+18 to 3e+20 FLOPs" in done.stdout
     assert "95% intervals from 10 bootstrap samples" in done.stdout

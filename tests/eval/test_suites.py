@@ -285,6 +285,8 @@ def test_what_is_no_bound_has_no_perplexity_in_a_table(diffusion, arm, data):
     assert line.split()[-3:] == ["paper_loss", "(no", "bound)"]
     assert "≤" not in line
     assert line.count("  -  ") == 2
+    rows = json.loads(run(*arguments, "--method", "causal", "--json").stdout)["rows"]
+    assert [row["method"] for row in rows] == ["subtoken", "causal"]
 
 
 def test_a_set_that_a_run_read_is_named(diffusion, arm, data, tmp_path):
@@ -339,11 +341,11 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(diffusion, 
     for arguments, message in (
         ([diffusion, *suite, "--method", "subtokn"], "--method subtokn is not one of causal, chain, "),
         ([diffusion, *suite, "--method", "subtokn"], "; did you mean subtoken?"),
+        ([arm, *suite, "--method", "token"], f"--method token is for other models; {arm} has causal"),
         (
-            [arm, *suite, "--method", "token"],
-            "--method token is for diffusion models; a causal model has only 'causal'",
+            [diffusion, *suite, "--method", "causal"],
+            f"is for other models; {diffusion} has subtoken, ",
         ),
-        ([diffusion, *suite, "--method", "causal"], "is a diffusion model and has subtoken, token,"),
         ([diffusion, *suite, "--num-samples", 0], "'--num-samples'"),
         ([diffusion, *suite, "--window", 65], "--window 65 must be between 1 and max_position_embeddings=64"),
         ([diffusion, *suite, "--window", 8, "--stride", 9], "--stride 9 must be between 1 and --window 8"),

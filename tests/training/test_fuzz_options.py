@@ -1,6 +1,6 @@
 """Any options of train.py, in a new run and on the way of one: the same course, another one, or a sentence."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from fuzzing import Refusal, attempt, cases
@@ -20,7 +20,7 @@ from prime_v2.training.course import (
     differences,
 )
 from prime_v2.training.option_checks import REFUSED, RULES, USUAL, is_numeric, kinds_of
-from prime_v2.training.options import Parser, RunOptions, parse_options
+from prime_v2.training.options import RaisingParser, RunOptions, parse_options
 
 KINDS = {**kinds_of(RunOptions), **kinds_of(TrainingArguments)}
 # Not drawn: what names places and files, what would look for hardware, engines or services.
@@ -49,11 +49,6 @@ SWITCHES = ["true", "false", "1", "x"]
 START = ["--output_dir", "nowhere", "--per_device_train_batch_size", "2"]
 
 
-class Raising(Parser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def values_of(name: str) -> list[str]:
     kinds = KINDS[name]
     if is_numeric(kinds):
@@ -69,7 +64,7 @@ def options(draw) -> dict[str, str]:
 
 def parsed(given_: dict[str, str]) -> tuple[RunOptions, TrainingArguments, dict[str, Any]]:
     arguments = [*START, *(f"--{name}={value}" for name, value in given_.items())]
-    return parse_options(arguments, parser_class=Raising)
+    return parse_options(arguments, parser_class=RaisingParser)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that Transformers will drop

@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_bound_is_fitted_alone_and_marked():
     bounds, other = points_of(LAW, "MDM"), points_of(LAW, "MDM-Prime-v2", is_bound=False)
     found, left_out = fit_families(bounds + other, bootstrap=0)
     assert list(found) == ["MDM"]
-    assert left_out == ["MDM-Prime-v2 left out: its loss is not a bound; --family MDM-Prime-v2 fits it alone"]
+    assert left_out == ["MDM-Prime-v2 left out: its loss is not a bound; --family MDM-Prime-v2 fits it by itself"]
     for alone in (fit_families(bounds + other, ["mdm-prime-v2"], bootstrap=0), fit_families(other, bootstrap=0)):
         assert alone[0]["MDM-Prime-v2"].label == "MDM-Prime-v2 (not a bound)"
         assert alone[1] == []
