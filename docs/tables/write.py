@@ -14,6 +14,7 @@ from typing import Any
 
 from docs.tables.benchmarks import TABLES as BENCHMARK_TABLES
 from docs.tables.compare import TABLES as COMPARE_TABLES
+from docs.tables.files import TABLES as FILE_TABLES
 from docs.tables.scaling import TABLES as SCALING_TABLES
 from prime_v2.commands.demo import report
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
@@ -263,6 +264,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": tasks_table,
     "perplexity": perplexity_table,
     **BENCHMARK_TABLES,
+    **FILE_TABLES,
     **COMPARE_TABLES,
     **SCALING_TABLES,
 }

@@ -9,6 +9,7 @@ from docs.tables.write import TABLES, main, rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = (
+    "architecture",
     "paper_loss",
     "lm_eval",
     "scaling",
