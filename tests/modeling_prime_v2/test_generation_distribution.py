@@ -135,13 +135,13 @@ class Oracle(nn.Module):
         self.digits, self.probabilities = codes[self.outcomes], probabilities.flatten()  # (K, T, S), (K,)
         self.base, self.calls = int(codes.max()), []
 
-    def forward(self, states, attention_mask=None, position_ids=None, needed=None):
+    def forward(self, states, attention_mask=None, position_ids=None, target_mask=None):
         self.calls.append(len(states))
         visible = states.unsqueeze(1) != self.base  # (B, 1, T, S)
         fits = ((states.unsqueeze(1) == self.digits) | ~visible).flatten(2).all(-1)  # (B, K)
         joint = fits * self.probabilities
         one_hot = nn.functional.one_hot(self.outcomes).double()  # (K, T, V)
-        self.last_hidden_state = torch.einsum("bk,ktv->btv", joint, one_hot).log().clamp(min=-1e4)[needed]
+        self.last_hidden_state = torch.einsum("bk,ktv->btv", joint, one_hot).log().clamp(min=-1e4)[target_mask]
         return self
 
 
