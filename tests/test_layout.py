@@ -79,3 +79,12 @@ def test_no_package_is_a_hall():
 def test_tests_lie_in_the_folder_of_what_they_test():
     folders = {path.parent.relative_to(ROOT / "tests").parts[:1] for path in (ROOT / "tests").rglob("test_*.py")}
     assert folders <= {(), ("benchmarks",), ("docs",), *((room,) for room in BELOW)}
+
+
+def test_no_test_imports_from_a_file_of_tests():
+    """What two of them share is a module of its own in tests/, which sets up without the tests of the other."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[-1].startswith("test_") for name in names), path

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from enumeration import query_log_probabilities
-from networks import small_interpolating
+from networks import small_interpolating, some_ids
 from transformers import NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_config_prime_v2 import merge_options
@@ -11,10 +11,6 @@ from prime_v2.generation_interpolating_prime_v2 import InterpolatingProcess
 from prime_v2.generation_process_prime_v2 import make_canvas
 
 MASK = 11  # of the networks here that do not say otherwise
-
-
-def prompts(rows: int, width: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(11, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
 # The cache
@@ -51,14 +47,14 @@ def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
     """Rows of different lengths, padding, masks inside prompts, a suffix, rows that end early by EOS."""
     model = small_interpolating(seed=3, **fields)
     model.set_attn_implementation(implementation)
-    ids, mask = prompts(5, 6), torch.ones(5, 6, dtype=torch.long)
+    ids, mask = some_ids(5, 6, seed=1), torch.ones(5, 6, dtype=torch.long)
     ids[1, 2], ids[2, 5], mask[3, :4], mask[4, 3:] = MASK, MASK, 0, 0
     found = []
     for use_cache in (True, False):
         given = {"max_new_tokens": 12, "max_denoising_steps": 5, "seed": 4, "eos_token_id": 7, "pad_token_id": 0}
         given["use_cache"] = use_cache
         options = merge_options(model, None, given)
-        canvas = make_canvas(model, ids, mask, prompts(5, 2, seed=2), options)
+        canvas = make_canvas(model, ids, mask, some_ids(5, 2, seed=2), options)
         process = _Recorded(model, options, canvas, [])
         with torch.no_grad():
             process.run([], _NoStream())
@@ -79,10 +75,10 @@ def test_the_network_is_fed_new_tokens_and_queries_alone(monkeypatch):
     monkeypatch.setattr(
         model.model, "forward", lambda ids, **rest: widths.append(ids.shape[1]) or forward(ids, **rest)
     )
-    out = model.generate(prompts(1, 4), suffix_ids=prompts(1, 2), max_new_tokens=6, seed=0)
+    out = model.generate(some_ids(1, 4), suffix_ids=some_ids(1, 2), max_new_tokens=6, seed=0)
     assert widths == [7] + [2] * 5
     widths.clear()
-    again = model.generate(prompts(1, 4), suffix_ids=prompts(1, 2), max_new_tokens=6, seed=0, use_cache=False)
+    again = model.generate(some_ids(1, 4), suffix_ids=some_ids(1, 2), max_new_tokens=6, seed=0, use_cache=False)
     assert widths == [7, 8, 9, 10, 11, 12] and torch.equal(out, again)
 
 
@@ -90,7 +86,7 @@ def test_the_network_is_fed_new_tokens_and_queries_alone(monkeypatch):
 
 
 def test_low_temperature_and_low_top_p_give_the_likeliest_token():
-    model, prompt = small_interpolating(alpha_0=0.0), prompts(3, 4)
+    model, prompt = small_interpolating(alpha_0=0.0), some_ids(3, 4)
     likeliest = model.generate(prompt, max_new_tokens=5, do_sample=False)
     for seed, narrow in enumerate(({"temperature": 1e-6}, {"top_p": 1e-9})):
         assert torch.equal(model.generate(prompt, max_new_tokens=5, seed=seed, **narrow), likeliest)
