@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prime_v2.data.splits import Fingerprint
+from prime_v2.loss_prime_v2 import check_batch
 from prime_v2.output.atomic import written_whole
 from prime_v2.random_prime_v2 import Stream, permutation, uniforms
 from prime_v2.tokenization.plain_text import in_batches
@@ -367,14 +368,16 @@ class StreamedBlocks(IterableDataset):
 
 
 def collate(
-    samples: list[dict[str, Tensor]], *, global_batch: int, seed: int, short_share: float = 0.0
+    samples: list[dict[str, Tensor]], *, global_batch: int, seed: int, short_share: float = 0.0, config: Any = None
 ) -> dict[str, Tensor]:
     """Stack samples: {"input_ids": (B, L), "labels": (B, L), "sample_number": (B,)}, all int64.
 
     With probability short_share per optimiser step, the batch is cut to its first n tokens, n uniform in 1..L. Whether
     and where is a pure function of (seed, step), step = sample_number // global_batch, so that all ranks and
     micro-batches of a step agree; global_batch is the number of samples of a step, over all of them.
-    Raises ValueError for a short_share outside [0, 1], a global_batch < 1, and samples of several steps when cutting.
+    config: of the model that is trained, which then need not look at ids, labels and masks on an accelerator.
+    Raises ValueError for a short_share outside [0, 1], a global_batch < 1, samples of several steps when cutting, and
+    with a config for what that model does not take (`check_batch`).
     """
     if not 0 <= short_share <= 1:
         raise ValueError(f"short_share={short_share} must be a probability in [0, 1], e.g. 0.01")
@@ -390,6 +393,8 @@ def collate(
             )
         length = short_length(batch["input_ids"].shape[1], seed, int(steps[0]), short_share)
         batch |= {name: batch[name][:, :length].contiguous() for name in ("input_ids", "labels")}
+    if config is not None:
+        check_batch(config, batch["input_ids"], batch["labels"], batch.get("attention_mask"))
     return batch
 
 

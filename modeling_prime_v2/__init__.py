@@ -17,7 +17,7 @@ _EXPORTS = {
     "PrimeV2InterpolatingConfig": "configuration_interpolating_prime_v2",
     "PrimeV2LogLikelihood": "likelihood_output_prime_v2",
     "PrimeV2Model": "modeling_prime_v2",
-    "PrimeV2Output": "modeling_prime_v2",
+    "PrimeV2Output": "loss_prime_v2",
     "PrimeV2Tokenizer": "tokenization",
     "PrimeV2UniformConfig": "configuration_uniform_prime_v2",
     "build_tokenizer": "tokenization",
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig as PrimeV2GenerationConfig
     from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput as PrimeV2GenerationOutput
     from prime_v2.likelihood_output_prime_v2 import PrimeV2LogLikelihood as PrimeV2LogLikelihood
+    from prime_v2.loss_prime_v2 import PrimeV2Output as PrimeV2Output
     from prime_v2.modeling_arm_prime_v2 import PrimeV2ForCausalLM as PrimeV2ForCausalLM
     from prime_v2.modeling_interpolating_prime_v2 import (
         PrimeV2ForInterpolatingDiffusion as PrimeV2ForInterpolatingDiffusion,
     )
     from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion as PrimeV2ForMaskedDiffusion
     from prime_v2.modeling_prime_v2 import PrimeV2Model as PrimeV2Model
-    from prime_v2.modeling_prime_v2 import PrimeV2Output as PrimeV2Output
     from prime_v2.modeling_uniform_prime_v2 import PrimeV2ForUniformDiffusion as PrimeV2ForUniformDiffusion
     from prime_v2.tokenization import PrimeV2Tokenizer as PrimeV2Tokenizer
     from prime_v2.tokenization import build_tokenizer as build_tokenizer

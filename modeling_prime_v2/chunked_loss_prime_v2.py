@@ -206,7 +206,7 @@ class _Chunk:
             shared = self._sharing(ids, tokens.target_digits[part])
             nats, gradient, rare = self._prefix(logits.softmax(-1), weights, shared)
             groups = ((shared[rare], rare[rare]) for _ in range(1))
-        if rare.any():
+        if rare is not None:
             nats[rare], exact = self._from_logarithms(logits[rare], weights[rare], groups)
             if gradient is not None:
                 gradient[rare] = exact
@@ -238,11 +238,11 @@ class _Chunk:
         gradient.scatter_add_(1, ids.unsqueeze(1), gradient.new_full((len(ids), 1), -1.0))
         return nats, gradient.mul_(weights.unsqueeze(1))
 
-    def _digits(self, logits, weights, columns, hidden) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Writes into the logits, unless some tokens are rare and need them."""
+    def _digits(self, logits, weights, columns, hidden) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(nats, gradient, rare tokens (C,) or None); writes into the logits, unless rare tokens need them."""
         probabilities, one_hot = logits.softmax(-1), self.one_hot.to(logits.dtype)
         marginals = (probabilities @ one_hot).gather(1, columns)  # (C, S), of the token's own digits
-        rare = ((marginals < RARE_MARGINAL) & hidden).any(1)
+        rare = _if_any(((marginals < RARE_MARGINAL) & hidden).any(1))
         marginals = marginals.clamp(min=RARE_MARGINAL)
         nats = -torch.where(hidden, marginals.log(), 0.0).sum(1)
         if not self.need_gradient:
@@ -250,14 +250,19 @@ class _Chunk:
         pull = torch.where(hidden, weights.unsqueeze(1) / marginals, 0.0)  # (C, S)
         pull = marginals.new_zeros(len(weights), one_hot.shape[1]).scatter_(1, columns, pull)
         push = (weights * hidden.sum(1)).unsqueeze(1)
-        factors = torch.addmm(push, pull, one_hot.T, alpha=-1.0, out=None if rare.any() else logits)
+        factors = torch.addmm(push, pull, one_hot.T, alpha=-1.0, out=logits if rare is None else None)
         return nats, probabilities.mul_(factors), rare
 
-    def _prefix(self, probabilities, weights, shared) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _prefix(self, probabilities, weights, shared) -> tuple[Tensor, Tensor | None, Tensor | None]:
         mass = (probabilities * shared).sum(1)
-        rare = mass < RARE_MARGINAL
+        rare = _if_any(mass < RARE_MARGINAL)
         mass = mass.clamp(min=RARE_MARGINAL)
         if not self.need_gradient:
             return -mass.log(), None, rare
         pull = (weights / mass).unsqueeze(1)
         return -mass.log(), probabilities.mul_(weights.unsqueeze(1) - pull * shared), rare
+
+
+def _if_any(rare: Tensor) -> Tensor | None:
+    """None where nothing is rare, nearly always: the one value of a chunk that the host reads."""
+    return rare if rare.any() else None

@@ -205,7 +205,8 @@ class PrimeV2CodeTable(nn.Module):
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The V codes one-hot, (V, S * base): column `j * base + c` is 1 where digit j equals c."""
-        hot = nn.functional.one_hot(self.codes[:-1], self.base)
+        # Not `one_hot`, for whose checks the host would wait for an accelerator.
+        hot = self.codes[:-1].unsqueeze(-1) == torch.arange(self.base, device=self.codes.device)
         return hot.flatten(1).to(dtype)
 
     def digit_marginals(self, probabilities: Tensor) -> Tensor:
@@ -217,11 +218,22 @@ class PrimeV2CodeTable(nn.Module):
         return flat.unflatten(-1, (self.num_subtokens, self.base))
 
 
+def reads_values(tensor: Tensor) -> bool:
+    """Whether checks read a tensor's values: on the CPU, and on an accelerator where no gradient is recorded.
+
+    Reading them makes the host wait for an accelerator, which a training step should not do for a check. Nothing is
+    read while compiling.
+    """
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or not torch.is_grad_enabled())
+
+
 def check_ids(ids: Tensor, limit: int, note: str) -> None:
-    """ValueError unless every id (integer tensor) is in [0, limit)."""
+    """ValueError unless every id (integer tensor) is in [0, limit), where values are read (`reads_values`)."""
     if torch.compiler.is_compiling() or not ids.numel():
         return
     check_id_type(ids)
+    if not reads_values(ids):
+        return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limit:
         raise ValueError(f"token ids span [{low}, {high}], but this model's ids are in [0, {limit - 1}], {note}")

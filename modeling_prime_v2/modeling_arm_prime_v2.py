@@ -21,15 +21,13 @@ from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
 from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, next_tokens, start_token_id
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .loss_prime_v2 import divisor, refuse_lost_labels, scored_tokens
 from .validation_inputs_prime_v2 import (
     as_tensor,
     check_embeds,
     check_length,
     check_mask,
     check_prepared_mask,
-    divisor,
-    refuse_lost_labels,
-    scored_tokens,
     token_inputs,
 )
 from .validation_keywords_prime_v2 import forward_keywords

@@ -1,11 +1,8 @@
 """Interpolating diffusion in Transformers: the network with causal attention over a sorted order, and its loss."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,44 +18,16 @@ from .diffusion_interpolating_prime_v2 import (
     is_bound,
     sequential_share,
 )
-from .diffusion_prime_v2 import stratified_levels
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_interpolating_prime_v2 import PrimeV2InterpolatingLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
-from .validation_inputs_prime_v2 import (
-    as_tensor,
-    check_length,
-    divisor,
-    refuse_lost_labels,
-    refuse_noise,
-    scored_tokens,
-    token_inputs,
-)
+from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
+from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
 
 MASKED_NOTE = "the mask token, the last of them, included"
-
-
-@dataclass
-class PrimeV2InterpolatingOutput(ModelOutput):
-    """Output of `PrimeV2ForInterpolatingDiffusion`.
-
-    loss: scalar, nats per scored token over the noise drawn; None without labels.
-    is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
-    logits: (B, L, V) float, known tokens certain; None when labels are given.
-    hidden_states, attentions: as in Transformers, on request; None when labels are given, whose loss takes two passes.
-    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
-        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
-    """
-
-    loss: Tensor | None = None
-    is_bound: bool | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2InterpolatingModel(PrimeV2Backbone):
@@ -174,7 +143,7 @@ class PrimeV2ForInterpolatingDiffusion(
         noise_levels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
-    ) -> PrimeV2InterpolatingOutput:
+    ) -> PrimeV2Output:
         """Logits of masked tokens, or, with labels, the training loss on noise drawn here.
 
         input_ids (B, L): token ids, V = masked. Without labels the known tokens are taken to have become known from
@@ -198,42 +167,36 @@ class PrimeV2ForInterpolatingDiffusion(
             other = torch.arange(logits.shape[-1], device=logits.device) != input_ids.unsqueeze(-1)
             known = (input_ids != self.config.mask_token_id).unsqueeze(-1)
             logits = logits.masked_fill(known & other, -torch.inf)
-            return PrimeV2InterpolatingOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
+            return PrimeV2Output(None, None, logits, outputs.hidden_states, outputs.attentions)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise ValueError(f"{name}=True with labels: this loss takes two passes of other inputs; leave it out")
         loss, each = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        return PrimeV2InterpolatingOutput(loss, self.loss_is_bound, loss_per_sequence=each)
+        return PrimeV2Output(loss, self.loss_is_bound, loss_per_sequence=each)
 
     def _loss(
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ) -> tuple[Tensor, Tensor]:
         config = self.config
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
-        check_length(input_ids, attention_mask, config)
+        batch = training_batch(config, input_ids, attention_mask, labels, noise_keys, noise_levels)
+        ids, scored = batch.ids, batch.scored
         real = torch.ones_like(scored) if attention_mask is None else attention_mask.bool()
-        check_ids(ids[real], config.vocab_size + 1, MASKED_NOTE)
-        if noise_keys is None:
-            noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
-        if noise_levels is None:
-            seed = int(torch.randint(2**62, ()))
-            noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
+        check_ids(ids.masked_fill(~real, 0), config.vocab_size + 1, MASKED_NOTE)
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)
         given = real & ~scored & (ids != config.mask_token_id)
         texts = ScoredTexts(ids, given, scored, position_ids.expand_as(ids), config.mask_token_id)
         share = sequential_share(config.alpha_0, config.ar_share)
-        terms = draw_terms(texts, noise_keys, noise_levels, config.alpha_0, share, config.loss_weight)
+        terms = draw_terms(texts, batch.noise_keys, batch.noise_levels, config.alpha_0, share, config.loss_weight)
         # A term without rows in this batch has a row of padding: every process makes the same calls of the network,
         # in which sharded weights are gathered.
         kept = [term for term, weight in zip(terms, (share, 1 - share), strict=True) if weight > 0]
         total, nats = self.sequence_nll([each.inputs for each in kept], [each.weights for each in kept], **kwargs)
-        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
-        for term, each in zip(kept, nats, strict=True):
-            per_sequence.index_add_(0, term.texts, each[: len(term.texts)] * term.weights)
-        return total / divisor(num_items_in_batch, scored), per_sequence
+        pieces = zip(kept, nats, strict=True)
+        parts = [sum_by_row(each[: len(term.texts)] * term.weights, term.texts, len(ids)) for term, each in pieces]
+        return total / divisor(num_items_in_batch, scored), torch.stack(parts).sum(0)
 
     def sequence_nll(self, parts: list[SortedInputs], weights: list[Tensor], **kwargs) -> tuple[Tensor, list[Tensor]]:
         """Weighted nats of all queries, differentiable, and the unweighted nats of each row, (R,) float64 a part.
@@ -255,8 +218,8 @@ class PrimeV2ForInterpolatingDiffusion(
             each_weight.append(weight[at])
             rows.append(at)
         total, nats = token_nll(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
-        pieces = zip(parts, rows, nats.double().split([len(each) for each in rows]), strict=True)
-        return total, [each.new_zeros(len(part.ids)).index_add_(0, at, each) for part, at, each in pieces]
+        pieces = zip(parts, rows, nats.split([len(each) for each in rows]), strict=True)
+        return total, [sum_by_row(each, at, len(part.ids)) for part, at, each in pieces]
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -277,5 +240,4 @@ PrimeV2ForInterpolatingDiffusion.register_for_auto_class("AutoModel")
 __all__ = [
     "PrimeV2ForInterpolatingDiffusion",
     "PrimeV2InterpolatingModel",
-    "PrimeV2InterpolatingOutput",
 ]

@@ -1,12 +1,9 @@
 """MDM-Prime-v2 network in Transformers: a bidirectional Llama over sub-tokens, and its masked diffusion loss."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -14,43 +11,16 @@ from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
 from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
-from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound, stratified_levels
+from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_prime_v2 import PrimeV2Likelihood
 from .linear_prime_v2 import HeadCall, apply_head, head_of
+from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
-from .validation_inputs_prime_v2 import (
-    as_tensor,
-    check_length,
-    divisor,
-    refuse_lost_labels,
-    refuse_noise,
-    scored_tokens,
-    token_inputs,
-)
+from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
-
-
-@dataclass
-class PrimeV2Output(ModelOutput):
-    """Output of `PrimeV2ForMaskedDiffusion`.
-
-    loss: scalar, nats per scored token over the noise drawn; None without labels.
-    is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
-    logits: (B, L, V) float, filtered by the visible digits (carry-over); None when labels are given.
-    hidden_states, attentions: as in Transformers, on request.
-    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
-        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
-    """
-
-    loss: Tensor | None = None
-    is_bound: bool | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2Model(PrimeV2Backbone):
@@ -209,15 +179,11 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config, order = self.config, RevealOrder.from_config(self.config)
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
-        if noise_keys is None:
-            noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
-        if noise_levels is None:
-            seed = int(torch.randint(2**62, ()))
-            noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
-        noise = draw_noise(scored, order, noise_keys, noise_levels, config.noise_form, config.whole_token_above)
-        digits = self.code_table.encode(ids)
-        states = torch.where(noise.visible, digits, config.base)
+        batch = training_batch(config, input_ids, attention_mask, labels, noise_keys, noise_levels)
+        ids, scored = batch.ids, batch.scored
+        keys, levels = batch.noise_keys, batch.noise_levels
+        noise = draw_noise(scored, order, keys, levels, config.noise_form, config.whole_token_above)
+        states = torch.where(noise.visible, self.code_table.encode(ids), config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
         total, nats = self.sequence_nll(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
@@ -250,8 +216,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
         total, nats = hidden_nll(
             hidden_states[rows, columns], self.head(), self.code_table, tokens, kind, self.config.carry_over
         )
-        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
-        return total, per_sequence.index_add_(0, rows, nats.double() * multiplicity)
+        return total, sum_by_row(nats.double() * multiplicity, rows, len(ids))
 
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:

@@ -1,61 +1,31 @@
 """Uniform-state diffusion in Transformers: a bidirectional Llama over noised tokens and the time, and its loss."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
-from .code_table_prime_v2 import check_ids
+from .code_table_prime_v2 import check_ids, reads_values
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
-from .diffusion_prime_v2 import stratified_levels
 from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_loss
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_uniform_prime_v2 import PrimeV2UniformGenerationMixin
 from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
 from .likelihood_uniform_prime_v2 import PrimeV2UniformLikelihood
 from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
-from .validation_inputs_prime_v2 import (
-    as_tensor,
-    check_length,
-    divisor,
-    refuse_lost_labels,
-    refuse_noise,
-    scored_tokens,
-    token_inputs,
-)
+from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
+from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
 
 # Times are embedded by sines and cosines of TIME_SCALE * t and slower ones, down to TIME_SCALE / MAX_PERIOD_RATIO * t
 # (DiT, arXiv:2212.09748, whose times are 0..1000).
 TIME_SCALE, MAX_PERIOD_RATIO = 1000.0, 10_000.0
-
-
-@dataclass
-class PrimeV2UniformOutput(ModelOutput):
-    """Output of `PrimeV2ForUniformDiffusion`.
-
-    loss: scalar, nats per scored token over the noise drawn; None without labels.
-    is_bound: whether the loss is an upper bound on -log p(x) per token in expectation over the noise.
-    logits: (B, L, V) float, log p up to a constant, see `diffusion_uniform_prime_v2`; None when labels are given.
-    hidden_states, attentions: as in Transformers, on request.
-    loss_per_sequence: (B,) float64, detached, each row's share of the loss: nats whose sum is the loss times its
-        divisor. What Transformers' Trainer gives as predictions where there are labels. None without labels.
-    """
-
-    loss: Tensor | None = None
-    is_bound: bool | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    loss_per_sequence: Tensor | None = None
 
 
 class PrimeV2TimeEmbedding(nn.Module):
@@ -203,7 +173,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
         num_items_in_batch: Tensor | int | None = None,
         times: Tensor | None = None,
         **kwargs,
-    ) -> PrimeV2UniformOutput:
+    ) -> PrimeV2Output:
         """Logits of noised tokens at the given times, or, with labels, the training loss on noise drawn here.
 
         input_ids (B, L): noised tokens in [0, V) with their times (B,) in [0, 1]; with labels the clean ones.
@@ -225,13 +195,13 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
             times = times if times is None else torch.as_tensor(times, device=input_ids.device)
             outputs = self.model(input_ids, times, attention_mask, position_ids, **kwargs)
             logits = self.token_logits(outputs.last_hidden_state)
-            return PrimeV2UniformOutput(None, None, logits, outputs.hidden_states, outputs.attentions)
+            return PrimeV2Output(None, None, logits, outputs.hidden_states, outputs.attentions)
         if times is not None:
             raise ValueError("times were given with labels, whose noise is drawn here; leave times out")
         loss, each, outputs = self._loss(
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
-        return PrimeV2UniformOutput(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
+        return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
 
     def head(self) -> Tensor | HeadCall:
         """The head (V, D), or how to call it; tied, it is the embedding."""
@@ -248,13 +218,9 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
         config = self.config
-        scored, ids = scored_tokens(input_ids, attention_mask, labels, config, noise_keys, noise_levels)
-        if noise_keys is None:
-            noise_keys = torch.randint(2**62, (len(ids),)).to(ids.device)
-        if noise_levels is None:
-            seed = int(torch.randint(2**62, ()))
-            noise_levels = stratified_levels(torch.arange(len(ids), device=ids.device), len(ids), seed)
-        noise = draw_noise(ids, scored, noise_keys, noise_levels, config.vocab_size)
+        batch = training_batch(config, input_ids, attention_mask, labels, noise_keys, noise_levels)
+        ids, scored = batch.ids, batch.scored
+        noise = draw_noise(ids, scored, batch.noise_keys, batch.noise_levels, config.vocab_size)
         outputs = self.model(noise.ids, noise.times, attention_mask, position_ids, **kwargs)
         total, nats = self.sequence_loss(outputs.last_hidden_state, ids, scored, noise, config.loss_weight)
         weight = noise.weight if config.loss_weight == "elbo" else 1.0
@@ -272,8 +238,7 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
             kind, weight = "posterior", torch.ones_like(weight)
         tokens = NoisedTokens(ids[rows, columns], noise.ids[rows, columns], noise.times[rows], weight[rows])
         total, nats = uniform_loss(hidden_states[rows, columns], self.head(), tokens, kind)
-        per_sequence = torch.zeros(len(ids), dtype=torch.double, device=ids.device)
-        return total, per_sequence.index_add_(0, rows, nats.double())
+        return total, sum_by_row(nats, rows, len(ids))
 
 
 def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor | None, config) -> None:
@@ -284,7 +249,10 @@ def check_noised(input_ids: Tensor, times: Tensor | None, attention_mask: Tensor
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids (B, L)")
     check_length(input_ids, attention_mask, config)
     check_ids(input_ids, config.vocab_size, "the mask token is none of them: give noised tokens, and their times")
-    if times is not None and (times.shape != input_ids.shape[:1] or not bool(((times >= 0) & (times <= 1)).all())):
+    shape = input_ids.shape[:1]
+    if times is None or times.shape == shape and not reads_values(times):
+        return
+    if times.shape != shape or not bool(((times >= 0) & (times <= 1)).all()):
         raise ValueError(f"times={times.tolist()} must be {len(input_ids)} numbers in [0, 1], one a row; use 0.5")
 
 
@@ -300,4 +268,4 @@ def check_times(times: Tensor | None, config) -> None:
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForUniformDiffusion.register_for_auto_class("AutoModel")
 
-__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2UniformModel", "PrimeV2UniformOutput"]
+__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2UniformModel"]

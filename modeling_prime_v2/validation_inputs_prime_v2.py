@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbone_prime_v2 import NOT_SCORED
-from .code_table_prime_v2 import check_id_type, check_ids
+from .code_table_prime_v2 import check_id_type, reads_values
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown, shown
 
 # Seeds that torch's generators take too.
@@ -91,25 +90,22 @@ def as_tensor(model: Any, name: str, value: Any, dims: int = 2) -> Any:
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-    """ValueError unless a mask, None included, is bool or of zeros and ones; of `shape` where that is given."""
+    """ValueError unless a mask, None included, is bool or of zeros and ones; of `shape` where that is given.
+
+    Values are read as of `reads_values`.
+    """
     if mask is None:
         return
     if not isinstance(mask, Tensor):
         raise ValueError(f"{name} is of type {type(mask).__name__}; give a tensor of zeros and ones (B, L)")
     if shape is not None and tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(mask.shape)}, but input_ids {tuple(shape)}")
-    if not torch.compiler.is_compiling() and (faults := mask_faults(mask)) is not None and faults.any():
-        refuse_mask(name, mask)
-
-
-def mask_faults(mask: Tensor) -> Tensor | None:
-    """Which elements are neither 0 nor 1, bool; None where their type says that there are none."""
-    return None if mask.dtype == torch.bool else (mask != 0) & (mask != 1)  # NaN is neither
-
-
-def refuse_mask(name: str, mask: Tensor) -> None:
-    """The ValueError of a mask with other values than 0 and 1."""
-    value = mask[(mask != 0) & (mask != 1)][0].item()
+    if mask.dtype == torch.bool or not reads_values(mask):
+        return
+    faults = (mask != 0) & (mask != 1)  # NaN is neither
+    if not faults.any():
+        return
+    value = mask[faults][0].item()
     additive = "; of a mask that is added to scores, 0 and -inf, give (mask == 0)" if mask.is_floating_point() else ""
     raise ValueError(f"{name} holds {value}, but a mask is bool, or 1 for what counts and 0 for the rest{additive}")
 
@@ -140,59 +136,10 @@ def check_prepared_mask(mask: Any, attention: str | None) -> None:
             )
         return
     least = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
-    if least is None or not ((mask == 0) | (mask <= least)).all():
+    if least is None or reads_values(mask) and not ((mask == 0) | (mask <= least)).all():
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}: such a mask is bool, or 0 where it attends and "
             f"torch.finfo(dtype).min or -inf elsewhere; give one of these, or (B, L)"
-        )
-
-
-def scored_tokens(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    config: Any,
-    noise_keys: Tensor | None = None,
-    noise_levels: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(which tokens are scored (B, L) bool, clean ids (B, L)) of a training batch; labels -100 and padding are not.
-
-    ValueError for other shapes than (B, L), labels out of range or unlike the input, nothing to score, masks of other
-    values than 0 and 1, and for noise that is not (B,) integer keys and levels in (0, 1).
-    """
-    check_shapes(input_ids, attention_mask, labels)
-    check_noise(len(input_ids), noise_keys, noise_levels)
-    scored = labels != NOT_SCORED
-    if attention_mask is not None:
-        scored = scored & attention_mask.bool()
-    ids = torch.where(scored, labels, input_ids)
-    check_labels(input_ids, ids, scored, config, attention_mask, noise_levels)
-    return scored, ids
-
-
-def divisor(num_items_in_batch: Tensor | int | None, scored: Tensor) -> Tensor | int:
-    """What a loss is divided by: the scored tokens of the optimiser's step, by default those of this batch (B, L).
-
-    ValueError for a number that is not positive and finite; of an accelerator's tensor the value is not looked at.
-    """
-    if num_items_in_batch is None:
-        return scored.sum()
-    seen = not isinstance(num_items_in_batch, Tensor) or num_items_in_batch.device.type == "cpu"
-    if seen and not torch.compiler.is_compiling() and not 0 < float(num_items_in_batch) < float("inf"):
-        raise ValueError(
-            f"num_items_in_batch={shown(num_items_in_batch)} must be a positive number, the scored tokens of the "
-            f"optimiser's step; leave it out to count this batch"
-        )
-    return num_items_in_batch
-
-
-def refuse_lost_labels(num_items_in_batch: Tensor | int | None) -> None:
-    """ValueError for a divisor of a loss that came without labels, which Trainer's own losses take away."""
-    if num_items_in_batch is not None:
-        raise ValueError(
-            "num_items_in_batch was given without labels, as by Trainer with label_smoothing_factor or "
-            "compute_loss_func, which take the labels for a loss of their own from logits of known tokens; leave both "
-            "out: the model computes its loss from labels"
         )
 
 
@@ -217,73 +164,10 @@ def check_length(inputs: Tensor, attention_mask: Tensor | None, config) -> None:
     shape = tuple(attention_mask.shape)
     if shape != (batch, length):
         raise ValueError(f"attention_mask has shape {shape}, but the input has {(batch, length)}")
-    empty, faults = ~(attention_mask != 0).any(1), mask_faults(attention_mask)
-    if empty.any() if faults is None else empty.any() | faults.any():  # one wait for an accelerator
-        check_mask("attention_mask", attention_mask)
+    check_mask("attention_mask", attention_mask)
+    empty = ~attention_mask.bool().any(1)
+    if reads_values(attention_mask) and empty.any():
         raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row")
-
-
-def check_shapes(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:
-    """ValueError unless ids, mask and labels are (B, L) alike, with at least one row of one token."""
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (B, L) with at least one token")
-    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}")
-
-
-def check_labels(
-    input_ids: Tensor,
-    ids: Tensor,
-    scored: Tensor,
-    config: Any,
-    attention_mask: Tensor | None = None,
-    noise_levels: Tensor | None = None,
-) -> None:
-    """ValueError unless the batch has a scored token, with labels equal to the input where that is not the mask.
-
-    Also for an attention_mask of other values than 0 and 1, and noise levels outside (0, 1).
-    """
-    if torch.compiler.is_compiling():
-        return
-    nothing, faults = ~scored.any(), None if attention_mask is None else mask_faults(attention_mask)
-    outside = None if noise_levels is None else ~((noise_levels > 0) & (noise_levels < 1)).to(scored.device)
-    for each in (faults, outside):
-        nothing = nothing if each is None else nothing | each.any()
-    if nothing:  # one wait for an accelerator
-        check_mask("attention_mask", attention_mask)
-        if outside is not None and outside.any():
-            value = noise_levels.to(outside.device)[outside][0].item()
-            raise ValueError(f"noise_levels holds {value}, outside (0, 1); use 0.5")
-        raise ValueError("no label to score: every one is -100 or padding; give clean token ids where to score")
-    check_ids(ids[scored], config.vocab_size, "labels are predictable tokens")
-    changed = scored & (ids != input_ids) & (input_ids != getattr(config, "mask_token_id", None))
-    if changed.any():
-        row, column = (int(each) for each in changed.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}, {column}]={int(ids[row, column])} differs from input_ids={int(input_ids[row, column])}; "
-            f"labels are the clean input ids, not shifted, with -100 where nothing is scored"
-        )
-
-
-def check_noise(rows: int, noise_keys: Tensor | None, noise_levels: Tensor | None) -> None:
-    """ValueError unless noise_keys are (B,) integers and noise_levels (B,) floats; None is neither looked at."""
-    for name, tensor, is_right, what in (
-        ("noise_keys", noise_keys, lambda each: each.dtype in (torch.int64, torch.int32), "integers"),
-        ("noise_levels", noise_levels, torch.is_floating_point, "floating-point numbers in (0, 1)"),
-    ):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.shape != (rows,) or not is_right(tensor):
-            kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else shown(tensor)
-            raise ValueError(f"{name} is {kind}; give a tensor of {rows} {what}, one a row")
-
-
-def refuse_noise(noise_keys: Any, noise_levels: Any) -> None:
-    """ValueError for noise that nothing reads, given without labels."""
-    for name, value in (("noise_keys", noise_keys), ("noise_levels", noise_levels)):
-        if value is not None:
-            raise ValueError(f"{name} was given without labels, whose noise it fixes; leave it out")
 
 
 def is_integer(value: Any) -> bool:
@@ -340,20 +224,12 @@ __all__ = [
     "as_tensor",
     "check_embeds",
     "check_id_type",
-    "check_labels",
     "check_length",
     "check_mask",
     "check_prepared_mask",
-    "check_shapes",
     "is_integer",
     "checked_flag",
     "checked_seed",
-    "divisor",
-    "mask_faults",
-    "refuse_lost_labels",
-    "refuse_mask",
-    "refuse_noise",
-    "scored_tokens",
     "scoring_inputs",
     "scoring_options",
     "token_inputs",

@@ -117,7 +117,7 @@ def make_trainer(run: RunOptions, training: TrainingArguments, model, tokenizer,
         ),
         train_dataset=training_set(run, training, tokenizer, data),
         eval_dataset=data["dev"],
-        data_collator=Collator(run.global_batch, training.seed, run.short_share, traced=True),
+        data_collator=Collator(run.global_batch, training.seed, run.short_share, traced=True, config=model.config),
         processing_class=tokenizer,
         callbacks=[stop],
     )

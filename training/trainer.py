@@ -47,17 +47,19 @@ TRACE = ("sample_number", "position")  # of a batch, what says where it comes fr
 class Collator:
     """Samples to a batch with the noise's key and level: pure functions of (seed, sample number).
 
+    config: of the model that is trained, for the checks of `collate`.
     traced: keep in the batch what `TRACE` names; the trainer takes it out.
     """
 
-    def __init__(self, global_batch: int, seed: int, short_share: float, traced: bool = False):
-        self.global_batch, self.seed, self.short_share, self.traced = global_batch, seed, short_share, traced
+    def __init__(self, global_batch: int, seed: int, short_share: float, traced: bool = False, config: Any = None):
+        self.seed, self.traced = seed, traced
+        self.options = {"global_batch": global_batch, "seed": seed, "short_share": short_share, "config": config}
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = collate(samples, global_batch=self.global_batch, seed=self.seed, short_share=self.short_share)
+        batch = collate(samples, **self.options)
         numbers = batch["sample_number"]
         batch["noise_keys"] = hash64(self.seed, Stream.TRAINING_NOISE, numbers)
-        batch["noise_levels"] = stratified_levels(numbers, self.global_batch, self.seed)
+        batch["noise_levels"] = stratified_levels(numbers, self.options["global_batch"], self.seed)
         return batch if self.traced else {key: value for key, value in batch.items() if key not in TRACE}
 
 
