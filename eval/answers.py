@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prime_v2.eval.intervals import standard_errors_as_sure
 from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.likelihood_output_prime_v2 import NotFiniteError, paired_difference, stratified_degrees
 from prime_v2.likelihood_rows_prime_v2 import draw_levels, sequence_key
@@ -249,10 +250,9 @@ def _is_decided(score: QuestionScore, choices: Sequence[Choice], settings: Setti
 
 def _reach(standard_errors: float, difference: Tensor) -> float:
     """Standard errors that are as sure, for so few and heavy-tailed draws (K,), as `standard_errors` of a normal."""
-    from scipy.stats import norm, t
-
-    degrees = stratified_degrees(difference) if len(difference) > 1 else math.inf
-    return float(t.isf(norm.sf(standard_errors), degrees))
+    return standard_errors_as_sure(
+        standard_errors, stratified_degrees(difference) if len(difference) > 1 else math.inf
+    )
 
 
 __all__ = ["Choice", "ChoiceScore", "QuestionScore", "Settings", "padded", "score_questions"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prime_v2.eval.intervals import STRETCHES, cluster, half_width, mean_of, plus_minus, ratio
+from prime_v2.eval.intervals import STRETCHES, cluster, half_width, mean_of, plus_minus, ratio, standard_errors_as_sure
 
 LENGTH = 32  # tokens of a sequence
 REPEATS = 2000  # simulated texts: a coverage of 95% varies by 0.5%
@@ -163,6 +163,7 @@ def test_the_half_width_is_students_or_without_degrees_the_normal():
     assert half_width(2.0) == pytest.approx(2 * 1.959964)
     assert half_width(2.0, 4) == pytest.approx(2 * stats.t.ppf(0.975, 4))
     assert half_width(None, 4) == 0
+    assert standard_errors_as_sure(1.959964, 4) == pytest.approx(stats.t.ppf(0.975, 4))
 
 
 def test_the_printed_half_is_that_of_the_interval_and_of_older_records_from_the_error():

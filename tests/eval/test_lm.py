@@ -13,11 +13,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from saved_models import save_model
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
+from prime_v2 import PrimeV2ForMaskedDiffusion
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.perplexity import score_text
-from prime_v2.tokenization.bpe import train_bpe
 
 CONTEXTS = ["Question: which dog is lazy?\nAnswer:", "the quick brown fox", "The fox jumps over"]
 ANSWERS = [
@@ -30,14 +30,8 @@ DOCUMENTS = [f"{context}{answer}" for context, answers in zip(CONTEXTS, ANSWERS,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(train_bpe(DOCUMENTS, 280), special_tokens={"eos_token": "<|endoftext|>"})
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48}
-    config = PrimeV2Config(vocab_size=280, eos_token_id=0, pad_token_id=0, initializer_range=0.3, **shape)
-    path = tmp_path_factory.mktemp("lm") / "model"
-    PrimeV2ForMaskedDiffusion(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    fields = {"max_position_embeddings": 48, "pad_token_id": 0, "initializer_range": 0.3}
+    return save_model(tmp_path_factory.mktemp("lm") / "model", DOCUMENTS, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from saved_models import save_model
 from task_files import own_cache, write_questions  # noqa: F401
 from typer.testing import CliRunner
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
+from prime_v2 import PrimeV2ForMaskedDiffusion
 from prime_v2.commands.main import app
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.lm_settings import ScoreFile
 from prime_v2.eval.plugin import register
-from prime_v2.tokenization.bpe import train_bpe
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a fox is no dog, and a dog is no fox"]
 # As lm-eval's LAMBADA, and as its WikiText, on local files.
@@ -32,14 +32,7 @@ METRICS = {"perplexity": CLOZE} | dict.fromkeys(("word_perplexity", "byte_perple
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(train_bpe(TEXTS * 3, 280), special_tokens={"eos_token": "<|endoftext|>"})
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    model = PrimeV2ForMaskedDiffusion(PrimeV2Config(vocab_size=len(tokenizer.code_table), eos_token_id=0, **shape))
-    path = tmp_path_factory.mktemp("rules") / "model"
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("rules") / "model", TEXTS * 3)
 
 
 @pytest.fixture(scope="module")

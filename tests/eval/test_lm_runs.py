@@ -9,15 +9,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from networks import small_model
-from tokenizers import processors
+from saved_models import save_model
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
 from prime_v2.commands.eval import parse_arguments
 from prime_v2.eval.answers import Choice, Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.lm_settings import snapshot
 from prime_v2.eval.perplexity import score_text
-from prime_v2.tokenization.bpe import train_bpe
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "which dog is lazy? the brown dog is", "a fox is no dog"]
 
@@ -34,19 +32,9 @@ def generate(lm, *contexts: str, **options) -> list[str]:
 
 @pytest.fixture(scope="module", params=["without BOS", "with BOS"])
 def folder(request, tmp_path_factory):
-    torch.manual_seed(0)
-    base = train_bpe(TEXTS, 280)
-    special = {"eos_token": "<|endoftext|>"}
-    if request.param == "with BOS":
-        base.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
-        special["bos_token"] = "<|endoftext|>"
-    tokenizer = build_tokenizer(base, special_tokens=special)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
-    config = PrimeV2Config(vocab_size=280, eos_token_id=0, pad_token_id=0, initializer_range=0.3, **shape)
+    fields = {"max_position_embeddings": 32, "pad_token_id": 0, "initializer_range": 0.3}
     path = tmp_path_factory.mktemp("runs") / "model"
-    PrimeV2ForMaskedDiffusion(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(save_model(path, TEXTS, adds_bos=request.param == "with BOS", **fields))
 
 
 @pytest.fixture(scope="module")
