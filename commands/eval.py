@@ -201,7 +201,7 @@ def call_lm_eval(arguments: Sequence[str]) -> dict[str, Any] | None:
                 raise
             sentence = complaint.getvalue().split("error: ")[-1]
             raise ValueError(re.sub(r"invalid functools\.partial\(.*\) value", "invalid value", sentence)) from None
-        _check_counts(getattr(parsed, "limit", None), getattr(parsed, "num_fewshot", None))
+        _check_numbers(getattr(parsed, "limit", None), getattr(parsed, "num_fewshot", None))
         command.execute(parsed)
     return kept[0] if kept else None
 
@@ -221,8 +221,14 @@ def _keeping_results(kept: list[dict[str, Any]]) -> Iterator[None]:
     devices: list[str] = []
 
     def evaluate_and_keep(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        _check_counts(kwargs.get("limit"), kwargs.get("num_fewshot"))  # which --config may have given
-        results = simple_evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
+        # As they are after --config and files are read.
+        _check_numbers(*(kwargs.get(name) for name in ("limit", "num_fewshot", "samples")))
+        try:
+            results = simple_evaluate(*args, **{"bootstrap_iters": BOOTSTRAP_ITERS} | kwargs)
+        except AssertionError as error:
+            if "--samples" not in str(error):
+                raise
+            raise ValueError(str(error)) from None
         if results is not None:
             results["config"]["device"] = devices[0]
             kept.append(results)
@@ -258,12 +264,14 @@ def _replaced(place: Any, **values: Any) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def _check_counts(limit: float | None, num_fewshot: int | None) -> None:
-    """ValueError for numbers that lm-eval takes and cannot work with."""
+def _check_numbers(limit: float | None, num_fewshot: int | None, samples: Any = None) -> None:
+    """ValueError for what lm-eval takes and cannot work with."""
     if limit is not None and not 0 < limit < math.inf:
         raise ValueError(f"--limit {limit:g} must be above 0: a number of questions, or below 1 a share; use 100")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num_fewshot {num_fewshot} must be at least 0; use 0")
+    if samples is not None and not isinstance(samples, dict):
+        raise ValueError(f'--samples {samples} is neither JSON, such as {{"sciq": [0, 1]}}, nor a file of it')
 
 
 def summarise(results: dict[str, Any], data: str | None) -> dict[str, Any]:

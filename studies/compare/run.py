@@ -239,16 +239,26 @@ def check_out(out: Path, comparison: Comparison) -> None:
 
 @dataclass
 class Running:
-    """How the runs are trained. launcher: what starts a Python module by `-m`; keep_models: whether weights stay."""
+    """How the runs are trained. launcher: what starts a Python module by `-m`; keep_models: whether weights stay.
+
+    Raises ValueError for a launcher that a shell could not read either.
+    """
 
     launcher: str | None = None
     jobs: int = 1
     keep_models: bool = True
     allow_mixed: bool = False
 
+    def __post_init__(self) -> None:
+        try:
+            self.words = shlex.split(self.launcher) if self.launcher else [sys.executable]
+        except ValueError as error:
+            raise ValueError(
+                f"--launcher {self.launcher} is no command ({error}); close its quotation marks"
+            ) from None
+
     def command(self, config: Path) -> list[str]:
-        launcher = shlex.split(self.launcher) if self.launcher else [sys.executable]
-        return [*launcher, "-m", "prime_v2.training.run", "--config", str(config)]
+        return [*self.words, "-m", "prime_v2.training.run", "--config", str(config)]
 
 
 def run_comparison(comparison: Comparison, out: Path, running: Running) -> list[tuple[Run, dict[str, Any]]]:

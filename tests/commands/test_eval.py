@@ -239,6 +239,7 @@ def test_lm_eval_runs_in_this_process_and_leaves_it_as_it_was(data, tmp_path, mo
         ("--limit", "few"): "argument --limit/-L: invalid float value: 'few'",
         ("--limit", -1): "--limit -1 must be above 0: a number of questions, or below 1 a share; use 100",
         ("--num_fewshot", -1): "--num_fewshot -1 must be at least 0; use 0",
+        ("--samples", "x"): '--samples x is neither JSON, such as {"sciq": [0, 1]}, nor a file of it',
         ("--seed", "x"): "argument --seed: invalid value: 'x'",
         ("--log_samples",): "Specify --output_path if providing --log_samples or --predict_only",
     }

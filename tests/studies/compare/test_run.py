@@ -18,12 +18,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
+from command_runs import of_command
 
-from prime_v2.commands.base import Command, Group
-from prime_v2.commands.compare import compare as command
 from prime_v2.studies.compare import children as compare_children
 from prime_v2.studies.compare import run as compare
 from prime_v2.studies.compare.children import Stopped, progress_of, stopping_on_signals
@@ -38,15 +35,7 @@ WORDS = ["the", "a", "one", "two", "red", "blue", "cat", "dog", "tree", "house",
 TOKENS_PER_STEP = 4 * 16
 NETWORK = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WEIGHTS = 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32  # attention, SwiGLU and the norms of that network
-APPLICATION = """
-import typer
-from prime_v2.commands.base import Command, Group
-from prime_v2.commands.compare import compare
-app = typer.Typer(cls=Group)
-app.callback()(lambda: None)
-app.command(cls=Command)(compare)
-app()
-"""
+APPLICATION = "from prime_v2.commands.main import app; app()"
 
 
 class Fork:
@@ -93,11 +82,7 @@ def forked(monkeypatch) -> list[tuple[str, str]]:
     return started
 
 
-def run(*arguments: object):
-    app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    app.command(cls=Command)(command)
-    return CliRunner().invoke(app, ["compare", *(str(each) for each in arguments)])
+run, _ = of_command("compare")
 
 
 def refused(*arguments: object) -> str:
@@ -424,6 +409,9 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named(content, forked, tmp
 def test_a_launcher_that_is_not_there_is_refused(content, tmp_path):
     sentence = refused(write(tmp_path, content), "--out", tmp_path / "out", "--launcher", "no_such_program -x")
     assert sentence == "--launcher no_such_program: No such file or directory"
+    sentence = refused(write(tmp_path, content), "--out", tmp_path / "new", "--launcher", "'a")
+    assert sentence == "--launcher 'a is no command (No closing quotation); close its quotation marks"
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
