@@ -68,6 +68,7 @@ def demo(
 def train_both(arguments: list[str], out: Path, code: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The records of the two runs, trained or continued. Exits with 128 + its number after a signal."""
     from prime_v2.eval.plugin import DEMO_RUNS
+    from prime_v2.output.records import read_record
     from prime_v2.training.options import RaisingParser, parse_options
     from prime_v2.training.run import keep_freed_memory, train
 
@@ -78,17 +79,21 @@ def train_both(arguments: list[str], out: Path, code: dict[str, Any]) -> dict[st
             raise ValueError(f"{option} is set by the demo for both runs; leave it out, or use train.py")
     records: dict[str, dict[str, Any]] = {}
     if not (out / "text").exists():
-        print("reading the text ...", file=sys.stderr, flush=True)
+        print("preparing the text, about a minute ...", file=sys.stderr, flush=True)
     for name in DEMO_RUNS:
         place = ["--output_dir", str(out / name), "--data_dir", str(out / "text")]
-        # The places come last, for what an abbreviation may say before.
         options = parse_options(["--config", f"demo:{name}", *arguments, *place], parser_class=RaisingParser)
         print(f"\n{LABELS[name]}", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
-            status = train(*options, code, tell=lambda record, _, name=name: records.update({name: record}))
+            status = train(*options, code, tell=say_nothing)
         if status:
             raise typer.Exit(status)
+        records[name] = read_record(out / name / "results" / "train.json")
     return records
+
+
+def say_nothing(record: dict[str, Any], folder: Path) -> None:
+    """In place of the summary of one run."""
 
 
 def sample(folder: Path) -> tuple[str, str]:

@@ -61,8 +61,8 @@ def generate(
 
     Options left out take the values of its generation_config.json.
     """
-    for option, given in (("--watch", watch), ("--picture", picture is not None)):
-        if given and num_samples > 1:
+    for option, is_given in (("--watch", watch), ("--picture", picture is not None)):
+        if is_given and num_samples > 1:
             raise ValueError(f"{option} shows one sample, not --num-samples {num_samples}; leave one of the two out")
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
@@ -84,7 +84,7 @@ def generate(
     elif num_samples > 1:
         raise ValueError(f"--greedy has one result, not --num-samples {num_samples}; leave one of the two out")
     input_ids, suffix_ids = _prompt_ids(network, tokenizer, prompt), _ids(tokenizer, suffix)
-    call = {"return_dict_in_generate": True, "num_return_sequences": num_samples, **options}
+    call: dict[str, Any] = {"return_dict_in_generate": True, "num_return_sequences": num_samples, **options}
     if suffix_ids is not None:
         call["suffix_ids"] = suffix_ids
     if picture is not None:

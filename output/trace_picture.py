@@ -107,7 +107,8 @@ def place_columns(
     """Columns for the tokens `indices`, wide enough for their final texts and for their digits."""
     lines = 1 if num_digits <= DIGITS_IN_ONE_LINE else 2
     digits = -(-num_digits // lines) * digit_width(base) if num_digits > 1 else 0.0
-    columns, line, left = [], 0, MARGIN + GUTTER
+    columns: list[Column] = []
+    line, left = 0, MARGIN + GUTTER
     for index, text, original in zip(indices, texts, raw, strict=True):
         width = max(digits, text_width(text), 14.0) + 2 * PADDING
         left += WORD_GAP if original[:1].isspace() else TOKEN_GAP

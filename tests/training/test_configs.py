@@ -43,7 +43,7 @@ def recipes() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         name, content = path.relative_to(ROOT).as_posix(), yaml.safe_load(path.read_text(encoding="utf-8"))
-        if path.stem in ("published", "tree"):
+        if path.stem in ("demo", "published", "tree"):
             found |= {f"{name}:{key}": entry for key, entry in content.items() if not key.startswith(".")}
         else:
             found[name] = content
