@@ -76,6 +76,11 @@ def test_no_package_is_a_hall():
     assert counts[largest] <= LARGEST_SHARE * sum(counts.values()), counts
 
 
+def test_no_file_is_longer_than_can_be_read_at_once():
+    for path in [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.py"), ROOT / "train.py"]:
+        assert lines(path) <= LONGEST_FILE, f"{path.relative_to(ROOT)}: {lines(path)} lines"
+
+
 def test_tests_lie_in_the_folder_of_what_they_test():
     folders = {path.parent.relative_to(ROOT / "tests").parts[:1] for path in (ROOT / "tests").rglob("test_*.py")}
     assert folders <= {(), ("benchmarks",), ("docs",), *((room,) for room in BELOW)}

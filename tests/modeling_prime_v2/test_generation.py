@@ -1,4 +1,4 @@
-"""What `generate` promises about seeds, batches, padding, infilling, EOS, hooks, options and bad input."""
+"""`generate` of masked diffusion: its draws, EOS, temperature, processors, streamers and options."""
 
 import json
 import math

@@ -120,6 +120,7 @@ def test_masks_are_filled_in_where_they_stand_between_prompt_and_suffix(diffusio
     out = diffusion.generate(prompt, suffix_ids=suffix, max_new_tokens=3, seed=0)
     assert out.shape == (1, 9) and out[0, [0, 2, 8]].tolist() == [3, 7, 9]
     assert out.min() >= 0 and out.max() < VOCAB_SIZE
+    assert torch.equal(diffusion.generate(prompt, suffix_ids=suffix, max_length=9, seed=0), out)
     assert diffusion.generate(prompt, max_length=4, seed=0).shape == (1, 4)
     assert diffusion.generate(max_new_tokens=5, seed=0).shape == (1, 5)
     assert diffusion.generate(max_new_tokens=5, seed=0, bos_token_id=4)[0, 0] == 4

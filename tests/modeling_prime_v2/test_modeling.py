@@ -1,4 +1,4 @@
-"""The network against a plain reference; padding; attention forms; saving and loading; bad input."""
+"""The masked-diffusion network against a plain reference; attention forms; what is saved; states that are none."""
 
 import json
 import math
