@@ -111,7 +111,7 @@ def convert_checkpoint(source: Source, out: Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = PrimeV2ForMaskedDiffusion(config)
     model.load_state_dict(weights, assign=True)
-    facts = {
+    facts: dict[str, Any] = {
         "sha256": sha256_of(source.checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -4,7 +4,6 @@ So one window of text, one sum and one table serve both kinds of model (docs/per
 fed as [start, x_1 .. x_{L-1}]: all L tokens are scored, and a model with P positions takes windows of P tokens.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ class CausalScorer:
             while texts:
                 count = max(1, tokens_per_pass // len(texts[0][1]))  # the longest of those that are left
                 rows, ids, scored = zip(*texts[:count], strict=True)
-                value[list(rows)] = -self._nats(ids, scored)
+                value[list(rows)] = -self._nats(list(ids), list(scored))
                 num_scored[list(rows)] = torch.tensor([int(each.sum()) for each in scored])
                 del texts[:count]
         refuse_not_finite(value)
@@ -96,7 +95,7 @@ class CausalScorer:
             value, torch.zeros_like(value), torch.ones_like(num_scored), num_scored, True, is_exact=True
         )
 
-    def _nats(self, texts: Sequence[Tensor], scored: Sequence[Tensor]) -> Tensor:
+    def _nats(self, texts: list[Tensor], scored: list[Tensor]) -> Tensor:
         """-log p of the scored tokens of each text, (R,) float64 on the CPU; ids and which are scored, (L,) each."""
         # Padding is on the right, where no causal model sees it.
         ids = pad_sequence(texts, batch_first=True, padding_value=self.start_token_id).to(self.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 
-def new_figure(width: float, height: float, *, dpi: int, layout: str | None = "constrained") -> Any:
+def new_figure(width: float, height: float, *, dpi: int, layout: Any = "constrained") -> Any:
     """An empty Matplotlib figure; width and height in inches."""
     from matplotlib.figure import Figure
 
