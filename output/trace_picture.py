@@ -222,7 +222,7 @@ def label(number: int, known: float, top: float) -> str:
 def legend(top: float, has_digits: bool) -> str:
     """How to read the cells."""
     y, left, parts = top + CELL / 2 + 4, MARGIN, []
-    hidden = ("01·", "digits of a token, dots hide") if has_digits else ("", "hidden token")
+    hidden = ("01·", "digits of a token, dots where hidden") if has_digits else ("", "hidden token")
     for kind, sample, words in (
         ("g", "text", "given"),
         ("cell", *hidden),
