@@ -238,35 +238,30 @@ def _sample(block: Any, sample_number: int) -> dict[str, Tensor]:
 
 
 class TrainingOrder:
-    """Map-style data set over the samples start..num_samples-1 of a run; each epoch visits every block once.
+    """Map-style data set over the samples of a run, in their order; each epoch visits every block once.
 
-    Item i is sample n = start + i: {"input_ids": (block_size,) int64, "labels": the same, "sample_number": () int64,
-    n}, from block permutation_e[n % len(blocks)] with e = n // len(blocks). permutation_e is a pure function of the
-    seed, e and the number of blocks, so that workers, ranks and restarts agree. Read it in sequence, without a
-    shuffling sampler.
+    Item n is sample n: {"input_ids": (block_size,) int64, "labels": the same, "sample_number": () int64, n}, from
+    block permutation_e[n % len(blocks)] with e = n // len(blocks). permutation_e is a pure function of the seed, e and
+    the number of blocks, so that workers, ranks and restarts agree. Read it in sequence, without a shuffling sampler.
     blocks: anything with `len` and `[i] -> (block_size,) int64 array`, e.g. `PackedBlocks`, or `[i] -> dict` of what a
     batch takes, e.g. `Examples`.
-    Raises ValueError for no blocks and for a start outside [0, num_samples].
+    Raises ValueError for no blocks.
     """
 
-    def __init__(self, blocks: Any, num_samples: int, seed: int, start: int = 0):
+    def __init__(self, blocks: Any, num_samples: int, seed: int):
         if len(blocks) == 0:
             raise ValueError("there are no blocks to train on; pack at least one")
-        if not 0 <= start <= num_samples:
-            raise ValueError(f"start={start} must lie in [0, num_samples={num_samples}], e.g. 0")
         self.blocks = blocks
         self.num_samples = num_samples
         self.seed = seed
-        self.start = start
         self._epochs: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        return self.num_samples - self.start
+        return self.num_samples
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = self.start + index
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
         epoch, position = divmod(number, len(self.blocks))
         return _sample(self.blocks[int(self._permutation(epoch)[position])], number)
 
@@ -284,15 +279,14 @@ class TrainingOrder:
 
 class StreamedBlocks(IterableDataset):
     """Blocks packed on the fly from a stream that does not fit on disk: the dicts of `TrainingOrder`, in the order of
-    the documents, with sample_number start, start+1, ..., num_samples-1.
+    the documents, with sample_number 0, 1, ..., num_samples-1.
 
     Each sample also says where its block starts: position, (4,) int64, its own number, the pass, the document of that
     pass, and the id of that document.
 
     documents: called with the number of the pass (0, 1, ...) whenever the stream is at its end; returns the documents
     of that pass, the same at each call. A block may reach from one pass into the next. Holds one batch of 256
-    documents. A start > 0 reads and drops the blocks before it; `resume` goes there from a known position. Other
-    arguments as for `pack_blocks`.
+    documents. `resume` says where to begin instead of at sample 0. Other arguments as for `pack_blocks`.
     Raises ValueError, when iterated, for ids out of range, for a pass without documents, and in more than one
     DataLoader worker (each would read the whole stream).
     """
@@ -306,13 +300,12 @@ class StreamedBlocks(IterableDataset):
         eos_token_id: int,
         vocab_size: int,
         num_samples: int,
-        start: int = 0,
     ):
         self._stream_arguments = (encode_batch, block_size, eos_token_id, vocab_size)
         _Stream(*self._stream_arguments)  # refuses bad arguments now
         self.documents = documents
         self.num_samples = num_samples
-        self.resume(start, (0, 0, 0, 0))
+        self.resume(0, (0, 0, 0, 0))
 
     def resume(self, start: int, position: tuple[int, int, int, int]) -> None:
         """Begin with sample `start`. position: that of it or of a sample before it; the documents before that are read
