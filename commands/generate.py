@@ -70,7 +70,7 @@ def generate(
 
     quiet_libraries()
     network, tokenizer = load_model_and_tokenizer(model, device, dtype)
-    given = {
+    named = {
         "max_new_tokens": max_new_tokens,
         "max_denoising_steps": max_denoising_steps,
         "temperature": temperature,
@@ -78,7 +78,7 @@ def generate(
         "seed": seed,
         "do_sample": None if greedy is None else not greedy,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in named.items() if value is not None}
     if options.get("do_sample", network.generation_config.do_sample) is not False:
         options.setdefault("seed", random.SystemRandom().randrange(2**31))
     elif num_samples > 1:

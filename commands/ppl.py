@@ -252,7 +252,8 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
         one_of(f"--method {asked}", asked, sorted({each for family in FAMILIES.values() for each in family.methods}))
     chosen, there = [], []
     for name in models:
-        methods, own = (METHOD,), METHOD
+        methods: tuple[str, ...] = (METHOD,)
+        own = METHOD
         if not is_causal(name):
             config = load_config(name)
             methods, own = FAMILY_OF_TYPE[config.model_type].methods, bound_method(config)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float, *, dpi: int, layout: Any = "constrained") -> Any:
-    """An empty Matplotlib figure; width and height in inches."""
+    """An empty Matplotlib figure; width and height in inches, layout a name of its engines or None."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=dpi, layout=layout)

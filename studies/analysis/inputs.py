@@ -118,11 +118,11 @@ def _interpolating(model: Any, ids: Tensor, share: float, keys: Tensor) -> Fed:
     places = torch.arange(length, device=ids.device).expand_as(ids)
     texts = ScoredTexts(ids, ~scored, scored, places, model.config.mask_token_id)
     num_hidden = math.ceil(share * length)
-    inputs = diffusion_inputs(texts, random_places(scored, keys), torch.full_like(ids[:, 0], length - num_hidden))
+    fed = diffusion_inputs(texts, random_places(scored, keys), torch.full_like(ids[:, 0], length - num_hidden))
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)
-    seen = (inputs.order_ids.unsqueeze(1) <= inputs.visible_until.unsqueeze(2)) | itself
+    seen = (fed.order_ids.unsqueeze(1) <= fed.visible_until.unsqueeze(2)) | itself
     words = "clean text" if share == 0 else f"{num_hidden} of {length} tokens masked"
-    inputs = {"input_ids": inputs.ids, "order_ids": inputs.order_ids, "visible_until": inputs.visible_until}
+    inputs = {"input_ids": fed.ids, "order_ids": fed.order_ids, "visible_until": fed.visible_until}
     shares = {"masked_tokens": torch.full((rows,), num_hidden / length, dtype=torch.double)}
     words += ", the others known one after the other in a random order"
     return Fed(inputs, seen, words, shares)

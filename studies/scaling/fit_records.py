@@ -1,7 +1,8 @@
 """What a record keeps of a family's fits, and the fits read back from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +14,91 @@ from prime_v2.studies.scaling.fit import PARAMETERS, Law, LawFit
 from prime_v2.studies.scaling.isoflop import IsoFlop, Parabola, PowerLaw
 
 REPLICATE_DIGITS = 5  # of bootstrap samples in a record: far below the width of any interval
+RANGES = ("flops", "parameters", "tokens", "k_range")  # of a family, pairs
+# Fields of a LawFit that a record has as they are, and their names there.
+LAW_FIELDS = {
+    "objective": "objective",
+    "rms": "residual_rms_log",
+    "largest": "residual_largest_log",
+    "starts": "starts",
+    "starts_at_optimum": "starts_at_optimum",
+    "notes": "notes",
+}
+POWER_LAW_FIELDS = ("log_coefficient", "exponent")
 
 
 def to_json(fit: FamilyFit) -> dict[str, Any]:
     """A family's fits for a record; `from_json` reads them back."""
-    plain = {
-        name: getattr(fit, name)
-        for name in FamilyFit.__dataclass_fields__
-        if name not in ("law", "isoflop", "flops", "parameters", "tokens", "k_range")
-    }
-    ranges = {name: list(getattr(fit, name)) for name in ("flops", "parameters", "tokens", "k_range")}
-    return {"label": fit.label, **plain, **ranges, "approach_3": _law_json(fit), "approach_2": _isoflop_json(fit)}
-
-
-def _law_json(fit: FamilyFit) -> dict[str, Any] | None:
-    law = fit.law
-    if law is None:
-        return None
-    values: dict[str, Callable[[Law], Any]] = {
-        "E": lambda each: each.E,
-        "A": lambda each: each.A,
-        "B": lambda each: each.B,
-        "a": lambda each: each.a,
-        "b": lambda each: each.b,
-        "parameters_exponent": lambda each: each.exponents[0],
-        "tokens_exponent": lambda each: each.exponents[1],
-    }
+    names = [each.name for each in fields(fit) if each.name not in ("law", "isoflop", *RANGES)]
     return {
-        **{name: {"value": float(of(law.law)), "interval_95": law.interval(of)} for name, of in values.items()},
-        "objective": law.objective,
-        "residual_rms_log": law.rms,
-        "residual_largest_log": law.largest,
-        "starts": law.starts,
-        "starts_at_optimum": law.starts_at_optimum,
-        "notes": law.notes,
-        "replicates": {name: _numbers(law.replicates[:, i]) for i, name in enumerate(PARAMETERS)},
+        "label": fit.label,
+        **{name: getattr(fit, name) for name in names},
+        **{name: list(getattr(fit, name)) for name in RANGES},
+        "approach_3": None if fit.law is None else _law_json(fit.law),
+        "approach_2": None if fit.isoflop is None else _isoflop_json(fit.isoflop),
     }
 
 
-def _isoflop_json(fit: FamilyFit) -> dict[str, Any] | None:
-    if fit.isoflop is None:
-        return None
-    laws = fit.isoflop.power_laws
+def _law_json(fit: LawFit) -> dict[str, Any]:
+    values: dict[str, Callable[[Law], Any]] = {name: attrgetter(name) for name in PARAMETERS}
+    values["parameters_exponent"] = lambda law: law.exponents[0]
+    values["tokens_exponent"] = lambda law: law.exponents[1]
     return {
-        "budgets": [asdict(each) | {"inside": each.inside} for each in fit.isoflop.parabolas],
-        "power_laws": {
-            name: {
-                "log_coefficient": law.log_coefficient,
-                "exponent": law.exponent,
-                "exponent_interval_95": law.interval(lambda each: each.exponent),
-                "replicates": {
-                    name: _numbers(law.replicates[:, i]) for i, name in enumerate(("log_coefficient", "exponent"))
-                },
-            }
-            for name, law in laws.items()
-        },
-        "notes": fit.isoflop.notes,
+        **{name: {"value": float(of(fit.law)), "interval_95": fit.interval(of)} for name, of in values.items()},
+        **{name: getattr(fit, field) for field, name in LAW_FIELDS.items()},
+        "replicates": _columns(PARAMETERS, fit.replicates),
     }
 
 
-def _numbers(values: np.ndarray) -> str:
-    """Bootstrap samples as one string, which in JSON is one line instead of a thousand."""
-    return " ".join(f"{value:.{REPLICATE_DIGITS}g}" for value in values)
+def _isoflop_json(fit: IsoFlop) -> dict[str, Any]:
+    return {
+        "budgets": [asdict(each) | {"inside": each.inside} for each in fit.parabolas],
+        "power_laws": {name: _power_law_json(law) for name, law in fit.power_laws.items()},
+        "notes": fit.notes,
+    }
 
 
-def _samples(replicates: dict[str, str]) -> np.ndarray:
-    """(R, columns): inverse of `_numbers` for each column."""
-    return np.array([column.split() for column in replicates.values()], dtype=float).T
+def _power_law_json(law: PowerLaw) -> dict[str, Any]:
+    return {
+        **{name: getattr(law, name) for name in POWER_LAW_FIELDS},
+        "exponent_interval_95": law.interval(lambda each: each.exponent),
+        "replicates": _columns(POWER_LAW_FIELDS, law.replicates),
+    }
+
+
+def _columns(names: Sequence[str], samples: np.ndarray) -> dict[str, str]:
+    """Bootstrap samples (R, columns), each column as one string, which is shorter than a list of numbers."""
+    return {
+        name: " ".join(f"{value:.{REPLICATE_DIGITS}g}" for value in column)
+        for name, column in zip(names, samples.T, strict=True)
+    }
+
+
+def _samples(names: Sequence[str], columns: dict[str, str]) -> np.ndarray:
+    """(R, columns), the inverse of `_columns`."""
+    return np.array([columns[name].split() for name in names], dtype=float).T
 
 
 def from_json(content: dict[str, Any]) -> FamilyFit:
     """The fits of a family in a record of `prime-v2 scaling fit`; KeyError or TypeError for anything else."""
-    plain = {name: content[name] for name in FamilyFit.__dataclass_fields__ if name not in ("law", "isoflop")}
-    for name in ("flops", "parameters", "tokens", "k_range"):
-        plain[name] = tuple(plain[name])
+    plain = {each.name: content[each.name] for each in fields(FamilyFit) if each.name not in ("law", "isoflop")}
+    plain |= {name: tuple(plain[name]) for name in RANGES}
     law, isoflop = None, None
-    if content["approach_3"] is not None:
-        found = content["approach_3"]
+    if (found := content["approach_3"]) is not None:
         law = LawFit(
             law=Law.of([found[name]["value"] for name in PARAMETERS], content["k"]),
-            replicates=_samples({name: found["replicates"][name] for name in PARAMETERS}),
-            objective=found["objective"],
-            rms=found["residual_rms_log"],
-            largest=found["residual_largest_log"],
-            starts=found["starts"],
-            starts_at_optimum=found["starts_at_optimum"],
-            notes=found["notes"],
+            replicates=_samples(PARAMETERS, found["replicates"]),
+            **{field: found[name] for field, name in LAW_FIELDS.items()},
         )
-    if content["approach_2"] is not None:
-        found = content["approach_2"]
-        budgets = [{key: value for key, value in each.items() if key != "inside"} for each in found["budgets"]]
+    if (found := content["approach_2"]) is not None:
+        parabolas = [
+            Parabola(**{each.name: budget[each.name] for each in fields(Parabola)} | {"range": tuple(budget["range"])})
+            for budget in found["budgets"]
+        ]
         laws = {
-            name: PowerLaw(each["log_coefficient"], each["exponent"], _samples(each["replicates"]))
+            name: PowerLaw(each["log_coefficient"], each["exponent"], _samples(POWER_LAW_FIELDS, each["replicates"]))
             for name, each in found["power_laws"].items()
         }
-        parabolas = [Parabola(**{**each, "range": tuple(each["range"])}) for each in budgets]
         isoflop = IsoFlop(parabolas, laws, found["notes"])
     return FamilyFit(**plain, law=law, isoflop=isoflop)
 
