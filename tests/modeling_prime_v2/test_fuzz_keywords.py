@@ -12,7 +12,7 @@ import torch
 from fuzzing import Refusal, attempt, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import KINDS, TINY, network
+from networks import KINDS, TINY, network, times_of
 
 from prime_v2.families import FAMILIES
 from prime_v2.generation_config_prime_v2 import OPTIONS, idle_options
@@ -100,8 +100,7 @@ def tensors(found) -> list:
 
 def calls(model):
     """Public functions by name: (the call without more keywords, its real keywords)."""
-    takes_times = "times" in inspect.signature(model.forward).parameters
-    times = {"times": torch.full((2,), 0.5)} if takes_times else {}
+    times = times_of(model, 2)
     noise = {"noise_keys": torch.arange(2), "noise_levels": torch.full((2,), 0.5, dtype=torch.double)}
     target = torch.tensor([[0, 0, 1], [0, 1, 1]])
     of_scores = arguments(log_likelihood)[1:]

@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from networks import LIMIT, TINY, VOCAB_SIZE
+from networks import LIMIT, TINY, VOCAB_SIZE, times_of
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -36,7 +36,7 @@ def model(request):
 @pytest.fixture(params=["forward", "loss", "log_likelihood", "greedy_matches", "generate"])
 def call(request, model):
     """(a public function as f(ids, mask, **keywords), its name, what it is called with in the first place)."""
-    times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
+    times = times_of(model, 2)
     labels = {"labels": IDS.masked_fill(PROMPT == 1, -100)}
     noise = {"noise_keys": torch.arange(2), "noise_levels": torch.full((2,), 0.5, dtype=torch.double)}
     return {
@@ -85,7 +85,7 @@ def test_a_name_is_near_only_where_letters_are_shared():
 
 
 def test_what_peft_and_transformers_pass_without_a_meaning_changes_nothing(model):
-    times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
+    times = times_of(model, 2)
     idle = {"inputs_embeds": None, "past_key_values": None, "token_type_ids": None, "task_ids": None}
     idle |= {"use_cache": False, "return_dict": True, "output_attentions": None, "output_hidden_states": False}
     assert torch.equal(model(IDS, **times, **idle).logits, model(IDS, **times).logits)
@@ -94,7 +94,7 @@ def test_what_peft_and_transformers_pass_without_a_meaning_changes_nothing(model
 
 
 def test_what_the_model_makes_no_use_of_is_refused_by_its_name(model):
-    times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
+    times = times_of(model, 2)
     given = {
         "token_type_ids": torch.zeros_like(IDS),
         "is_causal": not model.config.causal,
@@ -119,7 +119,7 @@ def test_the_backbone_refuses_what_the_model_refuses(model):
 def test_noise_without_labels_is_refused(model):
     if model.config.causal:
         return  # nothing is drawn, with labels or without
-    times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
+    times = times_of(model, 2)
     for name, value in {"noise_keys": torch.arange(2), "noise_levels": torch.full((2,), 0.5)}.items():
         with pytest.raises(ValueError, match=f"{name} was given without labels"):
             model(IDS, **times, **{name: value})
@@ -243,7 +243,7 @@ def test_masks_of_another_shape_are_refused(call):
 
 
 def test_a_mask_of_four_axes_is_taken_by_the_family_that_transformers_makes_it_for(model):
-    times = {"times": torch.full((2,), 0.5)} if "times" in inspect.signature(model.forward).parameters else {}
+    times = times_of(model, 2)
     seen = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 1, 4, 4)
     if not model.config.causal:
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 4, 4\), but the input has \(2, 4\)"):
