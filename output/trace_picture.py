@@ -68,8 +68,10 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
         raise ValueError("the trace holds no token to draw; generate one token or more")
     texts = {each: shown(text_of(each)) for step in trace.steps for each in step.ids if each != mask_id}
     raw = [text_of(trace.result[i]) for i in kept]
-    columns = place_columns(kept, [texts[trace.result[i]] for i in kept], raw, len(trace.steps[0].digits[0]), base)
+    num_digits = len(trace.steps[0].digits[0])
+    columns = place_columns(kept, [texts[trace.result[i]] for i in kept], raw, num_digits, base)
     row_height = (columns[-1].line + 1) * (CELL + LINE_GAP) - LINE_GAP + ROW_GAP
+    word = "known" if hides_by_mask(trace, mask_id) else "final"
     numbers = drawn_passes(len(trace.steps) - 1)
     height = 2 * MARGIN + len(numbers) * row_height + CELL
     width = max(LEAST_WIDTH, *(column.left + column.width + MARGIN for column in columns))
@@ -77,13 +79,18 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
     for place, number in enumerate(numbers):
         top = MARGIN + place * row_height
         row = Row(trace, columns, texts, base, mask_id, top)
-        body.append(label(number, row.share_known(trace.steps[number]), top))
+        share = row.share_known(trace.steps[number])
+        body.append(label(top, f"pass {number}", f"{share:.0%} {word}"))
         body.append(row.draw(trace.steps[number], before))
         if place:
             y = top - ROW_GAP / 2
             body.append(f'<path class="rule" d="M{MARGIN:g} {y:g}H{width - MARGIN:.5g}"/>')
         before = trace.steps[number]
-    body.append(legend(height - MARGIN - CELL, len(trace.steps[0].digits[0]) > 1))
+    if hides_by_mask(trace, mask_id):
+        cell = ("d", "01·", "digits of a token, dots where hidden") if num_digits > 1 else ("d", "", "hidden token")
+    else:
+        cell = ("c", "text", "token that is not final")
+    body.append(legend(height - MARGIN - CELL, cell, word))
     text = escape("".join(text_of(trace.result[i]) for i in kept))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.5g} {height:g}" width="{width:.5g}" '
@@ -93,6 +100,11 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
         + "\n".join(body)
         + "\n</svg>\n"
     )
+
+
+def hides_by_mask(trace: Trace, mask_id: int) -> bool:
+    """Whether hidden tokens are masked; those of uniform-state diffusion hold other tokens instead."""
+    return mask_id in trace.steps[0].ids
 
 
 def drawn_passes(last: int) -> list[int]:
@@ -133,12 +145,7 @@ class Row:
     def is_given(self, index: int) -> bool:
         """Whether a token was known before the first pass: one of the prompt or of the suffix."""
         first = self.trace.steps[0].ids[index]
-        return index < self.trace.num_given or (self.is_masked and first != self.mask_id)
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether hidden tokens are masked; those of uniform-state diffusion hold other tokens instead."""
-        return self.mask_id in self.trace.steps[0].ids
+        return index < self.trace.num_given or (hides_by_mask(self.trace, self.mask_id) and first != self.mask_id)
 
     def share_known(self, step: TraceStep) -> float:
         """The share of the digits of the generated tokens that are known in a state, and final."""
@@ -211,30 +218,25 @@ def rounded_box(left: float, top: float, width: float) -> str:
     )
 
 
-def label(number: int, known: float, top: float) -> str:
-    """The number of a pass, and below it the share of the generated digits that are known."""
+def label(top: float, above: str, below: str) -> str:
+    """Two lines left of a row."""
     return (
-        f'<text class="label" x="{MARGIN:g}" y="{top + 13:g}">pass {number}</text>'
-        f'<text class="label" x="{MARGIN:g}" y="{top + 26:g}">{known:.0%} known</text>'
+        f'<text class="label" x="{MARGIN:g}" y="{top + 13:g}">{above}</text>'
+        f'<text class="label" x="{MARGIN:g}" y="{top + 26:g}">{below}</text>'
     )
 
 
-def legend(top: float, has_digits: bool) -> str:
-    """How to read the cells."""
+def legend(top: float, cell: tuple[str, str, str], word: str) -> str:
+    """How to read the cells. cell: class, sample and meaning of a grey one; word: "known" or "final"."""
     y, left, parts = top + CELL / 2 + 4, MARGIN, []
-    hidden = ("01·", "digits of a token, dots where hidden") if has_digits else ("", "hidden token")
-    for kind, sample, words in (
-        ("g", "text", "given"),
-        ("cell", *hidden),
-        ("new", "text", "known since the row above"),
-    ):
+    entries = (("", "g", "text", "given"), ("cell", *cell), ("new", "n", "text", f"{word} since the row above"))
+    for box, style, sample, meaning in entries:
         width = TEXT_ADVANCE * 6
-        if kind != "g":
-            parts.append(f'<path class="{kind}" d="{rounded_box(left, top, width)}"/>')
-        style = {"g": "g", "cell": "d", "new": "n"}[kind]
+        if box:
+            parts.append(f'<path class="{box}" d="{rounded_box(left, top, width)}"/>')
         parts.append(f'<text class="{style}" x="{left + width / 2:.5g}" y="{y:g}">{sample}</text>')
-        parts.append(f'<text class="label" x="{left + width + 8:.5g}" y="{y:g}">{words}</text>')
-        left += width + 8 + 6.7 * len(words) + 28
+        parts.append(f'<text class="label" x="{left + width + 8:.5g}" y="{y:g}">{meaning}</text>')
+        left += width + 8 + 6.7 * len(meaning) + 28
     return "".join(parts)
 
 

@@ -75,9 +75,9 @@ def test_tokens_that_are_not_final_are_grey_where_no_token_is_masked():
     """Uniform-state diffusion: other tokens in place of hidden ones, whole."""
     trace = Trace([TraceStep([0, 3], [[0], [3]]), TraceStep([0, 1], [[0], [1]])], num_given=1, result=[0, 1])
     picture = picture_of(trace)
-    assert texts(picture, "c") == ["⏎"]
+    assert texts(picture, "c") == ["⏎", "text"]  # the last is the legend's
     assert texts(picture, "n")[:1] == ["cat"]
-    assert texts(picture, "label")[1] == "0% known"
+    assert texts(picture, "label")[1] == "0% final"
 
 
 def test_whole_tokens_have_empty_cells_without_dots():
