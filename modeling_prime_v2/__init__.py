@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import prime_v2` alone loads neither torch nor Transformers."""
+    """Import on first use: `import prime_v2` itself loads neither torch nor Transformers."""
     if name not in _EXPORTS:
         raise AttributeError(f"module 'prime_v2' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"prime_v2.{_EXPORTS[name]}"), name)

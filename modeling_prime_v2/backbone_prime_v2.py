@@ -1,4 +1,4 @@
-"""The Transformer that all families share: Llama's, with attention to both sides, or back alone (`config.causal`)."""
+"""The Transformer that all families share: Llama's, with attention to both sides, or only back (`config.causal`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -54,8 +54,8 @@ class PrimeV2BackboneConfig(PreTrainedConfig):
     for fields that there are not.
     """
 
-    causal: ClassVar[bool] = False  # whether attention looks back alone
-    keys_to_ignore_at_inference = ["is_bound"]  # Trainer gathers outputs over the processes, tensors alone
+    causal: ClassVar[bool] = False  # whether attention looks only back
+    keys_to_ignore_at_inference = ["is_bound"]  # Trainer gathers outputs over the processes: tensors only
 
     vocab_size: int = 50257
     hidden_size: int = 512

@@ -56,8 +56,8 @@ class PrimeV2InterpolatingConfig(PrimeV2BackboneConfig):
             return
         if self.alpha_0 in (0, 1) and self.ar_share != 1 - self.alpha_0:
             raise ValueError(
-                f"ar_share={self.ar_share} must be {1 - self.alpha_0} for alpha_0={self.alpha_0}, which has one term "
-                f"alone; leave it out"
+                f"ar_share={self.ar_share} must be {1 - self.alpha_0} for alpha_0={self.alpha_0}, which has only "
+                f"one term; leave it out"
             )
         if 0 < self.alpha_0 < 1 and not 0 < self.ar_share < 1:
             raise ValueError(

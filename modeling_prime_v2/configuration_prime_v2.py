@@ -144,7 +144,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     def _check_ancestors(self):
         if self.reveal_order == "digit":
             raise ValueError(
-                "subtoken_embedding='ancestors' has vectors for leading digits alone, but reveal_order='digit' shows "
+                "subtoken_embedding='ancestors' has vectors for leading digits only, but reveal_order='digit' shows "
                 "any digits; use reveal_order='nested' or 'token', or subtoken_embedding='sum'"
             )
         rows = num_nodes(self.base, (0, *self.levels))

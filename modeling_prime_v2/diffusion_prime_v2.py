@@ -85,13 +85,6 @@ class Noise:
     maskable: Tensor
     target_digits: Tensor | None = None
 
-    def rows(self, part: slice) -> "Noise":
-        """The draws of some of the sequences."""
-        target_digits = None if self.target_digits is None else self.target_digits[part]
-        return Noise(
-            self.visible[part], self.hidden_count[part], self.weight[part], self.maskable[part], target_digits
-        )
-
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:
     """Whether the loss is an upper bound on -log p(x) in expectation over the noise.

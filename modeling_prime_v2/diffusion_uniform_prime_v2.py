@@ -13,7 +13,7 @@ if x is known, and at the rate s_j / (V alpha), s_j = (1 + a p_j) / (1 + a p_i),
     -log p(x) <= int_0^1 E_z sum over tokens of f dt,   f = 1/(V alpha) sum_j [ r_j log(r_j / s_j) - r_j + s_j ].
 
 The ends cost nothing: at t = 1 the noised tokens are uniform whatever x, at t = 0 they are x. (The integral over
-[t0, t1] alone lacks E -log p(x | z_t0) and KL(q(z_t1 | x) || uniform), which for finite logits vanish as
+only [t0, t1] lacks E -log p(x | z_t0) and KL(q(z_t1 | x) || uniform), which for finite logits vanish as
 t0 log(1/t0) and (1 - t1)^2.) With A_j = log(1 + a p_j), S = sum_j A_j, c = 1/(1 + a), phi(y) = log(1 + y) - y/(1 + y)
 the sum over j is
 

@@ -210,7 +210,7 @@ def check_seed(seed: Any, do_sample: bool | None) -> None:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """torch's generators of the CPU and of `device` start from the seed, and are put back; None leaves them alone."""
+    """torch's generators of the CPU and of `device` start from the seed, and are put back; None leaves them be."""
     if seed is None:
         yield
         return

@@ -44,7 +44,7 @@ def next_tokens(ids: Tensor, scored: Tensor, start: int) -> NextTokens:
     """Feed each text after the start token and without its last token, so that L inputs predict L tokens.
 
     A text whose first token is given (not scored) and is the start token itself gets no second one.
-    ids (B, L) int64 in [0, V), padding behind the text alone, where a causal network does not see it; scored (B, L).
+    ids (B, L) int64 in [0, V), padding only behind the text, where a causal network does not see it; scored (B, L).
     """
     shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
     has_start = (ids[:, :1] == start) & ~scored[:, :1]  # (B, 1)

@@ -5,22 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel, PrimeV2SubtokenEmbedding
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2SubtokenEmbedding
 from .cache_prime_v2 import CACHE_NAME, one_cache
 from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig
 from .generation_arm_prime_v2 import PrimeV2ArmGenerationMixin
+from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, next_tokens, start_token_id
-from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .linear_prime_v2 import all_vectors, apply_head
 from .loss_prime_v2 import divisor, refuse_lost_labels, scored_tokens
 from .validation_inputs_prime_v2 import (
     as_tensor,
@@ -111,7 +111,7 @@ class PrimeV2ArmModel(PrimeV2Backbone):
             inputs_embeds = self.embed(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        # It looks for borders of packed texts in positions, so it gets those alone that were given.
+        # It looks for borders of packed texts in positions, so it gets only those that were given.
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
@@ -132,35 +132,32 @@ class PrimeV2ArmModel(PrimeV2Backbone):
             check_mask("attention_mask", None if is_step else mask)
 
 
-class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2ArmGenerationMixin):
+class PrimeV2ForCausalLM(PrimeV2HeadModel, PrimeV2ArmGenerationMixin):
     """The ARM with its head: logits, training loss, exact likelihood and Transformers' own generation."""
 
     config: PrimeV2ArmConfig
     config_class = PrimeV2ArmConfig
     backbone_class = PrimeV2ArmModel
     likelihood_class = PrimeV2ArmLikelihood
+    why_fixed = (
+        "fixed by the code table, which gives each token its digits; build a tokenizer and a model with the "
+        "vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
+    )
 
     def __init__(self, config: PrimeV2ArmConfig):
         super().__init__(config)
         self.model = PrimeV2ArmModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.add_head()
         # By the class's name Transformers takes the loss for its own, which scores no first label: Trainer would then
         # leave the first ones out of num_items_in_batch.
         self.loss_type = None
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self, "lm_head", None)
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers for whole tokens; ValueError for S > 1, whose code table is fixed."""
         if self.code_table is not None:
-            raise ValueError(
-                f"vocab_size={self.config.vocab_size} is fixed by the code table, which gives each token its digits; "
-                f"build a tokenizer and a model with the vocabulary that you need"
-            )
-        table = super().resize_token_embeddings(*args, **kwargs)
+            return super().resize_token_embeddings(*args, **kwargs)
+        table = PreTrainedModel.resize_token_embeddings(self, *args, **kwargs)
         self.config.base = max(2, self.config.vocab_size)
         return table
 
@@ -168,12 +165,6 @@ class PrimeV2ForCausalLM(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2
     def code_table(self) -> PrimeV2CodeTable | None:
         """The table that splits input tokens into digits; None where they are whole (S = 1)."""
         return self.model.code_table
-
-    def head(self) -> Tensor | HeadCall:
-        """The head (V, D), or how to call it; tied, it is each token's embedding."""
-        if self.config.tie_word_embeddings:
-            return self.model.all_embeddings()
-        return head_of(self.lm_head, self.config.vocab_size)
 
     def token_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V) of the next token."""

@@ -6,7 +6,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone
 from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
@@ -20,9 +20,9 @@ from .diffusion_interpolating_prime_v2 import (
 )
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_interpolating_prime_v2 import PrimeV2InterpolatingGenerationMixin
-from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_interpolating_prime_v2 import PrimeV2InterpolatingLikelihood
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .linear_prime_v2 import all_vectors
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
 from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
@@ -45,6 +45,10 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)  # row V: a query
         self.post_init()
+
+    def all_embeddings(self) -> Tensor:
+        """The vectors of all tokens, (V, D)."""
+        return all_vectors(self.embed_tokens, self.config.vocab_size)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -87,9 +91,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-class PrimeV2ForInterpolatingDiffusion(
-    PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2InterpolatingGenerationMixin
-):
+class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGenerationMixin):
     """Interpolating diffusion with its head: logits, training loss, likelihood bounds and generation."""
 
     config: PrimeV2InterpolatingConfig
@@ -97,35 +99,15 @@ class PrimeV2ForInterpolatingDiffusion(
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2InterpolatingModel
     likelihood_class = PrimeV2InterpolatingLikelihood
+    why_fixed = "fixed: the embedding's last row is the mask; make a model with the vocabulary that you need"
     _supports_flash_attn = False
     _supports_flex_attn = False
 
     def __init__(self, config: PrimeV2InterpolatingConfig):
         super().__init__(config)
         self.model = PrimeV2InterpolatingModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.add_head()
         self.post_init()
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError(
-            f"vocab_size={self.config.vocab_size} is fixed: the embedding's last row is the mask; make a model with "
-            f"the vocabulary that you need"
-        )
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self, "lm_head", None)
-
-    def head(self) -> Tensor | HeadCall:
-        """The head (V, D), or how to call it; tied, it is the embedding without the mask's row."""
-        if self.config.tie_word_embeddings:
-            return all_vectors(self.model.embed_tokens, self.config.vocab_size)
-        return head_of(self.lm_head, self.config.vocab_size)
-
-    def token_logits(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states (..., D) to logits (..., V), at least float32."""
-        logits = apply_head(hidden_states, self.head())
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property
     def loss_is_bound(self) -> bool:
@@ -147,7 +129,7 @@ class PrimeV2ForInterpolatingDiffusion(
         """Logits of masked tokens, or, with labels, the training loss on noise drawn here.
 
         input_ids (B, L): token ids, V = masked. Without labels the known tokens are taken to have become known from
-            left to right; the logits (B, L, V) of a known token leave it alone possible.
+            left to right; the logits (B, L, V) of a known token exclude all others.
         labels (B, L): clean ids; -100 is neither masked nor scored. With labels, input_ids must hold the same ids (or
             the mask) where labels are scored.
         noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_terms`; a level below

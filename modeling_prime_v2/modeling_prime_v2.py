@@ -14,9 +14,9 @@ from .configuration_prime_v2 import PrimeV2Config
 from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin
-from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_prime_v2 import PrimeV2Likelihood
-from .linear_prime_v2 import HeadCall, apply_head, head_of
+from .linear_prime_v2 import HeadCall, head_of
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
@@ -43,6 +43,10 @@ class PrimeV2Model(PrimeV2Backbone):
 
     def set_input_embeddings(self, value: nn.Module):
         self.embed_subtokens = value
+
+    def all_embeddings(self) -> Tensor:
+        """The vectors of all tokens, (V, D)."""
+        return self.embed_subtokens.forward(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)  # see all_vectors
 
     @merge_with_config_defaults
     @capture_outputs
@@ -76,7 +80,7 @@ class PrimeV2Model(PrimeV2Backbone):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2GenerationMixin):
+class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
     """MDM-Prime-v2 with its head: logits, training loss, likelihood bounds and generation."""
 
     config: PrimeV2Config
@@ -84,32 +88,26 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2Model
     likelihood_class = PrimeV2Likelihood
+    why_fixed = (
+        "fixed by the code table, which gives each token its digits; build a tokenizer and a model with the "
+        "vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
+    )
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
         table = PrimeV2CodeTable(config)
         self.model = PrimeV2Model(config, table)
         self.code_table = table
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.add_head()
         self.head_nodes = PrimeV2HeadNodes(config) if config.head_ancestors else None
         self.post_init()
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError(
-            f"vocab_size={self.config.vocab_size} is fixed by the code table, which gives each token its digits; "
-            f"build a tokenizer and a model with the vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
-        )
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self, "lm_head", None)
-
     def head(self) -> Tensor | HeadCall:
         """The head (V, D), or how to call it; tied, it is the embedding of each token's code, of rank <= S b + 1."""
-        codes = self.code_table.codes[:-1]  # (V, S)
         if self.config.tie_word_embeddings:
-            return self.model.embed_subtokens.forward(codes.unsqueeze(0)).squeeze(0)  # see all_vectors
-        return head_of(self.lm_head, len(codes), None if self.head_nodes is None else self.head_nodes(codes))
+            return self.model.all_embeddings()
+        shared = None if self.head_nodes is None else self.head_nodes(self.code_table.codes[:-1])
+        return head_of(self.lm_head, self.config.vocab_size, shared)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to digits (B, L, S)."""
@@ -167,10 +165,9 @@ class PrimeV2ForMaskedDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, 
         )
         return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
 
-    def token_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:
+    def token_logits(self, hidden_states: Tensor, states: Tensor) -> Tensor:  # type: ignore[override]
         """Hidden states (..., D) and the states (..., S) they came from to logits (..., V), at least float32."""
-        logits = apply_head(hidden_states, self.head())
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = super().token_logits(hidden_states)
         if self.config.carry_over:
             logits = logits.masked_fill(~self.code_table.consistent(states), -torch.inf)
         return logits

@@ -10,15 +10,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2Layer
 from .code_table_prime_v2 import check_ids, reads_values
 from .configuration_uniform_prime_v2 import PrimeV2UniformConfig
 from .diffusion_uniform_prime_v2 import NoisedTokens, UniformNoise, draw_noise, uniform_loss
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_uniform_prime_v2 import PrimeV2UniformGenerationMixin
-from .likelihood_frame_prime_v2 import PrimeV2LikelihoodMixin
+from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_uniform_prime_v2 import PrimeV2UniformLikelihood
-from .linear_prime_v2 import HeadCall, all_vectors, apply_head, head_of
+from .linear_prime_v2 import all_vectors
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
 from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
@@ -98,6 +98,10 @@ class PrimeV2UniformModel(PrimeV2Backbone):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
+    def all_embeddings(self) -> Tensor:
+        """The vectors of all tokens, (V, D)."""
+        return all_vectors(self.embed_tokens, self.config.vocab_size)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -130,7 +134,7 @@ class PrimeV2UniformModel(PrimeV2Backbone):
         return BaseModelOutput(last_hidden_state=hidden_states * self.time_scale(time_embedding))
 
 
-class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin, PrimeV2UniformGenerationMixin):
+class PrimeV2ForUniformDiffusion(PrimeV2HeadModel, PrimeV2UniformGenerationMixin):
     """Uniform-state diffusion with its head: logits, training loss, likelihood bound and generation."""
 
     config: PrimeV2UniformConfig
@@ -138,23 +142,17 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
     generation_config_class = PrimeV2GenerationConfig
     backbone_class = PrimeV2UniformModel
     likelihood_class = PrimeV2UniformLikelihood
+    why_fixed = (
+        "part of the noise, in which every token is as likely as another; train a model with the vocabulary that you "
+        "need"
+    )
     _no_split_modules = ["PrimeV2UniformLayer"]
 
     def __init__(self, config: PrimeV2UniformConfig):
         super().__init__(config)
         self.model = PrimeV2UniformModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.add_head()
         self.post_init()
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError(
-            f"vocab_size={self.config.vocab_size} is part of the noise, in which every token is as likely as another; "
-            f"train a model with the vocabulary that you need"
-        )
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self, "lm_head", None)
 
     @property
     def loss_is_bound(self) -> bool:
@@ -202,17 +200,6 @@ class PrimeV2ForUniformDiffusion(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin,
             input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
         )
         return PrimeV2Output(loss, self.loss_is_bound, None, outputs.hidden_states, outputs.attentions, each)
-
-    def head(self) -> Tensor | HeadCall:
-        """The head (V, D), or how to call it; tied, it is the embedding."""
-        if self.config.tie_word_embeddings:
-            return all_vectors(self.model.embed_tokens, self.config.vocab_size)
-        return head_of(self.lm_head, self.config.vocab_size)
-
-    def token_logits(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states (..., D) to logits (..., V), at least float32."""
-        logits = apply_head(hidden_states, self.head())
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _loss(
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs

@@ -375,7 +375,7 @@ def test_what_is_called_a_bound():
         ({"alpha_0": -0.1}, r"alpha_0=-0\.1 is outside \[0, 1\]"),
         ({"ar_share": 0.0}, r"ar_share=0\.0 is outside \(0, 1\), but alpha_0=0\.5 has two terms to train; use 0\.5"),
         ({"ar_share": 1}, r"ar_share=1 is outside \(0, 1\)"),
-        ({"alpha_0": 1, "ar_share": 0.5}, r"ar_share=0\.5 must be 0 for alpha_0=1, which has one term alone"),
+        ({"alpha_0": 1, "ar_share": 0.5}, r"ar_share=0\.5 must be 0 for alpha_0=1, which has only one term"),
         ({"alpha_0": 0, "ar_share": 0.5}, r"ar_share=0\.5 must be 1 for alpha_0=0"),
         ({"loss_weight": "elbow"}, "loss_weight='elbow' is not one of elbo, low_variance"),
         ({"mask_token_id": 3}, "mask_token_id=3 must be vocab_size=11, the first id outside"),

@@ -88,7 +88,7 @@ def test_a_model_with_it_trains_samples_and_bounds():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"subtoken_embedding": "ancestors"}, "vectors for leading digits alone, .* or subtoken_embedding='sum'"),
+        ({"subtoken_embedding": "ancestors"}, "vectors for leading digits only, .* or subtoken_embedding='sum'"),
         ({**STAGES, "tree_levels": [1, 2, 4]}, r"tree_levels=\[1, 2, 4\] must rise .* hold the stages' ends"),
         ({**STAGES, "tree_levels": [1, 2, 3, 4]}, "is for subtoken_embedding='ancestors' and head_ancestors"),
         ({"head_ancestors": True}, r"needs a level above the tokens, but there is \[4\]"),
