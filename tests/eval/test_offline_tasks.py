@@ -199,7 +199,7 @@ def test_what_is_not_there_is_refused_by_name(own_data, tmp_path):
         return str(caught.value)
 
     assert refusal(["gsm8k"]) == (
-        f"gsm8k: {own_data}/gsm8k has train.jsonl alone; --split gsm8k=train scores it, and --tasks without it leaves "
+        f"gsm8k: {own_data}/gsm8k has only train.jsonl; --split gsm8k=train scores it, and --tasks without it leaves "
         "it out"
     )
     assert refusal(["boolq"], "boolq=test") == "boolq has no test split; it has train, validation"

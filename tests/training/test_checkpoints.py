@@ -97,7 +97,9 @@ def test_nested_states_keep_types_keys_and_bits(tmp_path):
 
 
 def test_what_is_no_tensor_number_or_text_is_refused_by_its_place(tmp_path):
-    with pytest.raises(ValueError, match=r"optimizer.groups.0.scale is of type dtype, but checkpoints hold only tensors"):
+    with pytest.raises(
+        ValueError, match=r"optimizer.groups.0.scale is of type dtype, but checkpoints hold only tensors"
+    ):
         save_state({"groups": [{"scale": torch.float32}]}, tmp_path, "optimizer")
     assert not list(tmp_path.iterdir())
 
