@@ -40,9 +40,9 @@ def demo(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Train two small models on this machine's documentation, compare and sample them.
+    """Train two small models, compare them and sample.
 
-    One has the published form, the other codes grown from the text; each has half of about five minutes on two cores.
+    They learn from this machine's documentation. One has the published form, the other codes grown from the text; each has half of about five minutes on two cores.
     Both are runs of configs/demo.yaml and need no network. The same command continues what was stopped, and prints the
     results again when all is done.
     """

@@ -24,7 +24,9 @@ class Parameter:
         """--its-name; None for an argument."""
         if type(self.info).__name__ == "ArgumentInfo":
             return None
-        declared = [each for each in self.info.param_decls or () if each.startswith("--")]
+        # Typer has the first name of an annotation as its default.
+        names = [self.info.default, *(self.info.param_decls or ())]
+        declared = [each for each in names if isinstance(each, str) and each.startswith("--")]
         return declared[0].split("/")[0] if declared else f"--{self.name.replace('_', '-')}"
 
     def __str__(self) -> str:

@@ -65,14 +65,6 @@ def both(models, text) -> dict:
     return analyzed(models["prime"], models["gpt2"], text, "--max-windows", 5)
 
 
-def test_help_names_arguments_and_options():
-    result = run("--help")
-    assert result.exit_code == 0
-    assert result.stdout.startswith("Usage: prime-v2 analyze ")
-    for name in ("MODEL_A", "MODEL_B", "TEXT", "--masked-share", "--figure-dir", "--output", "--max-windows"):
-        assert name in result.stdout
-
-
 def test_numbers_are_those_of_the_models_measured_on_the_texts_windows(models, both):
     assert both["text"] | {"documents_sha256": ""} == {
         "source": both["text"]["source"],

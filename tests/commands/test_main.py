@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from command_options import PARAMETERS
 from command_runs import refused, run
 
 from prime_v2 import (
@@ -15,13 +16,17 @@ from prime_v2.commands.base import bad_input
 from prime_v2.eval.loading import load_model_and_tokenizer
 
 
-@pytest.mark.parametrize("command", ["generate", "ppl", "entropy", "card"])
-def test_help_names_arguments_and_options(command):
-    result = run(command, "--help")
+@pytest.mark.parametrize("command", dict.fromkeys(each.command for each in PARAMETERS), ids=" ".join)
+def test_help_names_a_command_and_all_its_arguments_and_options(command):
+    result = run(*command, "--help")
     assert result.exit_code == 0
-    assert "--json" in result.stdout
-    assert result.stdout.startswith(f"Usage: prime-v2 {command} ")
-    assert command in run("--help").stdout
+    assert result.stdout.startswith(f"Usage: prime-v2 {' '.join(command)} ")
+    flags = {each.flag or each.info.metavar for each in PARAMETERS if each.command == command}
+    assert {flag for flag in flags if flag.split(" ")[0] not in result.stdout} == set()
+    (line,) = (
+        line for line in run(*command[:-1], "--help").stdout.splitlines() if line.startswith(f"  {command[-1]} ")
+    )
+    assert line.endswith(".") and not line.endswith("...")  # a whole sentence
 
 
 def test_help_loads_nothing_heavy():

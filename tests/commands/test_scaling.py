@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,25 +252,6 @@ def test_records_that_are_no_fits_are_refused(points, tmp_path):
         "--fit and SOURCE both say what to use; leave one out"
     )
     assert "has no fit of Prime; it has ARM, MDM" in refused("efficiency", "ARM", "Prime", "--fit", fit)
-
-
-def test_help_names_the_commands_and_loads_nothing_heavy():
-    shown = run("--help").stdout
-    assert shown.startswith("Usage: prime-v2 scaling ")
-    for command in ("fit", "plot", "plan", "efficiency"):
-        assert f"\n  {command} " in shown
-        assert run(command, "--help").stdout.startswith(f"Usage: prime-v2 scaling {command} ")
-    code = (
-        "import sys; from prime_v2.commands.scaling import scaling_app\n"
-        "try: scaling_app(['fit', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'scipy', 'numpy', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
-
-
-# ------------------------------------------------------------------------------------------------- text and tables
 
 
 def test_the_tables_of_the_page_are_those_of_the_records():
