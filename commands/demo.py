@@ -42,9 +42,9 @@ def demo(
 ) -> None:
     """Train two small models, compare them and sample.
 
-    They learn from this machine's documentation. One has the published form, the other codes grown from the text; each has half of about five minutes on two cores.
-    Both are runs of configs/demo.yaml and need no network. The same command continues what was stopped, and prints the
-    results again when all is done.
+    They learn from this machine's documentation. One has the published form, the other codes grown from the text; each
+    has half of about five minutes on two cores. Both are runs of configs/demo.yaml and need no network. The same
+    command continues what was stopped, and prints the results again when all is done.
     """
     from prime_v2.eval.plugin import DEMO
     from prime_v2.output.atomic import write_text
