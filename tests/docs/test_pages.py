@@ -95,7 +95,7 @@ def test_the_python_of_readme_runs_on_a_model_and_prints_what_its_comments_say(t
         exec(compile(code, "README.md", "exec"), {})
     digits, bound, text = printed.getvalue().split("\n", 2)
     assert re.fullmatch(r"\[[01](, [01]){8}\]", digits)
-    assert re.fullmatch(r"-\d+\.\d+ \d+\.\d+ True", bound)
+    assert re.fullmatch(r"-\d+\.\d\d ± \d+\.\d\d True", bound)
     assert text.startswith("Return the number of elements")
 
 
