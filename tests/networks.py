@@ -167,6 +167,12 @@ def prompts(rows: int, width: int, vocab_size: int = 50, seed: int = 1) -> Tenso
     return some_ids(rows, width, vocab_size, seed)
 
 
+def some_noise(batch: int = 3, start: int = 0) -> dict[str, Tensor]:
+    """Noise of a batch of training rows: keys, and levels spread evenly."""
+    levels = (torch.arange(batch, dtype=torch.double) + 0.5) / batch
+    return {"noise_keys": torch.arange(start, start + batch), "noise_levels": levels}
+
+
 def after_start(ids: Tensor) -> Tensor:
     """ids (B, L) to (B, 1 + L)."""
     return torch.cat([torch.full_like(ids[:, :1], START), ids], dim=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tiny_runs import write_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -16,58 +17,11 @@ from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.families import FAMILIES, bound_method, family_named, label_of
 from prime_v2.training import run as training
 
-WORDS = [
-    "the",
-    "a",
-    "one",
-    "two",
-    "red",
-    "blue",
-    "cat",
-    "dog",
-    "tree",
-    "house",
-    "runs",
-    "sleeps",
-    "sees",
-    "finds",
-    "and",
-    "or",
-    "but",
-    "under",
-    "over",
-    "near",
-]
-OPTIONS = [
-    "--bpe_vocab_size",
-    "300",
-    "--block_size",
-    "16",
-    "--max_steps",
-    "3",
-    "--global_batch",
-    "4",
-    "--per_device_train_batch_size",
-    "4",
-    "--save_steps",
-    "100",
-    "--eval_steps",
-    "3",
-    "--logging_steps",
-    "1",
-    "--eval_sequences",
-    "4",
-    "--test_sequences",
-    "6",
-    "--eval_num_samples",
-    "4",
-    "--num_generated",
-    "1",
-    "--dev_share",
-    "0.2",
-    "--test_share",
-    "0.2",
-]
+OPTIONS = (
+    "--bpe_vocab_size 300 --block_size 16 --max_steps 3 --global_batch 4 --per_device_train_batch_size 4 "
+    "--save_steps 100 --eval_steps 3 --logging_steps 1 --eval_sequences 4 --test_sequences 6 "
+    "--eval_num_samples 4 --num_generated 1 --dev_share 0.2 --test_share 0.2"
+)
 SHAPE = ["hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=24"]
 RUNS = {
     "arm": (["--family", "arm"], [], "ARM", "causal"),
@@ -93,11 +47,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    lines = []
-    for i in range(60):
-        chosen = [WORDS[(i * 7 + j * j * (i % 5 + 1)) % len(WORDS)] for j in range(40 + i)]
-        lines.append(json.dumps({"text": " ".join(chosen) + "."}))
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "text.jsonl")
     return folder
 
 
@@ -107,7 +57,7 @@ def run(request, source):
     options, model, *_ = RUNS[request.param]
     folder = source / request.param
     base = ["--data", str(source / "text.jsonl"), "--data_dir", str(source / "data"), "--output_dir", str(folder)]
-    assert training.main([*base, *OPTIONS, *options, "--model", *SHAPE, *model]) == 0
+    assert training.main([*base, *OPTIONS.split(), *options, "--model", *SHAPE, *model]) == 0
     record = json.loads((folder / "results" / "train.json").read_text(encoding="utf-8"))
     return request.param, folder, record["results"]
 
@@ -231,5 +181,5 @@ def test_text_of_other_options_is_not_shared(run, source, capsys):
         "--output_dir",
         str(source / "x"),
     ]
-    assert training.main([*base, *OPTIONS, "--block_size", "8", "--model", *SHAPE]) == 2
+    assert training.main([*base, *OPTIONS.split(), "--block_size", "8", "--model", *SHAPE]) == 2
     assert "holds text with block_size=16, not 8" in capsys.readouterr().err

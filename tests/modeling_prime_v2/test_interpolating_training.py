@@ -5,17 +5,12 @@ import itertools
 import pytest
 import torch
 from enumeration import query_log_probabilities
-from networks import small_interpolating, some_ids
+from networks import small_interpolating, some_ids, some_noise
 
 from prime_v2.diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, draw_terms, sequential_share
 
 # float32 networks of two layers; a loss is a mean of a few dozen nats.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def some_noise(batch: int, start: int = 0) -> dict:
-    levels = (torch.arange(batch, dtype=torch.double) + 0.5) / batch
-    return {"noise_keys": torch.arange(start, start + batch), "noise_levels": levels}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Logits, losses and gradients are held against plain loops and closed forms in the files of the families.
 """
 
+import json
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from networks import (
     padded,
     small_model,
     some_ids,
+    some_noise,
     times_of,
 )
 from observers import LargestTensor
@@ -39,11 +41,6 @@ def kind(request) -> str:
 @pytest.fixture
 def model(kind):
     return fresh_network(kind)
-
-
-def some_noise(batch: int) -> dict:
-    levels = (torch.arange(batch, dtype=torch.double) + 0.5) / batch
-    return {"noise_keys": torch.arange(batch), "noise_levels": levels}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -261,6 +258,19 @@ def test_a_saved_model_loads_equal_and_without_a_word(kind, tmp_path, caplog):
     backbone = type(model.model).from_pretrained(tmp_path)
     for name, weight in model.model.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_writes_safetensors_and_the_code_that_the_hub_needs(family, tmp_path):
+    entry = FAMILIES[family]
+    small_model(family).save_pretrained(tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= written
+    assert {f"{module}.py" for module in (entry.config[0], entry.model[0], "code_table_prime_v2")} <= written
+    config, model_class = json.loads((tmp_path / "config.json").read_text()), ".".join(entry.model)
+    assert config["architectures"] == [entry.model[1]] and config["model_type"] == entry.model_type
+    head = "AutoModelForCausalLM" if entry.config_class.causal else "AutoModelForMaskedLM"
+    assert config["auto_map"] == {"AutoConfig": ".".join(entry.config), "AutoModel": model_class, head: model_class}
 
 
 @pytest.mark.parametrize("kind", TABLES)

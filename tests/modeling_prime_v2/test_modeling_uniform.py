@@ -1,12 +1,11 @@
 """The uniform-state network against plain references; its training loss; saving and loading; bad input."""
 
-import json
 import math
 
 import pytest
 import torch
 from enumeration import exact_bound, naive_integrand, naive_posterior
-from networks import small_config, small_uniform, some_ids
+from networks import small_config, small_uniform, some_ids, some_noise
 from torch import nn
 
 from prime_v2 import chunked_loss_prime_v2 as chunked_loss_prime_v2
@@ -18,11 +17,6 @@ from prime_v2.modeling_uniform_prime_v2 import PrimeV2ForUniformDiffusion
 # float32 networks of two layers whose logits are of order 1: other orders of summation differ by some 1e-7 a step.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TIMES = torch.tensor([0.05, 0.5, 1.0], dtype=torch.double)
-
-
-def some_noise(batch: int = 3) -> dict:
-    levels = (torch.arange(batch, dtype=torch.double) + 0.5) / batch
-    return {"noise_keys": torch.arange(batch), "noise_levels": levels}
 
 
 # The network
@@ -244,25 +238,6 @@ def test_a_compiled_model_gives_the_same_loss():
 
 
 # Saving and loading
-
-
-def test_saving_writes_every_file_that_the_hub_needs_and_loading_warns_of_nothing(tmp_path, caplog):
-    small_uniform().save_pretrained(tmp_path)
-    written = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors"} <= written
-    parts = ("configuration", "diffusion", "generation", "likelihood", "modeling")
-    assert {f"{part}_uniform_prime_v2.py" for part in parts} <= written
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "prime_v2_uniform" and config["mask_token_id"] == 11
-    model_class = "modeling_uniform_prime_v2.PrimeV2ForUniformDiffusion"
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_uniform_prime_v2.PrimeV2UniformConfig",
-        "AutoModel": model_class,
-        "AutoModelForMaskedLM": model_class,
-    }
-    caplog.clear()
-    PrimeV2ForUniformDiffusion.from_pretrained(tmp_path)
-    assert not caplog.records
 
 
 def test_a_16_bit_model_has_float32_logits(tmp_path):

@@ -3,17 +3,12 @@
 import pytest
 import torch
 from enumeration import count_form, nats_of_all_masks
-from networks import small_model, some_ids
+from networks import small_model, some_ids, some_noise
 
 from prime_v2.diffusion_prime_v2 import RevealOrder
 
 # float32 networks of two layers; a loss is a mean of a few dozen nats.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def some_noise(batch: int, start: int = 0) -> dict:
-    levels = (torch.arange(batch, dtype=torch.double) + 0.5) / batch
-    return {"noise_keys": torch.arange(start, start + batch), "noise_levels": levels}
 
 
 @pytest.fixture
