@@ -23,7 +23,6 @@ ROOMS = {
 }
 SCRIPTS = {"train.py": "a training run", "benchmarks": "speed, memory, kills", "docs": "pages and their tables"}
 BOX, GAP, ROW, TOP = (270.0, 58.0), 30.0, 104.0, 24.0  # width and height of a box, between boxes, between rows, above
-WIDTH = 2 * BOX[0] + GAP + 4 * TOP
 STYLE = """
 .card { fill: #ffffff; stroke: #d1d9e0 } .room { fill: #f3f5f7; stroke: #d1d9e0 }
 .hub { fill: #d8ecff; stroke: #9cc7f0 }
@@ -96,23 +95,23 @@ def draw() -> str:
     needed = imports()
     heights = levels(needed)
     top_level = max(heights.values())
+    widest = max(list(heights.values()).count(height) for height in heights.values())
+    width = widest * BOX[0] + (widest - 1) * GAP + 2 * TOP
     places: dict[str, tuple[float, float]] = {}  # middle of the upper edge
     for height in range(top_level + 1):
         row = [name for name in needed if heights[name] == height]
-        left = (WIDTH - len(row) * BOX[0] - (len(row) - 1) * GAP) / 2 + BOX[0] / 2
+        left = (width - len(row) * BOX[0] - (len(row) - 1) * GAP) / 2 + BOX[0] / 2
         for i, name in enumerate(row):
             places[name] = (left + i * (BOX[0] + GAP), TOP + (top_level - height) * ROW)
     parts = []
     for name, each in direct(needed):
         (x, y), (to_x, to_y) = places[name], places[each]
-        if heights[name] - heights[each] > 1:  # beside the rooms between them
-            x += BOX[0] / 2 - 20
-            to_x += BOX[0] / 2 - 20
         bend = (to_y - y - BOX[1]) / 2
-        parts.append(
-            f'<path class="arrow" d="M{x:g} {y + BOX[1]:g}C{x:g} {y + BOX[1] + bend:g} {to_x:g} {to_y - bend:g} '
-            f'{to_x:g} {to_y - 3:g}"/>'
-        )
+        start = f"M{x:g} {y + BOX[1]:g}C{x:g} {y + BOX[1] + bend:g}"
+        if heights[name] - heights[each] > 1:  # beside the rooms between them
+            side, middle, to_x = x + BOX[0] / 2, y + BOX[1] / 2, to_x + BOX[0] / 2 - 20
+            start = f"M{side:g} {middle:g}C{to_x:g} {middle:g}"
+        parts.append(f'<path class="arrow" d="{start} {to_x:g} {to_y - bend:g} {to_x:g} {to_y - 3:g}"/>')
     for name, what in {**ROOMS, **SCRIPTS}.items():
         x, y = places[name]
         kind = "hub" if name == "modeling_prime_v2" else "room"
@@ -124,11 +123,11 @@ def draw() -> str:
         )
     bottom = TOP + top_level * ROW + BOX[1] + TOP
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {bottom:g}" width="{WIDTH:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {bottom:g}" width="{width:g}" '
         f'height="{bottom:g}" role="img">\n<title>The rooms and what they import</title>\n<style>{STYLE}</style>\n'
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 8 4 0 8z"/></marker></defs>\n'
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1:g}" height="{bottom - 1:g}" rx="10"/>\n'
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1:g}" height="{bottom - 1:g}" rx="10"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
