@@ -19,7 +19,7 @@ from .likelihood_output_prime_v2 import (
     stratified_degrees,
     stratified_stderr,
 )
-from .likelihood_rows_prime_v2 import ROWS_PER_PIECE, Rows, draw_levels, sample_keys, sequence_key
+from .likelihood_rows_prime_v2 import FURTHER_SAMPLES, ROWS_PER_PIECE, Rows, draw_levels, sample_keys, sequence_key
 from .random_prime_v2 import Stream
 from .validation_inputs_prime_v2 import check_length, scoring_inputs
 
@@ -36,7 +36,7 @@ class Likelihood:
 
     methods: ClassVar[tuple[str, ...]] = ()
     sampled_methods: ClassVar[tuple[str, ...]] = ()
-    round_stream: ClassVar[Stream] = Stream.ROUND
+    round_stream: ClassVar[Stream] = FURTHER_SAMPLES
     padding: ClassVar[dict[str, int]] = {}  # what the rows' inputs (R, L, ...) are padded with, 0 if not named
 
     def __init__(self, config: Any, method: str, num_samples: int, exhaustive: bool, round_number: int):

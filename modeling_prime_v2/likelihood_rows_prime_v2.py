@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .random_prime_v2 import Stream, hash64, uniforms
 
+FURTHER_SAMPLES = Stream.ROUND  # keys of later rounds
 ROWS_PER_PIECE = 256  # of one sequence, so that a long sequence's states do not fill the memory
 
 
@@ -44,7 +45,7 @@ def sequence_key(ids: Tensor, scored: Tensor, seed: int) -> Tensor:
     return hash64(seed, Stream.SEQUENCE, hash64(positions, ids, scored.long()).sum())
 
 
-def sample_keys(key: Tensor, num_samples: int, round_number: int = 0, stream: Stream = Stream.ROUND) -> Tensor:
+def sample_keys(key: Tensor, num_samples: int, round_number: int, stream: Stream) -> Tensor:
     """int64 keys (K,) of K = `num_samples` samples of a sequence; `stream` tells later rounds from the first."""
     numbers = torch.arange(num_samples, device=key.device)
     return hash64(key, numbers) if round_number == 0 else hash64(key, stream, round_number, numbers)
@@ -64,7 +65,7 @@ def draw_levels(key: Tensor, num_samples: int, round_number: int = 0) -> Tensor:
         count = len(levels)
         numbers = torch.arange(count, device=key.device)
         upper = (levels * 2 * count).floor() - 2 * numbers  # 1 where the upper half is taken
-        within = uniforms(hash64(key, Stream.ROUND, number, numbers), Stream.DRAW)
+        within = uniforms(hash64(key, FURTHER_SAMPLES, number, numbers), Stream.DRAW)
         new = (2 * numbers + 1 - upper + within) / (2 * count)
         if number == round_number:
             return new
