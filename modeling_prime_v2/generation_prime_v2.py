@@ -96,7 +96,7 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
         kind = AncestralProcess if options.do_sample else GreedyProcess
         return kind(self, options, canvas, processors)
 
-    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, int]:
+    def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Any]:
         """The most confident target of each row: whether it is right, which it is, and its one pass."""
         states = self.encode(ids.masked_fill(hidden, self.config.mask_token_id))
         hidden_states = self.model(states, attention_mask=None if real.all() else real.long()).last_hidden_state
