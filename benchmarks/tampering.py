@@ -118,6 +118,3 @@ def tamper(folder: Path, draw: random.Random) -> str:
         return f"{way.__name__}, off the list: {checkpoint.name}/{path.name}"
     seal(checkpoint)
     return f"{way.__name__}, sealed again: {checkpoint.name}/{path.name}"
-
-
-__all__ = ["tamper"]

@@ -250,6 +250,3 @@ def _analyze_model(name: str, label: str, windows: Any, shares: list[Any], optio
         "matrices": matrices,
         "attention": attention,
     }
-
-
-__all__ = ["FIGURES", "MASKED_SHARES", "analyze", "name_arguments"]

@@ -185,6 +185,3 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split()).replace("Value error, ", "").rstrip(".")
-
-
-__all__ = ["PROGRAM", "BadInput", "Command", "Group", "bad_input", "finish", "new_app", "place"]

@@ -38,6 +38,3 @@ def card(
     content = read_record(record or find_record(folder))
     path = write_card(folder, content) if export is None else export_model(folder, export, content) / "README.md"
     print(json.dumps({"card": str(path)}) if as_json else f"wrote {path}")
-
-
-__all__ = ["card"]

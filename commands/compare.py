@@ -161,6 +161,3 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
     ]
     print(aligned([heads, *lines]))
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
-
-
-__all__ = ["compare"]

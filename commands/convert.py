@@ -156,6 +156,3 @@ def _tokenizer(source: Source, sizes: Any, permutation: Any) -> Any:
     if permutation is None:
         return whole
     return recode_tokenizer(whole, sizes.base, codes=codes_of(permutation, sizes, vocab_size).numpy())
-
-
-__all__ = ["Source", "convert", "convert_checkpoint"]

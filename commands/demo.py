@@ -168,6 +168,3 @@ def report(results: dict[str, Any], out: Path) -> str:
         f"models             {', '.join(str(out / name) for name in runs)}\n"
         f"more samples       prime-v2 generate {out / better} --prompt {PROMPT!r} --watch"
     )
-
-
-__all__ = ["demo", "report"]

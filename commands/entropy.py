@@ -59,6 +59,3 @@ def entropy(
     }
     heading = f"{num_tokens:,} tokens of {source}, vocabulary of {vocab_size:,}"
     finish("entropy", results, lambda: f"{heading}\n{render_table(rows)}", as_json, output, seed=shuffle_seed)
-
-
-__all__ = ["ShuffleDomain", "entropy"]

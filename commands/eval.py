@@ -324,6 +324,3 @@ def summarise(results: dict[str, Any], data: str | None) -> dict[str, Any]:
 def _shown(value: Any) -> Any:
     """A model argument for a record: of a path, the last part."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-__all__ = ["call_lm_eval", "evaluate", "parse_arguments", "summarise"]

@@ -242,6 +242,3 @@ class DraftView(Trace):
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).translate(PICTURES) if ids else ""
-
-
-__all__ = ["PICTURES", "DraftView", "generate"]

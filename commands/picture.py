@@ -24,6 +24,3 @@ def picture_of(trace: Trace, model: Any, tokenizer: Any) -> str:
     """The trace of one sequence of `model.generate` as SVG."""
     base, mask_id = hidden_digit(model), model.config.mask_token_id
     return draw_trace(trace, lambda token: tokenizer.decode([token]), base=base, mask_id=mask_id)
-
-
-__all__ = ["check_drawable", "hidden_digit", "picture_of"]

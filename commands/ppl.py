@@ -359,6 +359,3 @@ def _interval(score: dict[str, Any], name: str, digits: int) -> str:
     if interval is None:
         return ""
     return f"  (95% interval {interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
-
-
-__all__ = ["ppl", "render_score", "render_table"]

@@ -41,6 +41,3 @@ def run_command() -> None:
     with quiet_interrupt():
         from prime_v2.commands.main import main
     main()
-
-
-__all__ = ["SPINS", "bound_spinning", "quiet_interrupt", "run_command"]

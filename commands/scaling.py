@@ -277,6 +277,3 @@ def _say(sentences: list[str], as_json: bool) -> None:
     """Sentences on stderr; JSON has them itself."""
     for each in () if as_json else sentences:
         print(each, file=sys.stderr)
-
-
-__all__ = ["scaling_app"]

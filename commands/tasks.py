@@ -48,6 +48,3 @@ def render_tasks(written: "Sequence[WrittenTask]") -> str:
             f"{each.task:<{width}}  {each.scored_split}: {count}few-shot examples from {each.fewshot_split}{same}"
         )
     return "\n".join(lines)
-
-
-__all__ = ["render_tasks", "tasks"]

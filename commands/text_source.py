@@ -78,6 +78,3 @@ def _shares(run_folder: str | None) -> dict[str, Any]:
     if not all(isinstance(each, int | float) for each in shares.values()) or isinstance(shares.get("seed"), float):
         raise ValueError(f"{Path(run_folder) / RUN_FILE} has {shares}, which are no seed and shares; put a copy back")
     return shares
-
-
-__all__ = ["RUN_FILE", "TextSource", "counted", "run_options"]

@@ -192,6 +192,3 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-__all__ = ["docs_documents", "docs_versions", "is_encodable"]

@@ -203,6 +203,3 @@ def _hub_documents(source: str, text_field: str, split: str, streaming: bool) ->
             f"{source!r} is neither a file nor a hub data set that can be loaded ({error}); without a network use a "
             f"local file or docs"
         ) from error
-
-
-__all__ = ["FILE_SUFFIXES", "NotOnHub", "folder_files", "hub_texts", "read_documents", "read_rows"]

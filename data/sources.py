@@ -93,6 +93,3 @@ def files_change(stored: dict[str, Any], files: list[Path], root: Path) -> str |
         if not same_times and _state_of(path)["sha256"] != known[name].get("sha256"):
             return f"{name} has another content"
     return None
-
-
-__all__ = ["change_of", "files_change", "fingerprint_of", "is_fingerprint", "model_files", "model_fingerprint"]

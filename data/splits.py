@@ -62,6 +62,3 @@ def corpus_fingerprint(documents: Iterable[str]) -> str:
     for document in documents:
         fingerprint.add(document)
     return fingerprint.hexdigest()
-
-
-__all__ = ["Fingerprint", "corpus_fingerprint", "deduplicate", "split_of"]

@@ -174,6 +174,3 @@ def _encoded(split: str, texts: list[tuple[str, str]], options: Supervision, tok
         dropped=len(texts) - len(rows),
         tokenizer_loss=first_loss(tokenizer, [answer for _, answer in texts], answers),
     )
-
-
-__all__ = ["Examples", "Supervision", "read_examples", "read_splits", "render"]

@@ -253,6 +253,3 @@ def _reach(standard_errors: float, difference: Tensor) -> float:
     return standard_errors_as_sure(
         standard_errors, stratified_degrees(difference) if len(difference) > 1 else math.inf
     )
-
-
-__all__ = ["Choice", "ChoiceScore", "QuestionScore", "Settings", "padded", "score_questions"]

@@ -154,6 +154,3 @@ def check_method(method: str) -> None:
         raise ValueError(
             f"method={method!r} is for diffusion models; a causal model has only {METHOD!r}, its exact log-likelihood"
         )
-
-
-__all__ = ["METHOD", "CausalScorer", "check_method", "start_token_id"]

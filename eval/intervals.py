@@ -165,17 +165,3 @@ def _degrees(weights: np.ndarray, shares: np.ndarray, variances: Any) -> float:
 def mean_of(values: Sequence[float]) -> Estimate:
     """The mean of independent values with its standard error."""
     return ratio(values, np.ones(len(values)), np.ones(len(values)))
-
-
-__all__ = [
-    "NOT_CLUSTERED",
-    "UPPER_END",
-    "Clusters",
-    "Estimate",
-    "cluster",
-    "half_width",
-    "mean_of",
-    "plus_minus",
-    "ratio",
-    "standard_errors_as_sure",
-]

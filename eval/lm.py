@@ -426,6 +426,3 @@ class PrimeV2LM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, with the device that is used and the settings of the likelihoods and what they took."""
         return {**super().get_model_info(), "model_device": str(self.device), "likelihood": self.draws_report()}
-
-
-__all__ = ["PrimeV2LM"]

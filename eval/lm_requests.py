@@ -79,6 +79,3 @@ def place_of(instances: Sequence[Instance], number: int) -> str:
         return f"request {number}"
     instance = instances[number]
     return f"request {number} (task {instance.task_name}, document {instance.doc_id})"
-
-
-__all__ = ["Question", "Request", "check_ids", "place_of", "questions_of"]

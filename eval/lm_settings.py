@@ -288,6 +288,3 @@ def snapshot(pretrained: str, revision: str, subfolder: str) -> str:
     from huggingface_hub import snapshot_download
 
     return str(Path(snapshot_download(pretrained, revision=str(revision))) / subfolder)
-
-
-__all__ = ["Report", "ScoreFile", "Scoring", "make_scoring"]

@@ -272,14 +272,3 @@ def _first_line(error: BaseException) -> str:
     if not lines or isinstance(error, KeyError):
         return " ".join([type(error).__name__, *lines[:1]])
     return lines[0].rstrip(".")
-
-
-__all__ = [
-    "choose_device",
-    "choose_dtype",
-    "is_causal",
-    "load_config",
-    "load_model_and_tokenizer",
-    "load_scorer",
-    "load_tokenizer",
-]

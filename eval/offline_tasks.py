@@ -363,18 +363,3 @@ def _documents(content: bytes, place: str) -> Iterator[tuple[int, dict[str, Any]
         if not isinstance(document, dict):
             raise ValueError(f"{place} line {number} is not a JSON object")
         yield number, document
-
-
-__all__ = [
-    "ALL_TASKS",
-    "GROUPS",
-    "PAPER",
-    "SPLITS",
-    "TASKS",
-    "TaskSource",
-    "WrittenTask",
-    "expand_tasks",
-    "parse_splits",
-    "tasks_in",
-    "write_tasks",
-]

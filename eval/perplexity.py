@@ -245,11 +245,3 @@ def _exp(nats: float) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-__all__ = [
-    "EXACT_METHODS",
-    "score_text",
-    "score_windows",
-    "unigram_entropy",
-]

@@ -44,6 +44,3 @@ def demo_model() -> str | None:
         return None
     print(f"prime_v2: no model was named; taking {folder}, the better model of make demo", file=sys.stderr)
     return str(folder)
-
-
-__all__ = ["DEMO", "DEMO_RUNS", "MODEL_CLASS", "MODEL_NAME", "better_demo", "demo_model", "register"]

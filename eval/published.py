@@ -127,6 +127,3 @@ def published_settings(task: str, seed: int = 0) -> PublishedSettings:
         if task == name or task.startswith(f"{name}_"):
             return PublishedSettings(**values, seed=seed)
     raise ValueError(f"no settings were published for the task {task!r}, only for {', '.join(table)}")
-
-
-__all__ = ["PublishedSettings", "mask_unit_schedule", "published_score", "published_settings"]

@@ -57,6 +57,3 @@ def install() -> None:
     """Register the model as soon as this process has imported `lm_eval.models`; nothing is imported here."""
     if AWAITED not in sys.modules:
         sys.meta_path.insert(0, _Finder())
-
-
-__all__ = ["install"]

@@ -223,14 +223,3 @@ def _hub(text_set: TextSet) -> tuple[str, Iterator[str]]:
     except NotOnHub as error:
         raise SetNotThere(f"{text_set.hub} cannot be loaded from the hub ({error})") from error
     return text_set.hub_source, texts
-
-
-__all__ = [
-    "SUITES",
-    "SetNotThere",
-    "SetOfDocuments",
-    "TextSet",
-    "local_source",
-    "read_suite",
-    "sets_trained_on",
-]

@@ -107,6 +107,3 @@ def encode_documents(tokenizer: Any, documents: Iterable[str], eos_token_id: Any
         raise ValueError(f"the text has no token to score ({num_documents} documents); give text that is not empty")
     token_bytes = torch.from_numpy(np.concatenate(sizes))
     return EncodedText(torch.from_numpy(stream), num_documents, text_bytes, token_bytes, separator, loss)
-
-
-__all__ = ["EncodedText", "Windows", "cut_windows", "encode_documents", "window_and_stride"]

@@ -176,6 +176,3 @@ def _fence(text: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}text\n{text}\n{ticks}"
-
-
-__all__ = ["fill_template", "find_record", "render_card", "write_card"]

@@ -299,6 +299,3 @@ def _check_whole(lengths: dict[str, int], base: int) -> None:
 def _some(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-__all__ = ["Sizes", "check_rows", "codes_of", "our_weights", "refuse_layout", "sizes_of", "split_fused"]

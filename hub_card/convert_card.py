@@ -34,6 +34,3 @@ def render_converted_card(
         digits=config["num_subtokens"],
         get=config.__getitem__,
     )
-
-
-__all__ = ["render_converted_card"]

@@ -100,6 +100,3 @@ def _loaded(load: Callable[[], Any], path: Path, kind: str) -> Any:
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it calls {named[1]}" if named else "PyTorch does not know its form"
         raise ValueError(f"{path} is no {kind} ({reason}); nothing was run or written") from None
-
-
-__all__ = ["read_permutation", "read_tensors"]

@@ -24,6 +24,3 @@ def export_model(model_dir: str | os.PathLike[str], out: str | os.PathLike[str],
             shutil.copyfile(Path(model_dir) / name, folder / name)
         write_card(folder, record)
     return target
-
-
-__all__ = ["export_model"]

@@ -56,6 +56,3 @@ def _code(folder: Path, auto_map: dict[str, Any]) -> set[str]:
             waiting += [f"{each}.py" for each in RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8"))]
         found.add(name)
     return found
-
-
-__all__ = ["file_hashes", "hub_files"]

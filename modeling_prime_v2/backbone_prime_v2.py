@@ -314,6 +314,3 @@ class PrimeV2Backbone(PrimeV2PreTrainedModel):
                 **kwargs,
             )
         return self.norm(hidden_states)
-
-
-__all__ = ["NOT_SCORED", "PrimeV2Backbone", "PrimeV2PreTrainedModel", "PrimeV2SubtokenEmbedding", "evaluating"]

@@ -24,6 +24,3 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
             f"cache (past_key_values) is of type {type(found).__name__}; give one of Transformers, e.g. DynamicCache()"
         )
     return found
-
-
-__all__ = ["CACHE_NAME", "CACHE_NAMES", "one_cache"]

@@ -43,5 +43,3 @@ class PrimeV2ArmConfig(PrimeV2CodedConfig):
 
 # So that save_pretrained copies this file and those it imports into the folder.
 PrimeV2ArmConfig.register_for_auto_class()
-
-__all__ = ["PrimeV2ArmConfig"]

@@ -322,6 +322,3 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
                 f"multiple of num_subtokens={digits}; "
                 f"use hidden_size={-(-self.hidden_size // digits) * digits} or 'sum'"
             )
-
-
-__all__ = ["PrimeV2BackboneConfig", "PrimeV2CodedConfig"]

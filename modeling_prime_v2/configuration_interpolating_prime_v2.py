@@ -68,5 +68,3 @@ class PrimeV2InterpolatingConfig(PrimeV2BackboneConfig):
 
 # So that save_pretrained copies this file and those it imports into the folder.
 PrimeV2InterpolatingConfig.register_for_auto_class()
-
-__all__ = ["PrimeV2InterpolatingConfig"]

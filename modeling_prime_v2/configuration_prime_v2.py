@@ -156,5 +156,3 @@ class PrimeV2Config(PrimeV2CodedConfig):
 
 # So that save_pretrained copies this file and those it imports into the folder.
 PrimeV2Config.register_for_auto_class()
-
-__all__ = ["PrimeV2Config"]

@@ -56,5 +56,3 @@ class PrimeV2UniformConfig(PrimeV2BackboneConfig):
 
 # So that save_pretrained copies this file and those it imports into the folder.
 PrimeV2UniformConfig.register_for_auto_class()
-
-__all__ = ["PrimeV2UniformConfig"]

@@ -263,6 +263,3 @@ def _term(make_inputs, texts: ScoredTexts, places: Tensor, rows: Tensor, k: Tens
         weights = weights * num_tokens / k.clamp(min=1)
     inputs = make_inputs(texts, places[rows], num_tokens - k) if len(rows) else SortedInputs.blank(k.device)
     return Term(rows, inputs, weights)
-
-
-__all__ = ["SortedInputs", "Term", "ScoredTexts", "draw_terms", "is_bound", "sequential_share"]

@@ -181,6 +181,3 @@ def _posterior(logits: Tensor, tokens: NoisedTokens, need_gradient: bool) -> tup
     gradient.scatter_add_(1, x, -weights.to(log_p.dtype).unsqueeze(1))
     gradient.scatter_add_(1, i, (weights * b_i).to(log_p.dtype).unsqueeze(1))
     return nats, gradient
-
-
-__all__ = ["NoisedTokens", "UniformNoise", "draw_noise", "excess", "reverse_step", "uniform_loss"]

@@ -124,6 +124,3 @@ def label_of(config: Any) -> str:
     if values["reveal_order"] != "digit":
         return f"sub-tokens, {values['reveal_order']} order"
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"
-
-
-__all__ = ["FAMILIES", "FAMILY_OF_TYPE", "Family", "bound_method", "family_named", "label_of", "rows_of_sequence"]

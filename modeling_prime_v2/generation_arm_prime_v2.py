@@ -290,6 +290,3 @@ class _StreamerWithoutStart:
 
     def end(self) -> None:
         self.streamer.end()
-
-
-__all__ = ["PrimeV2ArmGenerationMixin"]

@@ -234,6 +234,3 @@ def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
         for name in SAMPLING_OPTIONS:
             merged.pop(name, None)
     merged.update(given)
-
-
-__all__ = ["SPECIAL_TOKENS", "GenerationOptions", "PrimeV2GenerationConfig", "merge_options", "special_ids"]

@@ -150,6 +150,3 @@ class Texts:
     def reveal(self, rows: list[int], revealed: Tensor) -> None:
         """Take the targets `revealed` (R, L) bool for known."""
         self.hidden[rows, : revealed.shape[1]] &= ~revealed
-
-
-__all__ = ["PrimeV2GreedyMatches", "PrimeV2GreedyMixin", "greedy_matches", "most_confident", "propose"]

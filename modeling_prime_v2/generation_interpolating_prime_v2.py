@@ -154,6 +154,3 @@ class KnownTokens:
                 layer.keys, layer.values = layer.keys[at], layer.values[at]  # (R, heads, C, head_dim)
         self.rows, self.order_ids = rows, order_ids
         return order_ids, self.layers
-
-
-__all__ = ["PrimeV2InterpolatingGenerationMixin"]

@@ -256,6 +256,3 @@ class GreedyProcess(MaskedProcess):
         canvas.ids[picked] = torch.where(revealed, ids, canvas.ids[picked])
         self.states[picked] = self.model.encode(canvas.ids[picked])
         self._tick("sampling")
-
-
-__all__ = ["PrimeV2GenerationMixin", "draw_schedule"]

@@ -157,6 +157,3 @@ class GreedyUniformProcess(UniformProcess):
         if self.passes_left[row] == 1:
             return num_tokens
         return num_tokens * (self.num_forward[row] + 1) // self.num_steps[row]
-
-
-__all__ = ["PrimeV2UniformGenerationMixin"]

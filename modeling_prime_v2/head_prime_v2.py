@@ -37,6 +37,3 @@ class PrimeV2HeadModel(PrimeV2PreTrainedModel, PrimeV2LikelihoodMixin):
         """Hidden states (..., D) to logits (..., V), at least float32."""
         logits = apply_head(hidden_states, self.head())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-__all__ = ["PrimeV2HeadModel"]

@@ -69,6 +69,3 @@ class PrimeV2ArmLikelihood(Likelihood):
         # On the CPU: not every accelerator has float64.
         total = torch.zeros(len(inputs["ids"]), dtype=torch.double)
         return total.index_add_(0, tokens.rows.cpu(), nats.cpu().double())
-
-
-__all__ = ["NextTokens", "PrimeV2ArmLikelihood", "next_tokens", "start_token_id"]

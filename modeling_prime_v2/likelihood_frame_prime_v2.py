@@ -252,6 +252,3 @@ def join(batch: list[Rows], padding: dict[str, int], device: torch.device) -> tu
     lengths = torch.cat([torch.full((len(part),), part.length) for part in batch])
     real = torch.arange(length) < lengths.unsqueeze(1)
     return inputs, None if real.all() else real.long().to(device)
-
-
-__all__ = ["TOKENS_PER_PASS", "Likelihood", "PrimeV2LikelihoodMixin", "log_likelihood", "unpadded"]

@@ -100,6 +100,3 @@ def all_rows(text: ScoredTexts, alpha_0: float) -> Iterator[Rows]:
                 yield Rows(vars(sequential_inputs(texts, places, clean)), factor)
             factor = ones * beyond[num_clean] / (num_tokens - num_clean) / number
             yield Rows(vars(diffusion_inputs(texts, places, clean)), factor)
-
-
-__all__ = ["PrimeV2InterpolatingLikelihood"]

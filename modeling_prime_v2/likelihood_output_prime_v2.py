@@ -117,6 +117,3 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     if len(difference) == 1:
         return float(difference[0]), 0.0
     return float(difference.mean()), float(stratified_stderr(difference))
-
-
-__all__ = ["NotFiniteError", "PrimeV2LogLikelihood", "paired_difference", "stratified_degrees", "stratified_stderr"]

@@ -188,6 +188,3 @@ def all_orders(num_units: int) -> Iterator[Tensor]:
     """Ranks (n,) of each of the n! orders."""
     for ranks in itertools.permutations(range(num_units)):
         yield torch.tensor(ranks)
-
-
-__all__ = ["BOUND_OF_ORDER", "METHODS", "SAMPLED_METHODS", "PrimeV2Likelihood"]

@@ -71,6 +71,3 @@ def draw_levels(key: Tensor, num_samples: int, round_number: int = 0) -> Tensor:
             return new
         levels = torch.cat([levels, new]).sort().values
     return levels
-
-
-__all__ = ["ROWS_PER_PIECE", "Rows", "draw_levels", "sample_keys", "sequence_key"]

@@ -29,6 +29,3 @@ class PrimeV2UniformLikelihood(Likelihood):
         noise = UniformNoise(inputs["ids"], inputs["times"], torch.ones_like(inputs["times"]))
         hidden_states = model.model(noise.ids, noise.times, attention_mask).last_hidden_state
         return model.sequence_loss(hidden_states, inputs["clean"], inputs["scored"], noise)[1]
-
-
-__all__ = ["PrimeV2UniformLikelihood"]

@@ -129,5 +129,3 @@ def _count_flops(inputs_shape, weight_shape, *args, out_shape=None, **kwargs) ->
 # A model's folder brings a copy of this file.
 if _ONEDNN is not None and _ONEDNN not in flop_registry:
     register_flop_formula(_ONEDNN)(_count_flops)
-
-__all__ = ["HeadCall", "all_vectors", "apply_head", "head_of", "linear", "plain_weight", "product"]

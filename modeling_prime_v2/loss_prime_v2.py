@@ -201,16 +201,3 @@ def refuse_noise(noise_keys: Any, noise_levels: Any) -> None:
     for name, value in (("noise_keys", noise_keys), ("noise_levels", noise_levels)):
         if value is not None:
             raise ValueError(f"{name} was given without labels, whose noise it fixes; leave it out")
-
-
-__all__ = [
-    "PrimeV2Output",
-    "TrainingBatch",
-    "check_batch",
-    "divisor",
-    "refuse_lost_labels",
-    "refuse_noise",
-    "scored_tokens",
-    "sum_by_row",
-    "training_batch",
-]

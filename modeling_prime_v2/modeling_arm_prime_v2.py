@@ -260,5 +260,3 @@ class PrimeV2ForCausalLM(PrimeV2HeadModel, PrimeV2ArmGenerationMixin):
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-__all__ = ["PrimeV2ArmModel", "PrimeV2CausalLMOutput", "PrimeV2ForCausalLM"]

@@ -218,8 +218,3 @@ def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForInterpolatingDiffusion.register_for_auto_class("AutoModel")
-
-__all__ = [
-    "PrimeV2ForInterpolatingDiffusion",
-    "PrimeV2InterpolatingModel",
-]

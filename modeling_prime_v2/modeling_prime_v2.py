@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2PreTrainedModel
+from .backbone_prime_v2 import PrimeV2Backbone
 from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
@@ -231,10 +231,3 @@ def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) ->
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForMaskedDiffusion.register_for_auto_class("AutoModel")
-
-__all__ = [
-    "PrimeV2ForMaskedDiffusion",
-    "PrimeV2Model",
-    "PrimeV2Output",
-    "PrimeV2PreTrainedModel",
-]

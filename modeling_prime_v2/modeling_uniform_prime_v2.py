@@ -254,5 +254,3 @@ def check_times(times: Tensor | None, config) -> None:
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForUniformDiffusion.register_for_auto_class("AutoModel")
-
-__all__ = ["PrimeV2ForUniformDiffusion", "PrimeV2UniformModel"]

@@ -71,6 +71,3 @@ def make_embedding(config) -> nn.Module:
     if config.subtoken_embedding == "ancestors":
         return PrimeV2TreeEmbedding(config)
     return PrimeV2SubtokenEmbedding(config, config.base + 1)
-
-
-__all__ = ["PrimeV2HeadNodes", "PrimeV2TreeEmbedding", "make_embedding", "node_rows"]

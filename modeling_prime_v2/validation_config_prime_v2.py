@@ -174,15 +174,3 @@ def _is_newer(version: Any) -> bool:
         return Version(version) > Version(VERSION)
     except (InvalidVersion, TypeError):
         return False
-
-
-__all__ = [
-    "VERSION",
-    "VERSION_FIELD",
-    "is_known",
-    "read_mapping",
-    "readable_json",
-    "refuse_foreign_code",
-    "refuse_misspelt",
-    "refuse_unknown_fields",
-]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .code_table_prime_v2 import check_id_type, reads_values
+from .code_table_prime_v2 import reads_values
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown, shown
 
 # Seeds that torch's generators take too.
@@ -218,20 +218,3 @@ def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dic
                 raise ValueError(f"keys={shown(value)} must be {rows} integers of 64 bits, one a row")
             checked[name] = keys
     return checked
-
-
-__all__ = [
-    "as_tensor",
-    "check_embeds",
-    "check_id_type",
-    "check_length",
-    "check_mask",
-    "check_prepared_mask",
-    "is_integer",
-    "checked_flag",
-    "checked_seed",
-    "scoring_inputs",
-    "scoring_options",
-    "token_inputs",
-    "whole_number",
-]

@@ -134,15 +134,3 @@ def _is_idle(config: Any, name: str, value: Any) -> bool:
     if value is None or value is getattr(config, "causal" if name == "is_causal" else name, None):
         return True
     return name in ASKING and (value is False or type(value) is int and value == 0)
-
-
-__all__ = [
-    "arguments_of",
-    "forward_keywords",
-    "did_you_mean",
-    "nearest",
-    "one_of",
-    "refuse_causal_scoring",
-    "refuse_unknown",
-    "shown",
-]

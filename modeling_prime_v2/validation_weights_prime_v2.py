@@ -108,6 +108,3 @@ def _draws_table(model: Any) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     return "floating-point numbers" if tensor.is_floating_point() else "integers"
-
-
-__all__ = ["check_codes", "check_headers", "read_header", "refuse_pickles"]

@@ -89,6 +89,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = ["folder_written_whole", "json_text", "sync_folder", "write_json", "write_text", "written_whole"]

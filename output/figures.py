@@ -18,6 +18,3 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
-
-
-__all__ = ["new_figure", "save_figure"]

@@ -162,6 +162,3 @@ def _holder(file: IO[str]) -> str:
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return ""
     return f"{by}, or by one that it started"
-
-
-__all__ = ["LOCK", "FolderLock", "Locked", "folder_lock"]

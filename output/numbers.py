@@ -30,6 +30,3 @@ def interval(ends: Sequence[float | None] | None, form: Callable[[float], str] =
     if ends is None:
         return ""
     return f"[{', '.join('inf' if end is None else form(end) for end in ends)}]"
-
-
-__all__ = ["duration", "interval", "quantity", "three_digits"]

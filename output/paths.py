@@ -72,6 +72,3 @@ def short_names(places: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-__all__ = ["short_names", "without_places"]

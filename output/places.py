@@ -71,6 +71,3 @@ def _try(path: Path, folder: Path, option: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{option} {path} cannot be written ({reason}); give another place") from None
-
-
-__all__ = ["check_folder", "check_new_file", "check_new_folder", "print_and_record"]

@@ -26,6 +26,3 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-__all__ = ["progress_bar", "quiet_libraries"]

@@ -134,16 +134,3 @@ def writing(what: str) -> Iterator[None]:
         raise ValueError(f"{what} could not be written ({trouble}); make room and start the same command again") from (
             error
         )
-
-
-__all__ = [
-    "PICKLES",
-    "Damaged",
-    "check_no_pickles",
-    "check_seal",
-    "disk_trouble",
-    "read_json",
-    "sha256_of",
-    "write_seal",
-    "writing",
-]

@@ -47,6 +47,3 @@ def origin(record: dict[str, Any]) -> str:
 def with_origin(heads: Sequence[str], rows: Iterable[Sequence[str]], record: dict[str, Any]) -> str:
     """A table and where its numbers are from."""
     return f"{markdown(heads, rows)}\n{origin(record)}"
-
-
-__all__ = ["aligned", "markdown", "origin", "with_origin"]

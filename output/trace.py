@@ -41,6 +41,3 @@ class Trace:
 
     def end(self) -> None:
         """Nothing is left to do."""
-
-
-__all__ = ["Trace", "TraceStep"]

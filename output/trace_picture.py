@@ -261,6 +261,3 @@ def text_width(text: str) -> float:
 def digit_width(base: int) -> float:
     """Pixels from a digit to the next."""
     return DIGIT_ADVANCE * (len(str(base - 1)) + (base > 10))
-
-
-__all__ = ["draw_trace", "drawn_passes", "printable"]

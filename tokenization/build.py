@@ -167,6 +167,3 @@ def _load(name: str | os.PathLike[str]) -> Any:
             f"no tokenizer could be loaded from {os.fspath(name)!r} ({reason}); use a Hub name or a folder with a "
             f"tokenizer.json"
         ) from error
-
-
-__all__ = ["build_tokenizer", "recode_tokenizer"]

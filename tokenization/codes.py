@@ -106,6 +106,3 @@ def _principal_direction(vectors: np.ndarray) -> np.ndarray:
     direction = directions[:, -1]
     # The sign of an eigenvector is arbitrary; the largest entry is made positive.
     return direction * np.sign(direction[np.abs(direction).argmax()])
-
-
-__all__ = ["SOURCES", "codes_from_text", "neighbour_vectors", "tree_codes"]

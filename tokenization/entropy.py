@@ -96,6 +96,3 @@ def _probabilities(counts: Any, vocab_size: int) -> np.ndarray:
 def _entropy_nats(probabilities: np.ndarray) -> float:
     positive = probabilities[probabilities > 0]
     return float(-(positive * np.log(positive)).sum())
-
-
-__all__ = ["count_tokens", "entropy_table", "render_table", "subtoken_entropies"]

@@ -44,6 +44,3 @@ def first_loss(tokenizer: Any, texts: Sequence[str], encoded: Sequence[Sequence[
 def not_kept(loss: str) -> str:
     """The sentence about such an example."""
     return f"the tokenizer does not keep the text: {loss}"
-
-
-__all__ = ["first_loss", "in_batches", "not_kept", "plain_ids"]

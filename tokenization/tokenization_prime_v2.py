@@ -319,5 +319,3 @@ def _like(values: Any, result: np.ndarray) -> Any:
 
 # Copies this file beside a saved tokenizer and names it in tokenizer_config.json (`auto_map`).
 PrimeV2Tokenizer.register_for_auto_class("AutoTokenizer")
-
-__all__ = ["PrimeV2Tokenizer"]

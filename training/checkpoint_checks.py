@@ -329,6 +329,3 @@ def _same_kind(found: Any, fresh: Any) -> bool:
     if type(fresh) in numbers:
         return type(found) in numbers and (abs(found) < float("inf") or found == fresh)
     return type(found) is type(fresh)
-
-
-__all__ = ["expected_weights", "last_whole_checkpoint", "problem_of"]

@@ -164,6 +164,3 @@ def defaults(course: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"output_dir": "none", **TRAINING_DEFAULTS, "max_steps": course.get("max_steps", 1)}
     training = TrainingArguments(**options)
     return course_of(RunOptions(), training, {})
-
-
-__all__ = ["NO_INFLUENCE", "RECORD", "RUN", "Holds", "check_folder", "course_of", "differences", "is_new"]

@@ -185,6 +185,3 @@ def scored_ids(blocks: Any) -> torch.Tensor:
     if not isinstance(blocks, Examples):
         return blocks.flatten()
     return torch.cat([ids[~mask] for ids, mask in blocks.windows()])
-
-
-__all__ = ["LORA_TARGETS", "answers", "check_start", "merge_adapter", "scored_ids", "start_from", "with_lora"]

@@ -111,6 +111,3 @@ def _limits(losses: np.ndarray) -> tuple[float, float]:
     low, high = min(np.percentile(losses, 0.5), smooth.min()), max(np.percentile(losses, 99.5), smooth.max())
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
-
-
-__all__ = ["plot_training"]

@@ -183,15 +183,3 @@ def refused_values(training: Any) -> list[str]:
     if getattr(training.accelerator_config, "split_batches", False):
         problems.append("--accelerator_config split_batches is not supported here; use --global_batch")
     return problems
-
-
-__all__ = [
-    "FOLLOWS_EVALUATION",
-    "REFUSED",
-    "RULES",
-    "Range",
-    "check_values",
-    "is_numeric",
-    "kinds_of",
-    "refused_values",
-]

@@ -19,6 +19,3 @@ def from_first_process(work: Callable[[], Any]) -> Any:
     if found[1] is not None:
         raise found[1]
     return found[0]
-
-
-__all__ = ["from_first_process"]

@@ -27,6 +27,3 @@ def find_recipe(given: str, kind: str = "", option: str = "--config") -> Path:
     if name in recipe_names(kind):
         return CONFIGS / kind / f"{name}.yaml"
     raise ValueError(f"{option} {given} is no file and no recipe; the recipes are {', '.join(recipe_names(kind))}")
-
-
-__all__ = ["CONFIGS", "find_recipe", "recipe_names"]

@@ -82,6 +82,3 @@ def _gathered_by_zero(model: Any) -> dict[str, torch.Tensor]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {key: each.detach().clone() for key, each in model.state_dict().items()}
-
-
-__all__ = ["prepare_sharding", "whole"]

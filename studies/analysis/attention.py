@@ -243,13 +243,3 @@ def _summary(moments: list[dict[str, _Moments]], layers: list[int], uniform: dic
 
 def _listed(layers: list[Any]) -> list[list[float]]:
     return [[rounded(value) for value in heads.tolist()] for heads in layers]
-
-
-__all__ = [
-    "MIN_WINDOW",
-    "STATISTICS",
-    "attention_statistics",
-    "measure_attention",
-    "network_of",
-    "uniform_weights",
-]

@@ -133,5 +133,3 @@ DIFFUSION: dict[str, Callable[[Any, Tensor, float, Tensor], Fed]] = {
     "prime_v2_uniform": _uniform,
     "prime_v2_interpolating": _interpolating,
 }
-
-__all__ = ["DIFFUSION", "Fed", "check_masked_share", "feed", "is_causal_model", "seen_everywhere"]

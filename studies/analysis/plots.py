@@ -219,6 +219,3 @@ def _handles(models: list[dict[str, Any]], reference: str, line: str | None = No
     ]
     handles.append(Line2D([], [], color="0.3", linestyle=":", label=reference))
     return handles if line is None else [*handles, Line2D([], [], color="0.3", label=line)]
-
-
-__all__ = ["plot_attention", "plot_spectra"]

@@ -73,6 +73,3 @@ def _attention_rows(results: dict[str, Any]) -> list[list[str]]:
     for name, each in references.items():
         rows.append(["", name, "", *(form.format(each[statistic]) for _, statistic, form in COLUMNS)])
     return rows
-
-
-__all__ = ["render"]

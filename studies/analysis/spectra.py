@@ -246,23 +246,3 @@ def analyze_matrices(network: Any, progress: Progress | None = None) -> list[dic
         if progress is not None:
             progress(1)
     return results
-
-
-__all__ = [
-    "KINDS",
-    "Matrix",
-    "Progress",
-    "Tail",
-    "analyze_matrices",
-    "closest_tail",
-    "effective_rank",
-    "gaussian_spectrum",
-    "other_matrices",
-    "projection_matrices",
-    "rounded",
-    "shown_ranks",
-    "singular_values",
-    "spectrum",
-    "stable_rank",
-    "tail_exponent",
-]

@@ -210,6 +210,3 @@ def _wait_for_group(group: int) -> None:
     end = time.monotonic() + LEFT_BEHIND_SECONDS
     while _signal_group(group, 0) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
-
-
-__all__ = ["Children", "Stopped", "Task", "progress_of", "stopping_on_signals"]

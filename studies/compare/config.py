@@ -343,6 +343,3 @@ def _slug(name: Any) -> str:
 def number(value: float) -> str:
     """A number of FLOPs for people and folders: 3e12."""
     return re.sub(r"e\+0*", "e", f"{value:g}")
-
-
-__all__ = ["COMMON", "COUNTS", "Comparison", "Run", "number", "read_comparison"]

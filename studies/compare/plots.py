@@ -203,6 +203,3 @@ def _line(label: str, **style: Any) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], label=label, **style)
-
-
-__all__ = ["plot_bounds", "plot_comparison", "plot_curves", "plot_sizes"]

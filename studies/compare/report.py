@@ -364,18 +364,3 @@ def _perplexity(bound: dict[str, Any]) -> str:
     value, *ends = (math.exp(min(each, 700.0)) for each in (bound["nats_per_token"], *(bound["interval_95"] or ())))
     digits = 0 if value >= 100 else 1
     return f"{value:,.{digits}f}" + (f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "")
-
-
-__all__ = [
-    "check_one_experiment",
-    "cost_table",
-    "markdown_text",
-    "notes",
-    "over_seeds",
-    "paired",
-    "render",
-    "score_table",
-    "summarise",
-    "whole_table",
-    "with_interval",
-]

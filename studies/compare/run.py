@@ -404,6 +404,3 @@ def with_times_of_records(planned: list[PlannedRun]) -> list[PlannedRun]:
         else each
         for each in planned
     ]
-
-
-__all__ = ["Cost", "PlannedRun", "Running", "plan", "run_comparison", "state_of"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prime_v2.studies.scaling.fit import LawFit, efficiency, fit_law
-from prime_v2.studies.scaling.isoflop import POWER_LAWS, IsoFlop, PowerLaw, fit_isoflop
+from prime_v2.studies.scaling.isoflop import IsoFlop, PowerLaw, fit_isoflop
 from prime_v2.studies.scaling.points import Point, Shape, check_one_experiment, read_shapes
 
 SIX = 6.0  # C = 6 N D
@@ -322,18 +322,3 @@ def common_budgets(first: FamilyFit, second: FamilyFit) -> list[float]:
     if low > high:
         raise ValueError(f"{first.family} and {second.family} have no budget in common; give one with --flops")
     return [low, math.sqrt(low * high), high] if high > low else [low]
-
-
-__all__ = [
-    "NOT_A_BOUND",
-    "POWER_LAWS",
-    "FamilyFit",
-    "choose_families",
-    "common_budgets",
-    "compare",
-    "fit_families",
-    "inside",
-    "named_families",
-    "plan",
-    "require_bounds",
-]

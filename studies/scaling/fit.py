@@ -299,16 +299,3 @@ def efficiency(
         "loss": loss,
         "flops_of_other": needed if finite else None,
     }
-
-
-__all__ = [
-    "HUBER_DELTA",
-    "PARAMETERS",
-    "Frontier",
-    "Law",
-    "LawFit",
-    "efficiency",
-    "fit_law",
-    "percentile_interval",
-    "resample",
-]

@@ -111,6 +111,3 @@ def read_fits(path: Path, asked: Sequence[str]) -> dict[str, FamilyFit]:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{path} is no record of prime-v2 scaling fit; give one that its --output wrote") from None
     return {name: found[name] for name in named_families(asked, found, f"{path} has no fit of", "it has")}
-
-
-__all__ = ["from_json", "read_fits", "to_json"]

@@ -230,6 +230,3 @@ def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
         elif rows:
             found.notes.append(f"no interval for the power law of {POWER_LAWS[name]}: samples without a minimum")
         found.power_laws[name] = PowerLaw(float(start), float(exponent), replicates)
-
-
-__all__ = ["POWER_LAWS", "IsoFlop", "Parabola", "PowerLaw", "fit_isoflop", "group_budgets"]

@@ -135,6 +135,3 @@ def _draw_isoloss(axes: Any, fit: FamilyFit, points: Sequence[Point]) -> None:
     axes.set(xlim=(flops[0], flops[-1]), ylim=(sizes[0], sizes[-1]))
     axes.set(title=f"{fit.label}: isoloss contours", xlabel="training FLOPs C", ylabel="non-embedding parameters N")
     axes.legend(loc="lower right", fontsize=9, framealpha=1.0)
-
-
-__all__ = ["plot_families"]

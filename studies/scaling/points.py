@@ -297,14 +297,3 @@ def _family(name: str, results: dict[str, Any]) -> str:
     if config["num_subtokens"] == 1:
         return "MDM"
     return "MDM-Prime-v2" if config["base"] == 2 and config["shuffle_ratio"] > 0 else "MDM-Prime"
-
-
-__all__ = [
-    "LOSSES",
-    "PUBLISHED",
-    "Point",
-    "Shape",
-    "check_one_experiment",
-    "read_points",
-    "read_shapes",
-]

@@ -5,8 +5,9 @@ from typing import Any
 
 from prime_v2.output.numbers import interval, quantity, three_digits
 from prime_v2.output.tables import aligned
-from prime_v2.studies.scaling.families import NOT_A_BOUND, POWER_LAWS, FamilyFit
+from prime_v2.studies.scaling.families import NOT_A_BOUND, FamilyFit
 from prime_v2.studies.scaling.fit import PARAMETERS
+from prime_v2.studies.scaling.isoflop import POWER_LAWS
 
 THREE_DECIMALS, FOUR_DECIMALS = "{:.3f}".format, "{:.4f}".format
 
@@ -113,6 +114,3 @@ def render_efficiency(results: dict[str, Any]) -> str:
             aligned(rows, indent="  "),
         ]
     )
-
-
-__all__ = ["render_efficiency", "render_fit", "render_plan"]
