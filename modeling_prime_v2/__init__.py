@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AncestralSamplerConfig": "samplers_prime_v2",
+    "ConfidenceSamplerConfig": "samplers_prime_v2",
+    "EntropyBoundSamplerConfig": "samplers_prime_v2",
     "PrimeV2ArmConfig": "configuration_arm_prime_v2",
     "PrimeV2Config": "configuration_prime_v2",
     "PrimeV2ForCausalLM": "modeling_arm_prime_v2",
@@ -20,6 +23,8 @@ _EXPORTS = {
     "PrimeV2Output": "loss_prime_v2",
     "PrimeV2Tokenizer": "tokenization",
     "PrimeV2UniformConfig": "configuration_uniform_prime_v2",
+    "RemaskingSamplerConfig": "samplers_prime_v2",
+    "ThresholdSamplerConfig": "samplers_prime_v2",
     "build_tokenizer": "tokenization",
 }
 __all__ = ["__version__", *_EXPORTS]
@@ -40,6 +45,11 @@ if TYPE_CHECKING:
     from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion as PrimeV2ForMaskedDiffusion
     from prime_v2.modeling_prime_v2 import PrimeV2Model as PrimeV2Model
     from prime_v2.modeling_uniform_prime_v2 import PrimeV2ForUniformDiffusion as PrimeV2ForUniformDiffusion
+    from prime_v2.samplers_prime_v2 import AncestralSamplerConfig as AncestralSamplerConfig
+    from prime_v2.samplers_prime_v2 import ConfidenceSamplerConfig as ConfidenceSamplerConfig
+    from prime_v2.samplers_prime_v2 import EntropyBoundSamplerConfig as EntropyBoundSamplerConfig
+    from prime_v2.samplers_prime_v2 import RemaskingSamplerConfig as RemaskingSamplerConfig
+    from prime_v2.samplers_prime_v2 import ThresholdSamplerConfig as ThresholdSamplerConfig
     from prime_v2.tokenization import PrimeV2Tokenizer as PrimeV2Tokenizer
     from prime_v2.tokenization import build_tokenizer as build_tokenizer
 

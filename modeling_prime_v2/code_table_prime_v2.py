@@ -209,6 +209,14 @@ class PrimeV2CodeTable(nn.Module):
         hot = self.codes[:-1].unsqueeze(-1) == torch.arange(self.base, device=self.codes.device)
         return hot.flatten(1).to(dtype)
 
+    def digit_marginals(self, probabilities: Tensor) -> Tensor:
+        """Marginals of each digit, (..., V) to (..., S, base): m_ij(c) = sum of p(v) over the v with C[v, j] = c.
+
+        A sum of non-negative terms for every c, so nothing cancels.
+        """
+        flat = probabilities @ self.one_hot(probabilities.dtype)
+        return flat.unflatten(-1, (self.num_subtokens, self.base))
+
 
 def reads_values(tensor: Tensor) -> bool:
     """Whether checks read a tensor's values: on the CPU, and on an accelerator where no gradient is recorded.

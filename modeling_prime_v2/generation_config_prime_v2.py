@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from .generation_cache_prime_v2 import CACHES
+from .samplers_prime_v2 import ConfidenceSamplerConfig, RuleSamplerConfig, sampler_from
 from .validation_config_prime_v2 import read_mapping
 from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
 from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
@@ -27,7 +29,8 @@ DEFAULTS: dict[str, Any] = {
 SAMPLING_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "seed": None, "num_return_sequences": 1}
 SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 FLAGS = ("do_sample", "use_cache", "return_dict_in_generate")
-OPTIONS = (*DEFAULTS, "max_length", "seed", "num_return_sequences", *FLAGS[1:], *SPECIAL_TOKENS)
+SAMPLER_OPTIONS = ("sampler_config", "block_length", "cache")
+OPTIONS = (*DEFAULTS, *SAMPLER_OPTIONS, "max_length", "seed", "num_return_sequences", *FLAGS[1:], *SPECIAL_TOKENS)
 METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
 # Options of autoregressive generation for which the value that changes nothing is not Transformers' default.
 IDLE = {"top_k": 0, "min_p": 0.0, "guidance_scale": 1.0}
@@ -40,6 +43,11 @@ class PrimeV2GenerationConfig(GenerationConfig):
     max_length: tokens of the output, prompt and suffix included; read only without max_new_tokens.
     max_denoising_steps: N, the steps that the reveals are spread over, 256 by default. The network runs at most once a
         step and at most once a unit; more steps draw fewer tokens at once, independently of each other.
+    sampler_config: what a pass reveals, a config of samplers_prime_v2.py; AncestralSamplerConfig() by default.
+    block_length: tokens of a block; blocks are filled from left to right, each in its share of the steps. By default
+        all generated tokens are one block.
+    cache: "none" by default; "prefix" and "dual" keep keys and values while a block is filled, which is approximate
+        (generation_cache_prime_v2.py).
     do_sample: True, also by default: draw from the model. False: the deterministic decode (`GreedyProcess`), which has
         no temperature, top_p or seed. Such an option beside do_sample=False is refused; one that a config sets beneath
         the call or config that says do_sample=False is ignored.
@@ -57,6 +65,9 @@ class PrimeV2GenerationConfig(GenerationConfig):
     max_new_tokens: int | None
     max_length: int | None
     max_denoising_steps: int | None
+    sampler_config: Any
+    block_length: int | None
+    cache: str | None
     do_sample: bool | None
     temperature: float | None
     top_p: float | None
@@ -73,6 +84,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
         for name in OPTIONS:
             value = kwargs.pop(name, None)
             setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        self.sampler_config = sampler_from(self.sampler_config)
         self._commit_hash = kwargs.pop("_commit_hash", None)
         self._from_model_config = kwargs.pop("_from_model_config", None)
         self.transformers_version = kwargs.pop("transformers_version", None)
@@ -92,7 +104,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
                     f"{name}={shown(value)} is not an option of this model's generate(){hint} "
                     f"(all: {', '.join(OPTIONS)})"
                 )
-        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "num_return_sequences"):
+        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "num_return_sequences", "block_length"):
             value = getattr(self, name)
             if value is not None:
                 whole_number(name, value, 1, use=int(DEFAULTS.get(name, 1)))
@@ -113,6 +125,8 @@ class PrimeV2GenerationConfig(GenerationConfig):
                 f"do_sample=False, the deterministic decode, has no use for {named}; leave {', '.join(given)} out, or "
                 f"give do_sample=True"
             )
+        if self.cache not in (None, *CACHES):
+            raise ValueError(f"cache={shown(self.cache)} is not one of {', '.join(CACHES)}")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
@@ -153,6 +167,9 @@ class GenerationOptions:
     max_new_tokens: int | None = None
     max_length: int | None = None
     max_denoising_steps: int = DEFAULTS["max_denoising_steps"]
+    sampler_config: Any = None
+    block_length: int | None = None
+    cache: str = "none"
     do_sample: bool = True
     temperature: float = 1.0
     top_p: float = 1.0
@@ -206,7 +223,42 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
         given.setdefault("pad_token_id", given["eos_token_id"][0])
     if given.get("do_sample", True) and "seed" not in given:
         given["seed"] = int(torch.randint(2**62, ()))
-    return GenerationOptions(**given)
+    if given.get("do_sample") is False and len(model.sampler_configs) > 1:
+        given.setdefault("sampler_config", ConfidenceSamplerConfig())
+    options = GenerationOptions(**given)
+    check_sampler(model, options)
+    return options
+
+
+def check_sampler(model: Any, options: GenerationOptions) -> None:
+    """ValueError for a sampler, unit, block length or cache that the model's family or configuration has not."""
+    config, family, sampler = model.config, type(model).__name__, options.sampler_config
+    name = type(sampler).__name__
+    if sampler is not None and name not in model.sampler_configs:
+        raise ValueError(f"{family} has no {name}; it has {', '.join(model.sampler_configs)}")
+    if len(model.sampler_configs) == 1:
+        for option, idle in (("block_length", None), ("cache", "none")):
+            if getattr(options, option) != idle:
+                raise ValueError(f"{family} generates without blocks and their caches; leave {option} out")
+        return
+    if not isinstance(sampler, RuleSamplerConfig):
+        if not options.do_sample:
+            raise ValueError(
+                f"do_sample=False draws nothing, but {name} reveals at random; use ConfidenceSamplerConfig()"
+            )
+        return
+    if sampler.unit == "stage" and not config.stage_digits:
+        raise ValueError(f"{name}(unit='stage') needs a model of the nested order; use unit='token' or unit='digit'")
+    if sampler.unit == "digit" and config.subtoken_embedding == "ancestors":
+        raise ValueError(
+            f"{name}(unit='digit') shows any digits, but this model has vectors for leading digits only; use "
+            f"unit='stage' or unit='token'"
+        )
+    if sampler.stage_passes is not None and len(sampler.stage_passes) != len(config.stage_digits):
+        raise ValueError(
+            f"{name}: stage_passes has {len(sampler.stage_passes)} shares, but the model has "
+            f"{len(config.stage_digits)} stages"
+        )
 
 
 def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[int]:

@@ -22,7 +22,7 @@ from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import GenerationOptions
 from .generation_greedy_prime_v2 import proposals, propose
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_schedule
-from .generation_process_prime_v2 import Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
+from .generation_process_prime_v2 import Blocks, Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import check_length
 
@@ -66,7 +66,8 @@ def draw_passes(keys: Tensor, canvas: Canvas, alpha_0: float, num_steps: int) ->
     A pure function of the row keys (B,). Given tokens come first, left to right, and padding, never fed, last.
     """
     early = canvas.fillable & (uniforms(keys.unsqueeze(1), Stream.PHASE, canvas.position_ids) < alpha_0)
-    schedule = draw_schedule(keys, replace(canvas, fillable=early), RevealOrder("token", 1), num_steps)
+    first = replace(canvas, fillable=early)
+    schedule = draw_schedule(keys, first, RevealOrder("token", 1), Blocks.make(first, None, num_steps))
     passes = schedule.passes.squeeze(2)
     late = canvas.fillable & ~early
     passes = torch.where(late, passes.amax(1, keepdim=True) + late.cumsum(1), passes)

@@ -5,14 +5,12 @@ with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime,
 units are drawn first. A step that reveals nothing leaves the state, hence the network's output, as it was: each
 sequence runs the network only at its own non-empty steps, the same distribution with fewer passes.
 
-The deterministic decode (do_sample=False): each pass, every hidden token proposes its most probable id, and the
-proposals of highest probability are revealed, as many as spread the hidden tokens evenly over the steps: confidence
-order of MaskGIT (arXiv:2202.04200, sec. 3.2, without its noise and with equal steps), low-confidence remasking of
-LLaDA (arXiv:2502.09992, sec. 2.4, in one block).
+What else reveals units is in generation_rules_ (confidence, threshold, entropy bound; the deterministic decode,
+do_sample=False, is confidence with the likeliest values) and generation_remasking_.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,22 +19,20 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .backbone_prime_v2 import evaluating
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import GenerationOptions, merge_options
-from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, most_confident, proposals, propose
-from .generation_process_prime_v2 import (
-    Canvas,
-    DenoisingProcess,
-    DraftStream,
-    PrimeV2GenerationOutput,
-    draw_by_inverse_cdf,
-    make_canvas,
-    row_keys,
-)
+from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, most_confident, propose
+from .generation_masked_prime_v2 import MaskedProcess
+from .generation_process_prime_v2 import Blocks, Canvas, DraftStream, PrimeV2GenerationOutput, make_canvas
+from .generation_remasking_prime_v2 import RemaskingProcess
+from .generation_rules_prime_v2 import RuleProcess
 from .random_prime_v2 import Stream, uniforms
+from .samplers_prime_v2 import RemaskingSamplerConfig, RuleSamplerConfig
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
 
 class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
     """The `generate` of `PrimeV2ForMaskedDiffusion`, with the names of Transformers' own diffusion language model."""
+
+    sampler_configs: tuple[str, ...] = ("AncestralSamplerConfig",)  # that the family has
 
     @torch.no_grad()
     def generate(
@@ -93,7 +89,9 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
 
     def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
-        kind = AncestralProcess if options.do_sample else GreedyProcess
+        if isinstance(options.sampler_config, RemaskingSamplerConfig):
+            return RemaskingProcess(self, options, canvas, processors)
+        kind = RuleProcess if isinstance(options.sampler_config, RuleSamplerConfig) else AncestralProcess
         return kind(self, options, canvas, processors)
 
     def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -145,15 +143,16 @@ class Schedule:
     num_passes: list[int]
 
 
-def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, num_steps: int) -> Schedule:
-    """Draw the reveal steps, uniform over `num_steps`: row keys (B,) int64 to a Schedule, a pure function of them.
+def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, blocks: Blocks) -> Schedule:
+    """Draw the reveal steps, uniform over those of the block: row keys (B,) int64 to a Schedule, a function of them.
 
     The stages of a nested token are revealed first to last, so their iid draws are as good as sorted.
     """
     units = torch.arange(order.units_per_token, device=keys.device)
     draws = uniforms(keys[:, None, None], Stream.REVEAL, canvas.position_ids.unsqueeze(-1), units)  # (B, T, U)
-    steps = (draws * num_steps).long().clamp(max=num_steps - 1)
-    steps = steps.masked_fill(~canvas.fillable.unsqueeze(-1), num_steps).flatten(1)
+    starts, ends = (each.gather(1, blocks.of).unsqueeze(-1) for each in (blocks.starts, blocks.ends))
+    steps = (starts + (draws * (ends - starts)).long()).minimum(ends - 1)
+    steps = steps.masked_fill(~canvas.fillable.unsqueeze(-1), int(blocks.ends.max())).flatten(1)
     ordered, index = steps.sort(1)
     ranks = (ordered.diff(dim=1, prepend=ordered.new_full((len(keys), 1), -1)) != 0).cumsum(1) - 1
     passes = torch.empty_like(steps).scatter_(1, index, ranks).view_as(draws)
@@ -163,48 +162,15 @@ def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, num_steps: i
     return Schedule(passes, table[:, : max(num_passes)], num_passes)
 
 
-class MaskedProcess(DenoisingProcess):
-    """A process of masked diffusion; states (B, T, S) int64, base = masked."""
-
-    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
-        self.states = model.encode(canvas.ids)
-
-    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
-        return self.model.model(
-            self.states[picked],
-            attention_mask=self.padding_mask(picked),
-            position_ids=self.canvas.position_ids[picked],
-            target_mask=target_mask,
-        ).last_hidden_state
-
-    def digits(self) -> Tensor:
-        return self.states if self.states.shape[2] > 1 else super().digits()
-
-    def logits(self, hidden_states: Tensor, rows: Tensor, columns: Tensor, context: Tensor | None) -> Tensor:
-        """After the carry-over filter too: what it or a processor excludes is -inf (see `generate`)."""
-        states, table = self.states[rows, columns], self.model.code_table  # (M, S)
-        logits = self.model.token_logits(hidden_states, states)
-        self._tick("network")
-        if context is None and self.model.config.carry_over:
-            return logits
-        consistent = table.consistent(states)
-        logits = logits.masked_fill(~consistent, -torch.inf)
-        if context is None:
-            return logits
-        scores = cast(Any, self.processors)(context, logits.clone()).masked_fill(~consistent, -torch.inf)
-        overruled = (scores == -torch.inf).all(1) & (states != table.base).any(1)
-        return torch.where(overruled.unsqueeze(1), logits, scores)
-
-
 class AncestralProcess(MaskedProcess):
     """Sampling: pass m serves the m-th non-empty step of every row that has one (`generate`)."""
 
-    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
+    def __init__(
+        self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any, keys: Tensor | None = None
+    ):
+        super().__init__(model, options, canvas, processors, keys)
         self.order = RevealOrder.from_config(model.config)
-        self.keys = row_keys(canvas, options.seed)
-        self.schedule = draw_schedule(self.keys, canvas, self.order, options.max_denoising_steps)
+        self.schedule = draw_schedule(self.keys, canvas, self.order, self.blocks)
         self.passes_left = list(self.schedule.num_passes)
 
     def run_pass(self, rows: list[int]) -> None:
@@ -212,47 +178,10 @@ class AncestralProcess(MaskedProcess):
         number = self.num_forward[rows[0]]  # the same for all rows that are not done
         target_mask = (self.schedule.passes[picked] == number).any(-1)
         for at, columns, logits in self.scores(picked, target_mask):
-            self._reveal(number, picked[at], columns, logits)
+            rows_of = picked[at]
+            digits = self.order.visible_digits(self.schedule.passes[rows_of, columns] > number)
+            self.reveal(rows_of, columns, logits, self.schedule.steps[rows_of, number], digits)
 
     def finish_next(self, row: int) -> None:
         super().finish_next(row)
         self.schedule.passes[row].clamp_(max=self.num_forward[row])
-
-    def _reveal(self, number: int, rows: Tensor, columns: Tensor, logits: Tensor) -> None:
-        """Draw x_i ~ q_i for the positions (rows, columns) (M,) and reveal the digits that fall due in this pass."""
-        canvas, table, passes = self.canvas, self.model.code_table, self.schedule.passes[rows, columns]  # (M, U)
-        states = self.states[rows, columns]  # (M, S)
-        draws = uniforms(
-            self.keys[rows], Stream.TOKEN, canvas.position_ids[rows, columns], self.schedule.steps[rows, number]
-        )
-        ids = draw_by_inverse_cdf(self.probabilities(logits), draws)
-        due = self.order.visible_digits(passes > number) & (states == table.base)
-        self.states[rows, columns] = torch.where(due, table.codes[ids], states)
-        whole = (passes <= number).all(-1)
-        canvas.ids[rows, columns] = torch.where(whole, ids, self.model.config.mask_token_id)
-
-
-class GreedyProcess(MaskedProcess):
-    """Deterministic decode of whole tokens, whatever the config's reveal_order, in N passes a row (`generate`).
-
-    N = min(max_denoising_steps, hidden tokens of the row). With r hidden and p passes left, a pass reveals ceil(r/p).
-    A logits processor is called for every hidden token in every pass; what it gives decides id and confidence.
-    """
-
-    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
-        self.passes_left = canvas.fillable.sum(1).clamp(max=options.max_denoising_steps).tolist()
-
-    def run_pass(self, rows: list[int]) -> None:
-        canvas = self.canvas
-        picked = torch.tensor(rows, device=canvas.ids.device)
-        hidden = self.hidden()[picked]  # (R, T)
-        ids, confidence = torch.zeros_like(canvas.ids[picked]), torch.full_like(hidden, -1.0, dtype=torch.double)
-        for at, columns, logits in self.scores(picked, hidden):
-            ids[at, columns], confidence[at, columns] = proposals(logits)
-        passes_left = torch.tensor([self.passes_left[row] for row in rows], device=ids.device)
-        quota = (hidden.sum(1) + passes_left - 1) // passes_left
-        revealed = most_confident(confidence, quota)
-        canvas.ids[picked] = torch.where(revealed, ids, canvas.ids[picked])
-        self.states[picked] = self.model.encode(canvas.ids[picked])
-        self._tick("sampling")

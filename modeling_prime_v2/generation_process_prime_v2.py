@@ -203,17 +203,31 @@ class DenoisingProcess:
 
         Yields (numbers within `picked` (M,), columns (M,), logits after the logits processors).
         """
+        at, columns = target_mask.nonzero(as_tuple=True)
+        for part, logits in self.pieces(self.timed_pass(picked, target_mask), picked[at], columns):
+            yield at[part], columns[part], logits
+
+    def timed_pass(self, picked: Tensor, target_mask: Tensor) -> Tensor:
+        """`hidden_states`, its time taken."""
         self._last = time.perf_counter()
         hidden_states = self.hidden_states(picked, target_mask)
-        at, columns = target_mask.nonzero(as_tuple=True)
         self._tick("network")
-        known = self._known_ids(picked) if self.processors else None
+        return hidden_states
+
+    def pieces(self, hidden_states: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Logits at rows and columns (M,) from their hidden states (M, D), in pieces that fit in memory.
+
+        Yields (which of the M, logits (m, V) after the logits processors).
+        """
+        context = None
+        if self.processors:
+            picked, index = rows.unique(return_inverse=True)
+            context = self._known_ids(picked)[index]
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
-        for start in range(0, len(at), chunk):
+        for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            context = None if known is None else known[at[part]]
-            logits = self.logits(hidden_states[part], picked[at[part]], columns[part], context)
-            yield at[part], columns[part], logits
+            given = None if context is None else context[part]
+            yield part, self.logits(hidden_states[part], rows[part], columns[part], given)
             self._tick("sampling")
 
     def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
@@ -313,6 +327,39 @@ def draw_by_inverse_cdf(probabilities: Tensor, draws: Tensor) -> Tensor:
     ids = ids.clamp(max=probabilities.shape[-1] - 1)
     possible = probabilities.gather(-1, ids) > 0
     return torch.where(possible, ids, probabilities.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+@dataclass
+class Blocks:
+    """The blocks that `block_length` cuts each row's generated tokens into, filled from left to right.
+
+    of (B, T) int64: the block of each generated token (of the others it means nothing); count (B,) int64; ends (B, N)
+    int64: the step at which each block is finished, of `num_steps` spread evenly, at least one a block.
+    """
+
+    of: Tensor
+    count: Tensor
+    ends: Tensor
+
+    @classmethod
+    def make(cls, canvas: Canvas, block_length: int | None, num_steps: int) -> "Blocks":
+        """The blocks of a canvas; block_length None is one block."""
+        lengths = canvas.fillable.sum(1)
+        size = block_length or max(1, int(lengths.max()))
+        count = (lengths + size - 1) // size
+        numbers = torch.arange(1, max(1, int(count.max())) + 1, device=lengths.device)
+        ends = (num_steps * numbers // count.clamp(min=1).unsqueeze(1)).maximum(numbers)
+        return cls((canvas.fillable.cumsum(1) - 1).clamp(min=0) // size, count, ends)
+
+    @property
+    def starts(self) -> Tensor:
+        """The step at which each block begins, (B, N) int64."""
+        return torch.cat([torch.zeros_like(self.ends[:, :1]), self.ends[:, :-1]], dim=1)
+
+    @property
+    def num_steps(self) -> Tensor:
+        """Steps of each row, (B,) int64."""
+        return self.ends.gather(1, (self.count.clamp(min=1) - 1).unsqueeze(1)).squeeze(1)
 
 
 def row_keys(canvas: Canvas, seed: int) -> Tensor:

@@ -15,11 +15,14 @@ from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin
 from .head_prime_v2 import PrimeV2HeadModel
+from .likelihood_output_prime_v2 import PrimeV2LogLikelihood
 from .likelihood_prime_v2 import PrimeV2Likelihood
+from .likelihood_sampler_prime_v2 import sampler_log_likelihood
 from .linear_prime_v2 import HeadCall, head_of
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
+from .samplers_prime_v2 import SAMPLERS
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
-from .validation_inputs_prime_v2 import as_tensor, check_length, token_inputs
+from .validation_inputs_prime_v2 import as_tensor, check_length, scoring_inputs, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
 
 
@@ -92,6 +95,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         "fixed by the code table, which gives each token its digits; build a tokenizer and a model with the "
         "vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
     )
+    sampler_configs = tuple(each.__name__ for each in SAMPLERS.values())
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)
@@ -214,6 +218,22 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
             hidden_states[rows, columns], self.head(), self.code_table, tokens, kind, self.config.carry_over
         )
         return total, sum_by_row(nats.double() * multiplicity, rows, len(ids))
+
+    def log_likelihood(
+        self, input_ids, attention_mask=None, prompt_mask=None, method=None, generation_config=None, **kwargs
+    ) -> PrimeV2LogLikelihood:
+        """As of every family; method "sampler" is the law of `generate` with `generation_config`.
+
+        See `sampler_log_likelihood`.
+        """
+        if method == "sampler":
+            ids, mask, prompt, options = scoring_inputs(
+                self, sampler_log_likelihood, kwargs, input_ids, attention_mask, prompt_mask=prompt_mask
+            )
+            return sampler_log_likelihood(self, ids, mask, prompt, generation_config, **options)
+        if generation_config is not None:
+            raise ValueError(f"generation_config belongs to method='sampler', not {method!r}; leave it out")
+        return super().log_likelihood(input_ids, attention_mask, prompt_mask, method, **kwargs)
 
 
 def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) -> None:

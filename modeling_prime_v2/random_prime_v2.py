@@ -29,15 +29,17 @@ class Stream(IntEnum):
     ROTATION = 2
     UNITS = 3
     WHOLE = 4
-    # Likelihoods: key of a sequence, levels, random orders, further lots of draws.
+    # Likelihoods: key of a sequence, levels, random orders, further rounds, paths of a sampler.
     SEQUENCE = 11
     DRAW = 12
     ORDER = 13
     ROUND = 14
-    # Sampling of masked diffusion: key of a row, reveal steps, tokens.
+    PATH = 15
+    # Sampling of masked diffusion: key of a row, reveal steps, tokens, units hidden again.
     ROW = 21
     REVEAL = 22
     TOKEN = 23
+    REMASKING = 24
     # Training: keys of the samples' noise.
     TRAINING_NOISE = 31
     # Likelihoods of answers: masks that the choices of a question share.

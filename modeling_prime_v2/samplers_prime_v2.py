@@ -1,0 +1,263 @@
+"""Samplers: which hidden units a pass of `generate` reveals, as a function of the state and the network's output.
+
+A *unit* is a whole token, a digit of one, or the next stage of the nested order. Each rule scores every hidden unit by
+the network's distribution of it (after the carry-over filter and logits processors, before temperature and top_p) and
+reveals the best ones: at least as many as spread the hidden units evenly over the passes that are left, so that
+`max_denoising_steps` passes are always enough. Equal scores are decided by position, then digit. The positions are
+thus a function of what is known, and the sampler's law is exact (`likelihood_sampler_prime_v2`).
+
+Rules: confidence of LLaDA (arXiv:2502.09992) and of Dream (arXiv:2508.15487: probability, margin, entropy); threshold
+of Fast-dLLM (arXiv:2505.22618); entropy bound of arXiv:2505.24857, as Transformers' models/diffusion_gemma has it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .validation_keywords_prime_v2 import did_you_mean, shown
+
+UNITS = ("token", "digit", "stage")
+SCORES = ("probability", "margin", "entropy")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """What all sampler configs share: they are written to generation_config.json with their class in `_cls_name`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `_cls_name`, as Transformers writes those of its own diffusion model."""
+        return {**dataclasses.asdict(self), "_cls_name": type(self).__name__}
+
+
+@dataclass(frozen=True)
+class AncestralSamplerConfig(SamplerConfig):
+    """The reverse process: units are revealed at random times, drawn before the first pass."""
+
+
+@dataclass(frozen=True)
+class RuleSamplerConfig(SamplerConfig):
+    """A sampler whose positions are a function of the network's output.
+
+    unit: "token", "digit" (any digit of any token) or "stage" (all first stages of the nested order, then all second
+        ones, ...). stage_passes: for "stage", the share of the passes that each stage gets, e.g. (0.75, 0.25); None is
+        equal shares.
+    """
+
+    unit: str = "token"
+    stage_passes: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if self.unit not in UNITS:
+            raise ValueError(f"{name}: unit={shown(self.unit)} is not one of {', '.join(UNITS)}")
+        if self.stage_passes is None:
+            return
+        if self.unit != "stage":
+            raise ValueError(f"{name}: stage_passes belongs to unit='stage', not {self.unit!r}; leave it out")
+        shares = self.stage_passes
+        numbers = isinstance(shares, (list, tuple)) and all(_is_number(each) and each > 0 for each in shares)
+        if not numbers or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"{name}: stage_passes={shown(shares)} must be shares above 0 that add up to 1; use (0.75, 0.25)"
+            )
+        object.__setattr__(self, "stage_passes", tuple(float(each) for each in shares))
+
+    @property
+    def score(self) -> str:
+        """What units are ordered by, one of `SCORES`."""
+        raise NotImplementedError
+
+    def extra(self, scores: Tensor) -> Tensor:
+        """How many units the rule reveals of its own: scores (R, N), best first in each row, to (R,) int64."""
+        return torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+
+
+@dataclass(frozen=True)
+class ConfidenceSamplerConfig(RuleSamplerConfig):
+    """The most confident units, as many as spread them evenly over the passes.
+
+    score: "probability" of the likeliest value, "margin" between the two likeliest, or "entropy", lowest first.
+    """
+
+    score: str = "probability"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(f"ConfidenceSamplerConfig: score={shown(self.score)} is not one of {', '.join(SCORES)}")
+
+
+@dataclass(frozen=True)
+class ThresholdSamplerConfig(RuleSamplerConfig):
+    """Every unit whose likeliest value has a probability above `threshold`, in (0, 1); at least one."""
+
+    threshold: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _is_number(self.threshold) or not 0 < self.threshold < 1:
+            raise ValueError(f"ThresholdSamplerConfig: threshold={shown(self.threshold)} is outside (0, 1); use 0.9")
+
+    @property
+    def score(self) -> str:
+        return "probability"
+
+    def extra(self, scores: Tensor) -> Tensor:
+        return (scores > self.threshold).sum(1)
+
+
+@dataclass(frozen=True)
+class EntropyBoundSamplerConfig(RuleSamplerConfig):
+    """Units in ascending entropy while sum H - max H <= `entropy_bound` nats, above 0; at least one."""
+
+    entropy_bound: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _is_number(self.entropy_bound) or not 0 < self.entropy_bound < float("inf"):
+            value = shown(self.entropy_bound)
+            raise ValueError(f"EntropyBoundSamplerConfig: entropy_bound={value} must be positive and finite; use 0.1")
+
+    @property
+    def score(self) -> str:
+        return "entropy"
+
+    def extra(self, scores: Tensor) -> Tensor:
+        entropies = torch.where(scores.isfinite(), -scores, torch.inf)  # ascending
+        # What is not eligible has an infinite entropy: inf - inf is NaN, which is above no bound, so it is left out.
+        return (entropies.cumsum(1) - entropies <= self.entropy_bound).sum(1)
+
+
+@dataclass(frozen=True)
+class RemaskingSamplerConfig(SamplerConfig):
+    """The reverse process with units that are hidden again (ReMDM, arXiv:2503.00307): `generation_remasking_prime_v2`.
+
+    eta: largest probability of hiding a revealed unit in a step, in [0, 1]. t_on, t_off: it happens at times t with
+        t_off < t <= t_on, 0 <= t_off < t_on <= 1; t falls from 1 to 0.
+    """
+
+    eta: float = 0.02
+    t_on: float = 0.55
+    t_off: float = 0.05
+
+    def __post_init__(self):
+        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise ValueError(f"RemaskingSamplerConfig: eta={shown(self.eta)} is outside [0, 1]; use 0.02")
+        if not all(map(_is_number, (self.t_on, self.t_off))) or not 0 <= self.t_off < self.t_on <= 1:
+            raise ValueError(
+                f"RemaskingSamplerConfig: t_on={shown(self.t_on)} and t_off={shown(self.t_off)} must be "
+                f"0 <= t_off < t_on <= 1; use 0.55 and 0.05"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+SAMPLERS = {
+    "ancestral": AncestralSamplerConfig,
+    "confidence": ConfidenceSamplerConfig,
+    "threshold": ThresholdSamplerConfig,
+    "entropy_bound": EntropyBoundSamplerConfig,
+    "remasking": RemaskingSamplerConfig,
+}
+
+
+def sampler_from(value: Any) -> SamplerConfig | None:
+    """A sampler config from one, from its dictionary with `_cls_name`, or from None; ValueError for anything else."""
+    if value is None or isinstance(value, SamplerConfig):
+        return value
+    classes = {each.__name__: each for each in SAMPLERS.values()}
+    name = value.get("_cls_name") if isinstance(value, dict) else None
+    # A class of the same name from a copy of this file in a saved folder, or of Transformers' own model.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__name__ in classes:
+        name, value = type(value).__name__, dataclasses.asdict(value)
+    if name not in classes:
+        raise ValueError(f"sampler_config={shown(value)} is none of {', '.join(classes)}")
+    fields = [each.name for each in dataclasses.fields(classes[name])]
+    given = {key: each for key, each in value.items() if key != "_cls_name"}
+    for key in given:
+        if key not in fields:
+            owners = [other for other, each in classes.items() if key in {f.name for f in dataclasses.fields(each)}]
+            hint = f"; it is an option of {', '.join(owners)}" if owners else did_you_mean(key, fields)
+            raise ValueError(f"{name} has no option {key}{hint}")
+    return classes[name](**given)
+
+
+# -- units ---------------------------------------------------------------------------------------------------------
+
+
+class Units:
+    """The units of a model's tokens: U to a token, their scores and which digits each of them reveals.
+
+    For "token" and "stage" U = 1 (a token has one next stage), for "digit" U = S.
+    """
+
+    def __init__(self, kind: str, table: Any, stage_digits: tuple[int, ...] = ()):
+        self.kind, self.table = kind, table
+        self.stage_ends = stage_digits if kind == "stage" else ()
+        self.per_token = table.num_subtokens if kind == "digit" else 1
+
+    def stages_visible(self, states: Tensor) -> Tensor:
+        """Visible stages of each token: states (..., S) to (...) int64; for other kinds 0 until a token is whole."""
+        visible = (states != self.table.base).sum(-1)
+        ends = torch.tensor(self.stage_ends or (self.table.num_subtokens,), device=states.device)
+        return (visible.unsqueeze(-1) >= ends).sum(-1)
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """Which units can be revealed next: states (..., S) to (..., U) bool."""
+        masked = states == self.table.base
+        return masked if self.kind == "digit" else masked.any(-1, keepdim=True)
+
+    def digits(self, chosen: Tensor, states: Tensor) -> Tensor:
+        """Digits (..., S) bool that the chosen units (..., U) reveal."""
+        if self.kind != "stage":
+            return chosen.expand(*chosen.shape[:-1], self.table.num_subtokens) & (states == self.table.base)
+        ends = torch.tensor((*self.stage_ends, self.stage_ends[-1]), device=states.device)
+        upto = ends[self.stages_visible(states)].unsqueeze(-1)
+        numbers = torch.arange(self.table.num_subtokens, device=states.device)
+        return chosen & (numbers < upto) & (states == self.table.base)
+
+    def distributions(self, logits: Tensor, states: Tensor) -> Tensor:
+        """Logits (M, V) and states (M, S) of M tokens to log-probabilities (M, U, C) of the values of their units."""
+        log_q = logits.log_softmax(-1)
+        if self.kind == "token":
+            return log_q.unsqueeze(1)
+        if self.kind == "digit":
+            return self.table.digit_marginals(log_q.exp()).log()
+        stages, nodes = self.stages_visible(states), self.nodes()
+        sums = log_q.new_zeros(len(log_q), int(nodes.max()) + 1)
+        for stage in range(len(self.stage_ends)):
+            rows = stages == stage
+            sums[rows] = sums[rows].index_add_(1, nodes[stage], log_q[rows].exp())
+        return sums.log().unsqueeze(1)
+
+    def nodes(self) -> Tensor:
+        """Number of the node of the code tree that each token lies in after each stage: (J, V) int64."""
+        codes = self.table.codes[: self.table.vocab_size]
+        return torch.stack([codes[:, :end].unique(dim=0, return_inverse=True)[1] for end in self.stage_ends])
+
+    def scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
+        """Scores (M, U), the surer the higher: probability of the likeliest value, margin, or minus entropy (nats)."""
+        log_p = self.distributions(logits, states)
+        if score == "entropy":
+            return (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+        if score == "margin":
+            two = log_p.topk(min(2, log_p.shape[-1]), dim=-1).values.exp()
+            return two[..., 0] - (two[..., 1] if two.shape[-1] > 1 else 0)
+        return log_p.amax(-1).exp()
+
+
+def choose(sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: Tensor) -> Tensor:
+    """The units that a pass reveals: (R, N) bool.
+
+    scores (R, N) float64; eligible (R, N) bool; quota (R,) int64, at least how many (or all that are eligible).
+    """
+    scores = scores.masked_fill(~eligible, -torch.inf)
+    ordered, index = scores.sort(dim=1, descending=True, stable=True)
+    count = torch.maximum(quota, sampler.extra(ordered)).minimum(eligible.sum(1))
+    best = torch.arange(scores.shape[1], device=scores.device) < count.unsqueeze(1)
+    return torch.zeros_like(best).scatter_(1, index, best)

@@ -1,0 +1,318 @@
+"""Rules that choose what a pass reveals: their law by enumeration, their samples against it, their refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from enumeration import all_sequences
+from networks import small_model
+from scipy.stats import chi2_contingency, chisquare
+
+from prime_v2.diffusion_prime_v2 import RevealOrder
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from prime_v2.generation_process_prime_v2 import make_canvas
+from prime_v2.generation_rules_prime_v2 import RuleProcess
+from prime_v2.samplers_prime_v2 import (
+    ConfidenceSamplerConfig,
+    EntropyBoundSamplerConfig,
+    RemaskingSamplerConfig,
+    ThresholdSamplerConfig,
+    choose,
+)
+
+STAGES = {"reveal_order": "nested", "stage_digits": [1, 2]}
+RULES = {
+    **{f"confidence, {s}": (ConfidenceSamplerConfig, {"score": s}) for s in ("probability", "margin", "entropy")},
+    "threshold": (ThresholdSamplerConfig, {"threshold": 0.5}),
+    "entropy bound": (EntropyBoundSamplerConfig, {"entropy_bound": 0.8}),
+}
+UNITS = {"token": {}, "digit": {}, "stage": STAGES}
+CASES = [(rule, unit) for rule in RULES for unit in UNITS]
+
+
+def sampler_of(rule: str, unit: str, **more):
+    kind, fields = RULES[rule]
+    return kind(unit=unit, **fields, **more)
+
+
+def law(model, length: int, **options):
+    """The log-likelihood of every text of `length` tokens under the sampler."""
+    config = PrimeV2GenerationConfig(**options)
+    return model.log_likelihood(
+        all_sequences(model.config.vocab_size, length), method="sampler", generation_config=config
+    )
+
+
+@pytest.mark.parametrize(("rule", "unit"), CASES)
+def test_the_probabilities_of_all_texts_add_up_to_1(rule, unit):
+    """For every number of passes, block length, temperature and nucleus."""
+    model = small_model(seed=3, vocab_size=4, **UNITS[unit]).double()
+    shares = [None, (0.75, 0.25)] if unit == "stage" else [None]
+    for share, steps, block in itertools.product(shares, (1, 3, 20), (None, 2)):
+        sampler = sampler_of(rule, unit, stage_passes=share)
+        for filters in ({}, {"temperature": 0.7, "top_p": 0.8}):
+            found = law(model, 3, sampler_config=sampler, max_denoising_steps=steps, block_length=block, **filters)
+            assert float(found.value.exp().sum()) == pytest.approx(1, abs=1e-9)
+            phases = math.ceil(3 / (block or 3)) * (2 if unit == "stage" else 1)
+            assert int(found.num_forward.max()) <= max(steps, phases)
+
+
+ROWS = 8_000
+FALSE_ALARM = 1e-5  # of each chi-square test; 15 rules and units x 2 forms are tested: 0.03% in all
+
+
+def assert_follows(samples: torch.Tensor, exact: torch.Tensor) -> None:
+    """Chi-square test of samples (N, 2) of 4 tokens against the 16 probabilities, those expected below 5 pooled."""
+    counts = torch.bincount(samples @ torch.tensor([4, 1]), minlength=16).double()
+    assert counts[exact == 0].sum() == 0
+    common = exact * ROWS >= 5
+    seen = [*counts[common].tolist(), float(counts[~common].sum())]
+    expected = [*(exact * ROWS)[common].tolist(), float((exact * ROWS)[~common].sum())]
+    pairs = [pair for pair in zip(seen, expected, strict=True) if pair[1] > 0]
+    seen, expected = zip(*pairs, strict=True)
+    assert chisquare(seen, expected, sum_check=False).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("rule", "unit"), CASES)
+@pytest.mark.parametrize("form", [{"max_denoising_steps": 2}, {"max_denoising_steps": 5, "block_length": 1}], ids=str)
+def test_samples_follow_the_law(rule, unit, form):
+    model = small_model(seed=3, vocab_size=4, **UNITS[unit]).double()
+    options = {"sampler_config": sampler_of(rule, unit), "temperature": 1.3, "top_p": 0.95, **form}
+    exact = law(model, 2, **options).value.exp()
+    empty = torch.empty(ROWS, 0, dtype=torch.long)
+    samples = model.generate(empty, max_new_tokens=2, seed=1, eos_token_id=None, **options)
+    assert_follows(samples, exact)
+
+
+def naive_choice(kind: str, scores: list[float], quota: int, bound: float) -> set[int]:
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    chosen, total = [], 0.0
+    for i in order:
+        total += -scores[i] if kind == "entropy bound" else 0
+        free = kind == "threshold" and scores[i] > bound
+        free |= kind == "entropy bound" and total - (-scores[i]) <= bound
+        if len(chosen) < quota or free:
+            chosen.append(i)
+    return set(chosen)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "threshold", "entropy bound"])
+def test_the_choice_is_that_of_a_plain_loop(rule):
+    """Scores on a grid, so that many are equal: ties are decided by position."""
+    sampler = {
+        "confidence": ConfidenceSamplerConfig(),
+        "threshold": ThresholdSamplerConfig(threshold=0.5),
+        "entropy bound": EntropyBoundSamplerConfig(entropy_bound=0.7),
+    }[rule]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        grid = torch.randint(1, 10, (4, 6), generator=generator).double() / 10
+        scores = -grid if rule == "entropy bound" else grid
+        quota = torch.randint(1, 4, (4,), generator=generator)
+        found = choose(sampler, scores, torch.ones(4, 6, dtype=torch.bool), quota)
+        for row in range(4):
+            bound = {"threshold": 0.5, "entropy bound": 0.7}.get(rule, 0)
+            expected = naive_choice(rule, scores[row].tolist(), int(quota[row]), bound)
+            assert set(found[row].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("unit", ["token", "digit"])
+def test_one_unit_a_pass_in_blocks_of_one_token_is_left_to_right(unit):
+    """Blocks of one token leave one token to choose, so the law is that of the left-to-right chain."""
+    model = small_model(seed=4, vocab_size=4).double()
+    found = law(model, 3, sampler_config=ConfidenceSamplerConfig(), max_denoising_steps=3, block_length=1)
+    chain = model.log_likelihood(all_sequences(4, 3), method="chain").value
+    torch.testing.assert_close(found.value, chain, rtol=1e-10, atol=0)  # sums of three float64 terms
+
+
+def test_a_config_comes_back_from_its_file(tmp_path):
+    config = PrimeV2GenerationConfig(sampler_config=ThresholdSamplerConfig(threshold=0.8, unit="digit"))
+    config.save_pretrained(tmp_path)
+    assert '"_cls_name": "ThresholdSamplerConfig"' in (tmp_path / "generation_config.json").read_text()
+    assert PrimeV2GenerationConfig.from_pretrained(tmp_path).sampler_config == config.sampler_config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ThresholdSamplerConfig(threshold=1.0), r"threshold=1.0 is outside \(0, 1\); use 0.9"),
+        (lambda: EntropyBoundSamplerConfig(entropy_bound=float("nan")), "entropy_bound=nan must be positive"),
+        (lambda: ConfidenceSamplerConfig(score="luck"), "score='luck' is not one of probability, margin, entropy"),
+        (lambda: ConfidenceSamplerConfig(unit="word"), "unit='word' is not one of token, digit, stage"),
+        (lambda: ConfidenceSamplerConfig(stage_passes=(0.5, 0.5)), "stage_passes belongs to unit='stage'"),
+        (
+            lambda: ConfidenceSamplerConfig(unit="stage", stage_passes=(0.9, 0.9)),
+            "must be shares above 0 that add up to 1",
+        ),
+        (
+            lambda: PrimeV2GenerationConfig(sampler_config={"_cls_name": "ConfidenceSamplerConfig", "threshold": 0.5}),
+            "ConfidenceSamplerConfig has no option threshold; it is an option of ThresholdSamplerConfig",
+        ),
+        (lambda: PrimeV2GenerationConfig(sampler_config="margin"), "sampler_config='margin' is none of"),
+        (lambda: PrimeV2GenerationConfig(block_length=0), "block_length=0"),
+    ],
+)
+def test_what_a_sampler_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def remasking_by_steps(model, num_steps: int, sampler, seed: int) -> torch.Tensor:
+    """ReMDM step by step for rows of two hidden tokens, with no step skipped and torch's own random numbers."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    order = RevealOrder.from_config(config)
+    hidden = torch.ones(ROWS, 2, order.units_per_token, dtype=torch.bool)
+    digits = torch.zeros(ROWS, 2, config.num_subtokens, dtype=torch.long)
+    for step in range(num_steps):
+        t, alpha_t, alpha_s = 1 - step / num_steps, step / num_steps, (step + 1) / num_steps
+        inside = sampler.t_off < t <= sampler.t_on
+        sigma = min(sampler.eta, (1 - alpha_s) / alpha_t) if inside and alpha_t else 0.0
+        draws = torch.rand(hidden.shape, generator=generator, dtype=torch.double)
+        hide, reveal = ~hidden & (draws < sigma), hidden & (draws < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+        hidden = (hidden | hide) & ~reveal
+        kept = order.visible_digits(hidden | reveal)  # what was visible and is not hidden again
+        states = torch.where(kept, digits, config.base)
+        with torch.no_grad():
+            probabilities = model(subtoken_ids=states).logits.double().softmax(-1)
+        ids = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(ROWS, 2)
+        digits = torch.where(kept, digits, model.code_table.codes[ids])
+    return model.decode(digits)
+
+
+@pytest.mark.parametrize("order", [{}, {"reveal_order": "token"}, STAGES], ids=str)
+def test_remasking_has_the_law_of_its_steps(order):
+    """The sampler that skips idle steps against the plain one: chi-square of two samples, at FALSE_ALARM."""
+    model = small_model(seed=3, vocab_size=4, **order)
+    sampler = RemaskingSamplerConfig(eta=0.5, t_on=0.9, t_off=0.1)
+    found = model.generate(
+        torch.empty(ROWS, 0, dtype=torch.long), max_new_tokens=2, max_denoising_steps=4, sampler_config=sampler, seed=2
+    )
+    plain = remasking_by_steps(model, 4, sampler, seed=3)
+    tables = [torch.bincount(each @ torch.tensor([4, 1]), minlength=16) for each in (found, plain)]
+    both = torch.stack(tables).numpy()
+    assert chi2_contingency(both[:, both.sum(0) > 9]).pvalue > FALSE_ALARM
+
+
+def test_without_remasking_probability_the_sampler_is_the_ancestral_one_in_law():
+    model = small_model(seed=3, vocab_size=4)
+    empty = torch.empty(ROWS, 0, dtype=torch.long)
+    options = {"max_new_tokens": 2, "max_denoising_steps": 3, "seed": 2}
+    found = [
+        torch.bincount(model.generate(empty, **options, sampler_config=each) @ torch.tensor([4, 1]), minlength=16)
+        for each in (RemaskingSamplerConfig(eta=0.0), None)
+    ]
+    both = torch.stack(found).numpy()
+    assert chi2_contingency(both[:, both.sum(0) > 9]).pvalue > FALSE_ALARM
+
+
+SAMPLERS = {
+    "ancestral": None,
+    "confidence": ConfidenceSamplerConfig(),
+    "digits": ThresholdSamplerConfig(unit="digit"),
+    "remasking": RemaskingSamplerConfig(eta=0.3, t_on=1.0, t_off=0.0),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_blocks_are_finished_from_left_to_right(name):
+    """No token of a later block is known, even in part, before those of an earlier one are; the streamer sees it."""
+    model = small_model(seed=5)
+    drafts = []
+
+    class Drafts:
+        def put(self, ids): ...
+        def put_draft(self, ids):
+            drafts.append(ids[0].tolist())
+
+        def end(self): ...
+
+    prompt = torch.tensor([[1, 2]])
+    options = {"max_new_tokens": 7, "block_length": 3, "max_denoising_steps": 9, "sampler_config": SAMPLERS[name]}
+    model.generate(prompt, seed=1, streamer=Drafts(), **options)
+    assert len(drafts) <= 9
+    mask = model.config.mask_token_id
+    for draft in drafts:
+        known = [each != mask for each in draft]
+        for block in (1, 2):
+            if any(known[block * 3 :]):
+                assert all(known[: block * 3])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_row_of_a_batch_is_what_it_is_by_itself(name):
+    """Prompts of different lengths, padded left, with blocks: rows are at different blocks and passes."""
+    model = small_model(seed=6).double()
+    options = {"max_new_tokens": 6, "block_length": 2, "max_denoising_steps": 7, "sampler_config": SAMPLERS[name]}
+    rows = [[3, 1, 4, 1], [5], [9, 2]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    batch = model.generate(ids, mask, seed=4, **options)
+    for row, found in zip(rows, batch, strict=True):
+        single = model.generate(torch.tensor([row]), seed=4, **options)
+        assert found[width:].tolist() == single[0, len(row) :].tolist()
+
+
+CACHED = [("prefix", 2), ("dual", 2), ("prefix", None), ("dual", 1)]
+
+
+@pytest.mark.parametrize(("cache", "block_length"), CACHED)
+@pytest.mark.parametrize("unit", UNITS)
+def test_with_a_cache_too_the_law_adds_up_to_1_and_samples_follow_it(cache, block_length, unit):
+    model = small_model(seed=3, vocab_size=4, **UNITS[unit]).double()
+    options = {"sampler_config": ConfidenceSamplerConfig(unit=unit), "block_length": block_length, "cache": cache}
+    assert float(law(model, 3, max_denoising_steps=4, **options).value.exp().sum()) == pytest.approx(1, abs=1e-9)
+    exact = law(model, 2, max_denoising_steps=4, **options).value.exp()
+    empty = torch.empty(ROWS, 0, dtype=torch.long)
+    samples = model.generate(empty, max_new_tokens=2, max_denoising_steps=4, seed=1, **options)
+    assert_follows(samples, exact)
+
+
+def test_a_cache_that_keeps_nothing_changes_nothing():
+    """Without a prompt, a suffix and blocks there is nothing to keep: every pass runs every token."""
+    model = small_model(seed=4).double()
+    options = {"max_new_tokens": 6, "max_denoising_steps": 4, "sampler_config": ConfidenceSamplerConfig(), "seed": 1}
+    expected = model.generate(torch.empty(2, 0, dtype=torch.long), **options)
+    for cache in ("prefix", "dual"):
+        assert torch.equal(model.generate(torch.empty(2, 0, dtype=torch.long), cache=cache, **options), expected)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cached_pass_is_that_of_a_plain_loop(cache):
+    """Keys and values kept by hand: the network is run on everything, with the states of the kept columns frozen."""
+    model = small_model(seed=5, num_hidden_layers=1).double()
+    prompt, suffix = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])
+    given = {"max_new_tokens": 4, "block_length": 2, "cache": cache, "sampler_config": ConfidenceSamplerConfig()}
+    options = merge_options(model, None, given)
+    canvas = make_canvas(model, prompt, None, suffix, options)
+    process = RuleProcess(model, options, canvas, [])
+    row, targets = torch.tensor([0]), canvas.fillable & (process.blocks.of == 0)
+    with torch.no_grad():
+        process.hidden_states(row, targets)
+        before = process.states.clone()
+        canvas.ids[0, 3], process.states[0, 3] = 7, model.encode(torch.tensor([7]))[0]
+        process.states[0, 8] = model.encode(torch.tensor([9]))[0]  # a token of the suffix: only "prefix" sees it anew
+        found = process.hidden_states(row, targets)
+        frozen = before.clone()
+        frozen[0, 3] = process.states[0, 3]
+        if cache == "prefix":
+            frozen[0, 3:] = process.states[0, 3:]
+        # With one layer keys and values are functions of a token's own state, so freezing states is freezing them.
+        expected = model.model(frozen).last_hidden_state[targets]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_a_cache_too_a_row_of_a_batch_is_what_it_is_by_itself(name, cache):
+    model = small_model(seed=6).double()
+    options = {"max_new_tokens": 6, "block_length": 2, "max_denoising_steps": 7, "sampler_config": SAMPLERS[name]}
+    rows = [[3, 1, 4, 1], [5], [9, 2]]
+    ids = torch.tensor([[0] * (4 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (4 - len(row)) + [1] * len(row) for row in rows])
+    suffix = torch.tensor([[6, 7]] * 3)
+    batch = model.generate(ids, mask, suffix, seed=4, cache=cache, **options)
+    for row, found in zip(rows, batch, strict=True):
+        single = model.generate(torch.tensor([row]), None, suffix[:1], seed=4, cache=cache, **options)
+        assert found[4:].tolist() == single[0, len(row) :].tolist()
