@@ -41,6 +41,32 @@ def generate(
         bool | None,
         typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What a pass reveals: ancestral (random times), confidence, threshold, entropy-bound or remasking.",
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Unit of a rule: token, digit, or stage of the nested order.")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of confidence: probability, margin or entropy.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="X", help="Of threshold: the probability to exceed, in (0, 1).")
+    ] = None,
+    entropy_bound: Annotated[
+        float | None, typer.Option(metavar="X", help="Of entropy-bound: nats of uncertainty a pass may reveal.")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Fill blocks of N tokens from left to right.")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Keys and values kept in a block: none, prefix or dual (approximate)."),
+    ] = None,
     num_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, metavar="N", help="Samples to draw.")] = 1,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
@@ -78,6 +104,8 @@ def generate(
         "seed": seed,
         "do_sample": None if greedy is None else not greedy,
     }
+    of_sampler = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
+    named |= {"block_length": block_length, "cache": cache, "sampler_config": _sampler_config(sampler, of_sampler)}
     options = {name: value for name, value in named.items() if value is not None}
     if options.get("do_sample", network.generation_config.do_sample) is not False:
         options.setdefault("seed", random.SystemRandom().randrange(2**31))
@@ -104,6 +132,21 @@ def generate(
         _print_texts(texts, options)
     if picture is not None:
         write_text(picture, picture_of(trace, network, tokenizer))
+
+
+def _sampler_config(name: str | None, of_sampler: dict[str, Any]) -> dict[str, Any] | None:
+    """The sampler as `generate` takes it; ValueError for an unknown one, and for options without one."""
+    from prime_v2.samplers_prime_v2 import SAMPLERS
+    from prime_v2.validation_keywords_prime_v2 import one_of
+
+    given = {key: value for key, value in of_sampler.items() if value is not None}
+    if name is None:
+        if given:
+            raise ValueError(
+                f"{next(iter(given))} is an option of a sampler; add --sampler, e.g. --sampler confidence"
+            )
+        return None
+    return {"_cls_name": SAMPLERS[one_of(f"sampler={name!r}", name, SAMPLERS)].__name__, **given}
 
 
 def _print_texts(texts: list[str], options: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ SAMPLERS = {
     "ancestral": AncestralSamplerConfig,
     "confidence": ConfidenceSamplerConfig,
     "threshold": ThresholdSamplerConfig,
-    "entropy_bound": EntropyBoundSamplerConfig,
+    "entropy-bound": EntropyBoundSamplerConfig,
     "remasking": RemaskingSamplerConfig,
 }
 

@@ -12,12 +12,13 @@ from command_runs import DOCUMENTS, refused, run
 from rich.console import Console
 
 from prime_v2 import (
+    ConfidenceSamplerConfig,
     PrimeV2ArmConfig,
     PrimeV2ForCausalLM,
     build_tokenizer,
 )
 from prime_v2.commands.generate import PICTURES, DraftView
-from prime_v2.eval.loading import load_tokenizer
+from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
 from prime_v2.output.trace_picture import printable
 from prime_v2.tokenization.bpe import train_bpe
 
@@ -172,3 +173,33 @@ def test_a_model_that_writes_left_to_right_has_no_picture(tmp_path):
     PrimeV2ForCausalLM(PrimeV2ArmConfig(vocab_size=280, eos_token_id=0, **shape)).save_pretrained(folder)
     sentence = refused("generate", folder, "--prompt", "the", "--picture", tmp_path / "arm.svg")
     assert sentence.startswith("--picture shows hidden tokens as they become known, but this model writes from left")
+
+
+def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir):
+    options = ["--max-new-tokens", 6, "--max-denoising-steps", 3, "--seed", 2, "--json"]
+    rule = ["--sampler", "confidence", "--score", "margin", "--unit", "digit", "--block-length", 2, "--cache", "dual"]
+    found = json.loads(run("generate", model_dir, *options, *rule).stdout)
+    assert found["samples"][0]["num_forward"] == 3
+    sampler = {"_cls_name": "ConfidenceSamplerConfig", "score": "margin", "unit": "digit"}
+    assert found["options"]["sampler_config"] == sampler
+    model, tokenizer = load_model_and_tokenizer(str(model_dir), None, None)
+    config = ConfidenceSamplerConfig(score="margin", unit="digit")
+    same = {"max_new_tokens": 6, "max_denoising_steps": 3, "seed": 2, "block_length": 2, "cache": "dual"}
+    ids = model.generate(torch.empty(1, 0, dtype=torch.long), sampler_config=config, **same)
+    assert found["samples"][0]["text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--sampler", "confidnce"], "--sampler confidnce is not one of ancestral, confidence, "),
+        (["--unit", "digit"], "is an option of a sampler; add --sampler, e.g. --sampler confidence"),
+        (["--sampler", "confidence", "--threshold", 0.5], "it is an option of ThresholdSamplerConfig"),
+        (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
+        (["--sampler", "confidence", "--unit", "stage"], "needs a model of the nested order"),
+        (["--cache", "most"], "is not one of none, prefix, dual"),
+        (["--sampler", "remasking", "--greedy"], "reveals at random; use ConfidenceSamplerConfig()"),
+    ],
+)
+def test_a_sampler_or_option_that_cannot_be_is_refused(model_dir, given, sentence):
+    assert sentence in refused("generate", model_dir, *given)
