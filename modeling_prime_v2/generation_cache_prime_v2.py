@@ -28,17 +28,20 @@ class KeptKeysAndValues(Cache):
         self.rows: Tensor | None = None
         self.columns: Tensor | None = None
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of all columns (R, heads, T, head_dim), the new ones among them."""
         if layer_idx not in self.kept:
-            shape = (self.num_rows, *key.shape[1:])
-            self.kept[layer_idx] = [key.new_zeros(shape), value.new_zeros(shape)]
-        for kept, new in zip(self.kept[layer_idx], (key, value), strict=True):
+            shape = (self.num_rows, *key_states.shape[1:])
+            self.kept[layer_idx] = [key_states.new_zeros(shape), value_states.new_zeros(shape)]
+        for kept, new in zip(self.kept[layer_idx], (key_states, value_states), strict=True):
             if self.columns is None:
                 kept[self.rows] = new
             else:
                 kept[self.rows.unsqueeze(1), :, self.columns] = new.transpose(1, 2)
-        return tuple(kept[self.rows] for kept in self.kept[layer_idx])
+        keys, values = self.kept[layer_idx]
+        return keys[self.rows], values[self.rows]
 
 
 class CachedPasses:
