@@ -96,7 +96,7 @@ def generate(
 
     quiet_libraries()
     network, tokenizer = load_model_and_tokenizer(model, device, dtype)
-    named = {
+    named: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "max_denoising_steps": max_denoising_steps,
         "temperature": temperature,
