@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .generation_cache_prime_v2 import CACHES
-from .samplers_prime_v2 import ConfidenceSamplerConfig, RuleSamplerConfig, sampler_from
+from .samplers_prime_v2 import ConfidenceSamplerConfig, sampler_from
 from .validation_config_prime_v2 import read_mapping
 from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
 from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
@@ -181,6 +181,11 @@ class GenerationOptions:
     pad_token_id: int = 0
     eos_token_id: tuple[int, ...] = ()
 
+    @property
+    def sampler_kind(self) -> str:
+        """The process that fills the canvas: "ancestral", "rule" or "remasking"."""
+        return getattr(self.sampler_config, "kind", "ancestral")
+
 
 @cache
 def idle_options() -> dict[str, Any]:
@@ -241,7 +246,7 @@ def check_sampler(model: Any, options: GenerationOptions) -> None:
             if getattr(options, option) != idle:
                 raise ValueError(f"{family} generates without blocks and their caches; leave {option} out")
         return
-    if not isinstance(sampler, RuleSamplerConfig):
+    if options.sampler_kind != "rule":
         if not options.do_sample:
             raise ValueError(
                 f"do_sample=False draws nothing, but {name} reveals at random; use ConfidenceSamplerConfig()"

@@ -25,7 +25,6 @@ from .generation_process_prime_v2 import Blocks, Canvas, DraftStream, PrimeV2Gen
 from .generation_remasking_prime_v2 import RemaskingProcess
 from .generation_rules_prime_v2 import RuleProcess
 from .random_prime_v2 import Stream, uniforms
-from .samplers_prime_v2 import RemaskingSamplerConfig, RuleSamplerConfig
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
 
@@ -89,10 +88,8 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
 
     def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
-        if isinstance(options.sampler_config, RemaskingSamplerConfig):
-            return RemaskingProcess(self, options, canvas, processors)
-        kind = RuleProcess if isinstance(options.sampler_config, RuleSamplerConfig) else AncestralProcess
-        return kind(self, options, canvas, processors)
+        kinds = {"ancestral": AncestralProcess, "rule": RuleProcess, "remasking": RemaskingProcess}
+        return kinds[options.sampler_kind](self, options, canvas, processors)
 
     def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Any]:
         """The most confident target of each row: whether it is right, which it is, and its one pass."""

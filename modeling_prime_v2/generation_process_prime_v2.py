@@ -345,7 +345,8 @@ class Blocks:
     def make(cls, canvas: Canvas, block_length: int | None, num_steps: int) -> "Blocks":
         """The blocks of a canvas; block_length None is one block."""
         lengths = canvas.fillable.sum(1)
-        size = block_length or max(1, int(lengths.max()))
+        longest = max(1, int(lengths.max()))
+        size = min(block_length or longest, longest)
         count = (lengths + size - 1) // size
         numbers = torch.arange(1, max(1, int(count.max())) + 1, device=lengths.device)
         ends = (num_steps * numbers // count.clamp(min=1).unsqueeze(1)).maximum(numbers)

@@ -24,7 +24,6 @@ from .likelihood_frame_prime_v2 import TOKENS_PER_PASS, unpadded
 from .likelihood_output_prime_v2 import PrimeV2LogLikelihood, jackknifed
 from .likelihood_rows_prime_v2 import sequence_key
 from .random_prime_v2 import Stream, hash64
-from .samplers_prime_v2 import RemaskingSamplerConfig, RuleSamplerConfig
 from .validation_inputs_prime_v2 import check_length
 
 
@@ -79,13 +78,13 @@ def sampler_log_likelihood(
     options = merge_options(model, generation_config, {"seed": 0})
     if options.do_sample is False:
         raise ValueError("do_sample=False writes a single text, so no other has a likelihood; use do_sample=True")
-    if isinstance(options.sampler_config, RemaskingSamplerConfig):
+    if options.sampler_kind == "remasking":
         raise ValueError(
             "a text has many paths under remasking, so its likelihood is no product; use another sampler_config, e.g. "
             "ConfidenceSamplerConfig()"
         )
     options = dataclasses.replace(options, eos_token_id=())
-    is_rule = isinstance(options.sampler_config, RuleSamplerConfig)
+    is_rule = options.sampler_kind == "rule"
     sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
     check_length(sequences[0][1].unsqueeze(0), None, model.config)  # the longest
     rows = []  # (number of the sequence, ids (L,), scored (L,), key of its path)
@@ -136,7 +135,7 @@ def replay(model: Any, options: GenerationOptions, numbers: Any, ids: Any, score
     shown = truth.masked_fill(fillable, model.config.mask_token_id)
     real = positions < lengths.unsqueeze(1)
     canvas = Canvas(shown.clone(), real, positions, fillable, shown, slice(0, 0))
-    kind = ReplayedRule if isinstance(options.sampler_config, RuleSamplerConfig) else ReplayedAncestral
+    kind = ReplayedRule if options.sampler_kind == "rule" else ReplayedAncestral
     process = kind(model, options, canvas, [], torch.stack(list(keys)).to(device))
     process.truth = truth
     process.nats = torch.zeros(len(truth), dtype=torch.double, device=device)

@@ -12,7 +12,7 @@ of Fast-dLLM (arXiv:2505.22618); entropy bound of arXiv:2505.24857, as Transform
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,12 @@ SCORES = ("probability", "margin", "entropy")
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """What all sampler configs share: they are written to generation_config.json with their class in `_cls_name`."""
+    """What all sampler configs share: they are written to generation_config.json with their class in `_cls_name`.
+
+    kind: the process that it belongs to, "ancestral", "rule" or "remasking".
+    """
+
+    kind: ClassVar[str] = "ancestral"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and `_cls_name`, as Transformers writes those of its own diffusion model."""
@@ -46,6 +51,7 @@ class RuleSamplerConfig(SamplerConfig):
         equal shares.
     """
 
+    kind: ClassVar[str] = "rule"
     unit: str = "token"
     stage_passes: tuple[float, ...] | None = None
 
@@ -139,6 +145,7 @@ class RemaskingSamplerConfig(SamplerConfig):
         t_off < t <= t_on, 0 <= t_off < t_on <= 1; t falls from 1 to 0.
     """
 
+    kind: ClassVar[str] = "remasking"
     eta: float = 0.02
     t_on: float = 0.55
     t_off: float = 0.05
