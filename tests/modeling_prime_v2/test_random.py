@@ -142,7 +142,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT)
         hidden = any(part.startswith(".") for part in name.parts)
-        if not (hidden or name.parts[0] in ("tests", "build") or name.name == "random_prime_v2.py"):
+        if not (hidden or name.parts[0] in ("tests", "build", "runs") or name.name == "random_prime_v2.py"):
             yield str(name), ast.parse(path.read_text(encoding="utf-8"))
 
 
