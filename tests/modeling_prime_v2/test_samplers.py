@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from chi_square import FALSE_ALARM, ROWS, assert_follows
 from enumeration import all_sequences
 from networks import small_model
-from scipy.stats import chi2_contingency, chisquare
+from scipy.stats import chi2_contingency
 
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
@@ -58,20 +59,9 @@ def test_the_probabilities_of_all_texts_add_up_to_1(rule, unit):
             assert int(found.num_forward.max()) <= max(steps, phases)
 
 
-ROWS = 8_000
-FALSE_ALARM = 1e-5  # of each chi-square test; 15 rules and units x 2 forms are tested: 0.03% in all
-
-
-def assert_follows(samples: torch.Tensor, exact: torch.Tensor) -> None:
-    """Chi-square test of samples (N, 2) of 4 tokens against the 16 probabilities, those expected below 5 pooled."""
-    counts = torch.bincount(samples @ torch.tensor([4, 1]), minlength=16).double()
-    assert counts[exact == 0].sum() == 0
-    common = exact * ROWS >= 5
-    seen = [*counts[common].tolist(), float(counts[~common].sum())]
-    expected = [*(exact * ROWS)[common].tolist(), float((exact * ROWS)[~common].sum())]
-    pairs = [pair for pair in zip(seen, expected, strict=True) if pair[1] > 0]
-    seen, expected = zip(*pairs, strict=True)
-    assert chisquare(seen, expected, sum_check=False).pvalue > FALSE_ALARM
+def pairs(probabilities: torch.Tensor) -> dict[tuple, float]:
+    """The probability of each text of two of four tokens, by text."""
+    return dict(zip(map(tuple, all_sequences(4, 2).tolist()), probabilities.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("rule", "unit"), CASES)
@@ -82,7 +72,7 @@ def test_samples_follow_the_law(rule, unit, form):
     exact = law(model, 2, **options).value.exp()
     empty = torch.empty(ROWS, 0, dtype=torch.long)
     samples = model.generate(empty, max_new_tokens=2, seed=1, eos_token_id=None, **options)
-    assert_follows(samples, exact)
+    assert_follows(samples, pairs(exact))
 
 
 def naive_choice(kind: str, scores: list[float], quota: int, bound: float) -> set[int]:
@@ -266,7 +256,7 @@ def test_with_a_cache_too_the_law_adds_up_to_1_and_samples_follow_it(cache, bloc
     exact = law(model, 2, max_denoising_steps=4, **options).value.exp()
     empty = torch.empty(ROWS, 0, dtype=torch.long)
     samples = model.generate(empty, max_new_tokens=2, max_denoising_steps=4, seed=1, **options)
-    assert_follows(samples, exact)
+    assert_follows(samples, pairs(exact))
 
 
 def test_a_cache_that_keeps_nothing_changes_nothing():
