@@ -416,11 +416,12 @@ def test_a_launcher_that_is_not_there_is_refused(content, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_made_comparisons_can_be_planned(path, tmp_path):
-    planned = compare.plan(read_comparison(path.stem), tmp_path, measure=False)
+    comparison = read_comparison(path.stem)
+    planned = compare.plan(comparison, tmp_path, measure=False)
     assert all(each.steps >= 30 for each in planned)
     spread = {}
     for each in planned:  # what is compared has the same FLOPs, but for less than a step
-        flops = each.cost.flops("6nd") * each.tokens
+        flops = each.cost.flops(comparison.count) * each.tokens
         assert flops <= each.run.budget < flops * (1 + 1 / each.steps)
         spread.setdefault((each.run.shape, each.run.name), set()).add(each.cost.non_embedding)
     assert all(len(sizes) == 1 for sizes in spread.values())
