@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from .cache_prime_v2 import CACHE_NAME, one_cache
+from .cache_name_prime_v2 import CACHE_NAME, one_cache
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
 from .linear_prime_v2 import linear
 from .validation_config_prime_v2 import readable_json

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils import ModelOutput
 
 from .backbone_prime_v2 import evaluating
-from .cache_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
+from .cache_name_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
 from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
-from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, propose
 from .generation_process_prime_v2 import num_new_tokens
+from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, propose
 from .likelihood_arm_prime_v2 import next_tokens, start_token_id
 from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown

@@ -19,11 +19,11 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .backbone_prime_v2 import evaluating
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import GenerationOptions, merge_options
-from .generation_greedy_prime_v2 import PrimeV2GreedyMixin, most_confident, propose
 from .generation_masked_prime_v2 import MaskedProcess
 from .generation_process_prime_v2 import Blocks, Canvas, DraftStream, PrimeV2GenerationOutput, make_canvas
 from .generation_remasking_prime_v2 import RemaskingProcess
 from .generation_rules_prime_v2 import RuleProcess
+from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, most_confident, propose
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .diffusion_uniform_prime_v2 import reverse_step
 from .generation_config_prime_v2 import GenerationOptions
-from .generation_greedy_prime_v2 import most_confident
 from .generation_prime_v2 import PrimeV2GenerationMixin
 from .generation_process_prime_v2 import (
     Canvas,
@@ -25,6 +24,7 @@ from .generation_process_prime_v2 import (
     make_canvas,
     row_keys,
 )
+from .greedy_matches_prime_v2 import most_confident
 from .random_prime_v2 import Stream, uniforms
 
 

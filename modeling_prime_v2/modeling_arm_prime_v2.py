@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import PrimeV2Backbone, PrimeV2SubtokenEmbedding
-from .cache_prime_v2 import CACHE_NAME, one_cache
+from .cache_name_prime_v2 import CACHE_NAME, one_cache
 from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_arm_prime_v2 import PrimeV2ArmConfig

@@ -1,4 +1,4 @@
-"""The deterministic decode, `generate(do_sample=False)`: proposals of highest probability, and `greedy_matches`."""
+"""`greedy_matches`: whether the deterministic decode, `generate(do_sample=False)`, writes exactly the text."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class PrimeV2GreedyMixin:
     """`greedy_matches` of a model of any family, which sets `reveal_targets`."""
 
     def greedy_matches(self: Any, input_ids, attention_mask, target_mask, **kwargs) -> PrimeV2GreedyMatches:
-        """Whether the deterministic decode gives exactly the targets: see generation_greedy_prime_v2.py."""
+        """Whether the deterministic decode gives exactly the targets: see greedy_matches_prime_v2.py."""
         ids, mask, target, options = scoring_inputs(
             self, greedy_matches, kwargs, input_ids, attention_mask, target_mask=target_mask
         )

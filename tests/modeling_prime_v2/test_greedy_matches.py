@@ -9,7 +9,7 @@ from networks import ORDERS, one_layer, prompts
 from transformers import GenerationConfig, NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
-from prime_v2.generation_greedy_prime_v2 import most_confident, proposals
+from prime_v2.greedy_matches_prime_v2 import most_confident, proposals
 
 MASK = 50  # the mask token of the networks here, which have 50 tokens
 NETWORKS = {
