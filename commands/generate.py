@@ -10,7 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prime_v2.commands.options import MANY, MOST_SAMPLES, NEW_FILE, Device, Dtype, Json, Model
+from prime_v2.commands.options import (
+    MOST_SAMPLES,
+    NEW_FILE,
+    BlockLength,
+    CacheKind,
+    Device,
+    Dtype,
+    EntropyBound,
+    Json,
+    Model,
+    Sampler,
+    Score,
+    Steps,
+    Temperature,
+    Threshold,
+    TopP,
+    Unit,
+)
 from prime_v2.commands.picture import check_drawable, hidden_digit, picture_of
 from prime_v2.output.atomic import write_text
 from prime_v2.output.progress import progress_bar, quiet_libraries
@@ -31,42 +48,21 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text that the sample starts with.")] = "",
     suffix: Annotated[str, typer.Option(metavar="TEXT", help="Text that follows the sample (infilling).")] = "",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = None,
-    max_denoising_steps: Annotated[
-        int | None, typer.Option(min=1, max=MANY, metavar="N", help="Steps; more of them draw fewer tokens at once.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")] = None,
+    max_denoising_steps: Steps = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the samples repeatable.")] = None,
     greedy: Annotated[
         bool | None,
         typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
     ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What a pass reveals: ancestral (random times), confidence, threshold, entropy-bound or remasking.",
-        ),
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Unit of a rule: token, digit, or stage of the nested order.")
-    ] = None,
-    score: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of confidence: probability, margin or entropy.")
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(metavar="X", help="Of threshold: the probability to exceed, in (0, 1).")
-    ] = None,
-    entropy_bound: Annotated[
-        float | None, typer.Option(metavar="X", help="Of entropy-bound: nats of uncertainty a pass may reveal.")
-    ] = None,
-    block_length: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Fill blocks of N tokens from left to right.")
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Keys and values kept in a block: none, prefix or dual (approximate)."),
-    ] = None,
+    sampler: Sampler = None,
+    unit: Unit = None,
+    score: Score = None,
+    threshold: Threshold = None,
+    entropy_bound: EntropyBound = None,
+    block_length: BlockLength = None,
+    cache: CacheKind = None,
     num_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, metavar="N", help="Samples to draw.")] = 1,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the text as it denoises (one sample, on a terminal).")
@@ -93,6 +89,7 @@ def generate(
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
     from prime_v2.eval.loading import load_model_and_tokenizer
+    from prime_v2.eval.samplers import named_sampler
 
     quiet_libraries()
     network, tokenizer = load_model_and_tokenizer(model, device, dtype)
@@ -105,7 +102,9 @@ def generate(
         "do_sample": None if greedy is None else not greedy,
     }
     of_sampler = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
-    named |= {"block_length": block_length, "cache": cache, "sampler_config": _sampler_config(sampler, of_sampler)}
+    named |= {"block_length": block_length, "cache": cache}
+    if (rule := named_sampler(sampler, network, **of_sampler)) is not None:
+        named["sampler_config"] = rule.to_dict()
     options = {name: value for name, value in named.items() if value is not None}
     if options.get("do_sample", network.generation_config.do_sample) is not False:
         options.setdefault("seed", random.SystemRandom().randrange(2**31))
@@ -132,21 +131,6 @@ def generate(
         _print_texts(texts, options)
     if picture is not None:
         write_text(picture, picture_of(trace, network, tokenizer))
-
-
-def _sampler_config(name: str | None, of_sampler: dict[str, Any]) -> dict[str, Any] | None:
-    """The sampler as `generate` takes it; ValueError for an unknown one, and for options without one."""
-    from prime_v2.samplers_prime_v2 import SAMPLERS
-    from prime_v2.validation_keywords_prime_v2 import one_of
-
-    given = {key: value for key, value in of_sampler.items() if value is not None}
-    if name is None:
-        if given:
-            raise ValueError(
-                f"{next(iter(given))} is an option of a sampler; add --sampler, e.g. --sampler confidence"
-            )
-        return None
-    return {"_cls_name": SAMPLERS[one_of(f"sampler={name!r}", name, SAMPLERS)].__name__, **given}
 
 
 def _print_texts(texts: list[str], options: dict[str, Any]) -> None:

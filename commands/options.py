@@ -59,3 +59,48 @@ Output = Annotated[
         callback=NEW_FILE,
     ),
 ]
+
+# Samplers (prime_v2.eval.samplers): of generate, and of the law that ppl scores.
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What a pass reveals: ancestral (random times), probability, margin or entropy (the surest units), "
+        "threshold, entropy-bound or remasking.",
+        show_default="the model's own",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--max-denoising-steps",
+        "--steps",
+        min=1,
+        max=MANY,
+        metavar="N",
+        help="Steps; more of them draw fewer tokens at once.",
+    ),
+]
+Unit = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Unit of a rule: token, digit, or stage of the nested order.")
+]
+Score = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of --sampler confidence: probability, margin or entropy.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(metavar="X", help="Of threshold: the probability to exceed, in (0, 1).")
+]
+EntropyBound = Annotated[
+    float | None, typer.Option(metavar="X", help="Of entropy-bound: nats of uncertainty a pass may reveal.")
+]
+BlockLength = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Fill blocks of N tokens from left to right.")
+]
+CacheKind = Annotated[
+    str | None,
+    typer.Option(
+        "--cache", metavar="NAME", help="Keys and values kept in a block: none, prefix or dual (approximate)."
+    ),
+]
+Temperature = Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")]
+TopP = Annotated[float | None, typer.Option(metavar="X", help="Mass of the nucleus, in (0, 1].")]

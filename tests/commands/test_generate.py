@@ -180,10 +180,11 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
     rule = ["--sampler", "confidence", "--score", "margin", "--unit", "digit", "--block-length", 2, "--cache", "dual"]
     found = json.loads(run("generate", model_dir, *options, *rule).stdout)
     assert found["samples"][0]["num_forward"] == 3
-    sampler = {"_cls_name": "ConfidenceSamplerConfig", "score": "margin", "unit": "digit"}
-    assert found["options"]["sampler_config"] == sampler
+    short = ["--sampler", "margin", *rule[4:]]
+    assert json.loads(run("generate", model_dir, *options, *short).stdout)["samples"] == found["samples"]
     model, tokenizer = load_model_and_tokenizer(str(model_dir), None, None)
     config = ConfidenceSamplerConfig(score="margin", unit="digit")
+    assert found["options"]["sampler_config"] == config.to_dict()
     same = {"max_new_tokens": 6, "max_denoising_steps": 3, "seed": 2, "block_length": 2, "cache": "dual"}
     ids = model.generate(torch.empty(1, 0, dtype=torch.long), sampler_config=config, **same)
     assert found["samples"][0]["text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -193,8 +194,8 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
     ("given", "sentence"),
     [
         (["--sampler", "confidnce"], "--sampler confidnce is not one of ancestral, confidence, "),
-        (["--unit", "digit"], "is an option of a sampler; add --sampler, e.g. --sampler confidence"),
-        (["--sampler", "confidence", "--threshold", 0.5], "it is an option of ThresholdSamplerConfig"),
+        (["--unit", "digit"], "unit is an option of the samplers confidence, threshold, entropy-bound; name one"),
+        (["--sampler", "confidence", "--threshold", 0.5], "threshold is an option of the sampler threshold, but"),
         (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
         (["--sampler", "confidence", "--unit", "stage"], "needs a model of the nested order"),
         (["--cache", "most"], "is not one of none, prefix, dual"),

@@ -1,0 +1,112 @@
+"""Samplers by name: one spelling for `prime-v2 generate`, `ppl` and `quality`, and for lm-eval's arguments.
+
+The names are those of `SAMPLERS`, and the scores of confidence (probability, margin, entropy), which are short for
+`sampler="confidence", score=...`. The options are the fields of the sampler's config, and those of `generate` that its
+law depends on (`LAW`), of which `steps` is short for max_denoising_steps.
+"""
+
+import dataclasses
+from typing import Any
+
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
+from prime_v2.samplers_prime_v2 import SAMPLERS, SCORES, AncestralSamplerConfig, SamplerConfig
+from prime_v2.validation_keywords_prime_v2 import did_you_mean, one_of
+
+NAMES = (*SAMPLERS, *SCORES)
+LAW = {"steps": "max_denoising_steps", **{name: name for name in ("block_length", "cache", "temperature", "top_p")}}
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """The options of the sampler of this name, one of `NAMES`."""
+    if name in SCORES:
+        return tuple(option for option in options_of("confidence") if option != "score")
+    return tuple(each.name for each in dataclasses.fields(SAMPLERS[name]))
+
+
+OPTIONS = tuple(dict.fromkeys(option for name in SAMPLERS for option in options_of(name)))
+
+
+def named_sampler(name: str | None, model: Any = None, **options: Any) -> SamplerConfig | None:
+    """The sampler of this name with its options, of which None counts as not given; None without a name.
+
+    model: that it must suit. Raises ValueError for an unknown name or option, an option of another sampler, a sampler
+    that the model's family has not, and values that the sampler's config refuses.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    if name is None:
+        for option in given:
+            owners = _owners(option)
+            raise ValueError(f"{option} is an option of the samplers {owners}; name one, e.g. confidence")
+        return None
+    one_of(f"sampler={name!r}", name, NAMES)
+    for option in given:
+        if option in options_of(name):
+            continue
+        if name in SCORES and option == "score":
+            raise ValueError(f"sampler={name} is confidence with score={name}; leave score out")
+        own = ", ".join(options_of(name))
+        takes = f"takes {own}" if own else "has no options"
+        raise ValueError(f"{option} is an option of the sampler {_owners(option)}, but {name} {takes}; leave it out")
+    kind = SAMPLERS["confidence" if name in SCORES else name]
+    if model is not None:
+        check_family(name, kind.__name__, model)
+    return kind(**given, **({"score": name} if name in SCORES else {}))
+
+
+def check_family(name: str, kind: str, model: Any) -> None:
+    """ValueError unless the model's family has the sampler config named `kind`."""
+    there = getattr(model, "sampler_configs", ())
+    if kind not in there:
+        has = ", ".join(each for each, config in SAMPLERS.items() if config.__name__ in there)
+        raise ValueError(
+            f"{type(model).__name__} has no sampler {name}; " + (f"it has {has}" if has else "leave it out")
+        )
+
+
+def named_config(model: Any, sampler: str | None = None, **options: Any) -> PrimeV2GenerationConfig:
+    """The generation config of a sampler's law on this model: `named_sampler` with the options of `LAW`.
+
+    What is None or not given is the model's own, but for do_sample=True: only draws have a law. Raises ValueError for
+    what `named_sampler` and `generate` refuse.
+    """
+    law = {LAW[name]: value for name, value in options.items() if name in LAW}
+    of_sampler = {name: value for name, value in options.items() if name not in LAW}
+    for name in of_sampler:
+        if name not in OPTIONS:
+            raise ValueError(f"{name} is no option of a sampler{did_you_mean(name, (*LAW, *OPTIONS))}")
+    config = PrimeV2GenerationConfig(sampler_config=named_sampler(sampler, model, **of_sampler), do_sample=True, **law)
+    merge_options(model, config, {"seed": 0})
+    return config
+
+
+def description(model: Any, config: PrimeV2GenerationConfig | None) -> dict[str, Any]:
+    """What the law of `generate` with this config depends on, the model's own options included; JSON-ready."""
+    options = merge_options(model, config, {"seed": 0})
+    sampler = options.sampler_config or AncestralSamplerConfig()
+    return {
+        "sampler": sampler_name(sampler),
+        "unit": getattr(sampler, "unit", None),
+        "sampler_config": sampler.to_dict(),
+        "steps": options.max_denoising_steps,
+        **{name: getattr(options, name) for name in LAW if name != "steps"},
+    }
+
+
+def sampler_name(sampler: SamplerConfig) -> str:
+    """The shortest name of a sampler, one of `NAMES`."""
+    name = next(name for name, kind in SAMPLERS.items() if kind.__name__ == type(sampler).__name__)
+    return str(getattr(sampler, "score", name)) if name == "confidence" else name
+
+
+def sentence(law: dict[str, Any]) -> str:
+    """A `description` as text: the sampler with its options, its steps, and what else differs from the defaults."""
+    fields = {name: value for name, value in law["sampler_config"].items() if name not in ("_cls_name", "score")}
+    shown = [law["sampler"], *(f"{name} {value}" for name, value in fields.items() if value is not None)]
+    shown.append(f"{law['steps']} steps")
+    idle = {"block_length": None, "cache": "none", "temperature": 1.0, "top_p": 1.0}
+    shown += [f"{name} {law[name]}" for name, value in idle.items() if law[name] != value]
+    return ", ".join(shown).replace("_", " ")
+
+
+def _owners(option: str) -> str:
+    return ", ".join(name for name in SAMPLERS if option in options_of(name)) or "none"

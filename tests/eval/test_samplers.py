@@ -1,0 +1,89 @@
+"""Samplers by their names: which config a name is, and what is refused in one sentence."""
+
+import re
+
+import pytest
+from networks import small_model
+
+from prime_v2 import (
+    AncestralSamplerConfig,
+    ConfidenceSamplerConfig,
+    EntropyBoundSamplerConfig,
+    RemaskingSamplerConfig,
+    ThresholdSamplerConfig,
+)
+from prime_v2.eval.samplers import description, named_config, named_sampler, sampler_name, sentence
+from prime_v2.families import FAMILIES
+from prime_v2.samplers_prime_v2 import SAMPLERS
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "config"),
+    [
+        ("ancestral", {}, AncestralSamplerConfig()),
+        ("confidence", {}, ConfidenceSamplerConfig()),
+        ("confidence", {"score": "margin", "unit": "digit"}, ConfidenceSamplerConfig(score="margin", unit="digit")),
+        ("probability", {}, ConfidenceSamplerConfig(score="probability")),
+        ("margin", {"unit": "digit"}, ConfidenceSamplerConfig(score="margin", unit="digit")),
+        ("entropy", {"unit": None}, ConfidenceSamplerConfig(score="entropy")),
+        ("threshold", {"threshold": 0.8}, ThresholdSamplerConfig(threshold=0.8)),
+        ("entropy-bound", {"entropy_bound": 0.2}, EntropyBoundSamplerConfig(entropy_bound=0.2)),
+        ("remasking", {"eta": 0.1}, RemaskingSamplerConfig(eta=0.1)),
+    ],
+)
+def test_a_name_is_a_config(name, options, config):
+    assert named_sampler(name, small_model(), **options) == config
+    assert named_sampler(sampler_name(config), **options | ({"score": None} if "score" in options else {})) == config
+
+
+def test_without_a_name_the_model_s_own_sampler_counts():
+    model = small_model()
+    assert named_sampler(None, model, unit=None) is None
+    model.generation_config.sampler_config = ThresholdSamplerConfig(threshold=0.7)
+    found = description(model, named_config(model, steps=5, top_p=0.5))
+    assert found == {
+        "sampler": "threshold",
+        "unit": "token",
+        "sampler_config": ThresholdSamplerConfig(threshold=0.7).to_dict(),
+        "steps": 5,
+        "block_length": None,
+        "cache": "none",
+        "temperature": 1.0,
+        "top_p": 0.5,
+    }
+    assert sentence(found) == "threshold, unit token, threshold 0.7, 5 steps, top p 0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("magin", {}, "sampler='magin' is not one of ancestral, confidence, .*did you mean margin?"),
+        (None, {"unit": "digit"}, "unit is an option of the samplers confidence, threshold, entropy-bound; name one"),
+        ("margin", {"score": "entropy"}, "sampler=margin is confidence with score=margin; leave score out"),
+        ("margin", {"threshold": 0.9}, "threshold is an option of the sampler threshold, but margin takes unit, "),
+        ("threshold", {"score": "margin"}, "score is an option of the sampler confidence, but threshold takes unit,"),
+        ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence, .* but ancestral has no options"),
+        ("margin", {"treshold": 0.9}, "treshold is no option of a sampler; did you mean threshold?"),
+        ("margin", {"unit": "word"}, "unit='word' is not one of token, digit, stage"),
+        ("margin", {"unit": "stage"}, r"unit='stage'\) needs a model of the nested order"),
+        ("threshold", {"threshold": 1.0}, r"threshold=1.0 is outside \(0, 1\); use 0.9"),
+        ("margin", {"steps": 0}, "max_denoising_steps=0 must be an integer of at least 1"),
+        ("margin", {"cache": "all"}, "cache='all' is not one of none, prefix, dual"),
+    ],
+)
+def test_what_is_no_sampler_or_no_option_of_it_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message.replace("?", re.escape("?"))):
+        named_config(small_model(), name, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sampler_that_a_family_has_not_is_refused(family):
+    model = small_model(family)
+    there = getattr(model, "sampler_configs", ())
+    for name, config in SAMPLERS.items():
+        if config.__name__ in there:
+            assert named_sampler(name, model) == config()
+            continue
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no sampler {name}; (it has |leave it out)"):
+            named_sampler(name, model)
+    assert family == "prime" or len(there) < len(SAMPLERS)
