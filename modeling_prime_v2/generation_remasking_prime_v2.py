@@ -67,11 +67,7 @@ class RemaskingProcess(MaskedProcess):
     def _changes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Units (R, T, U) bool that are hidden again, and that are revealed, in the next step of each row."""
         canvas, sampler = self.canvas, self.options.sampler_config
-        blocks, step = self.blocks, self.step[rows]
-        present = (step.unsqueeze(1) >= blocks.ends[rows]).sum(1, keepdim=True)  # the block that is being filled
-        start, end = (each[rows].gather(1, present).unsqueeze(-1) for each in (blocks.starts, blocks.ends))
-        before = (step.view(-1, 1, 1) - start).double() / (end - start)  # alpha_t
-        after = (step.view(-1, 1, 1) + 1 - start).double() / (end - start)  # alpha_s
+        present, before, after = self._step_of(rows)
         inside = (1 - before > sampler.t_off) & (1 - before <= sampler.t_on)
         sigma = torch.where(inside, ((1 - after) / before.clamp(min=1e-12)).clamp(max=sampler.eta), 0.0)
         reveal_share = torch.where(after >= 1, 1.0, (after - (1 - sigma) * before) / (1 - before).clamp(min=1e-12))
@@ -84,8 +80,23 @@ class RemaskingProcess(MaskedProcess):
             self.step[rows].view(-1, 1, 1),
         )
         hidden = self.hidden_units[rows]
-        eligible = (canvas.fillable[rows] & (blocks.of[rows] == present)).unsqueeze(-1)
+        eligible = present.unsqueeze(-1)
         return eligible & ~hidden & (draws < sigma), eligible & hidden & (draws < reveal_share)
+
+    def _step_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's next step: the tokens (R, T) bool of the block that it fills, alpha_t and alpha_s (R, 1, 1)."""
+        blocks, step = self.blocks, self.step[rows].unsqueeze(1)
+        number = (step >= blocks.ends[rows]).sum(1, keepdim=True).clamp(max=blocks.ends.shape[1] - 1)
+        start, end = (each[rows].gather(1, number) for each in (blocks.starts, blocks.ends))
+        alphas = ((each - start).double() / (end - start) for each in (step, step + 1))
+        before, after = (each.unsqueeze(-1) for each in alphas)
+        return self.canvas.fillable[rows] & (blocks.of[rows] == number), before, after
+
+    def _decided(self) -> Tensor:
+        """No token that the result keeps is hidden, nor can be hidden again in what is left of its block."""
+        present, alpha_t, _ = self._step_of(torch.arange(len(self.canvas.ids), device=self.canvas.ids.device))
+        remasked = present & (1 - alpha_t.squeeze(-1) > self.options.sampler_config.t_off)
+        return super()._decided() & ~(remasked & self._kept()).any(1)
 
     def _hide(self, rows: Tensor) -> None:
         """Mask what is hidden in the states of the fillable tokens, before the network reads them."""

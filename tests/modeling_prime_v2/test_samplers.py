@@ -200,7 +200,7 @@ SAMPLERS = {
     "ancestral": None,
     "confidence": ConfidenceSamplerConfig(),
     "digits": ThresholdSamplerConfig(unit="digit"),
-    "remasking": RemaskingSamplerConfig(eta=0.3, t_on=1.0, t_off=0.0),
+    "remasking": RemaskingSamplerConfig(eta=0.5, t_on=1.0, t_off=0.0),
 }
 
 
@@ -227,6 +227,24 @@ def test_blocks_are_finished_from_left_to_right(name):
         for block in (1, 2):
             if any(known[block * 3 :]):
                 assert all(known[: block * 3])
+
+
+@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_stopping_at_eos_changes_no_text(name, block_length):
+    """Equal to the text of the same seed without EOS, cut at its first EOS: no token before it could still change."""
+    model = small_model(seed=5).double()
+    options = {"max_new_tokens": 4, "max_denoising_steps": 32, "block_length": block_length, "seed": 1}
+    options |= {"sampler_config": SAMPLERS[name], "return_dict_in_generate": True}
+    prompt = torch.tensor([[1, 2]] * 64)
+    free = model.generate(prompt, eos_token_id=None, **options)
+    stopped = model.generate(prompt, eos_token_id=[7, 8], pad_token_id=0, **options)
+    new = free.sequences[:, 2:]
+    eos = (new == 7) | (new == 8)
+    after = eos.long().cumsum(1) - eos.long() > 0
+    assert torch.equal(stopped.sequences[:, 2:], new.masked_fill(after, 0))
+    if name != "remasking" or block_length:  # in a single block remasking ends at t = 0 only
+        assert int(stopped.num_forward.sum()) < int(free.num_forward.sum())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
