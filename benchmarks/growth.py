@@ -44,7 +44,7 @@ def measure(axis: str, options: argparse.Namespace, device: torch.device) -> dic
                 heads=options.hidden_size // HEAD_DIM,
                 compile=False,
             )
-            case = Case(at["vocab_size"], (at["vocab_size"] - 1).bit_length(), "subtoken")
+            case = Case(at["vocab_size"], (at["vocab_size"] - 1).bit_length(), "marginal")
             steppers[str(size)] = Stepper(kind, case, shape, device)
             memory.append(memory_in_fresh_process(kind, case, shape))
         seconds = by_turns({name: each.step for name, each in steppers.items()}, options.repeats)

@@ -62,7 +62,7 @@ class Case:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, hidden_size=512, layers=8, heads=8, length=512, batch=4, steps=9, seed=0)
-    cases = [Case(50257, 16, "token"), Case(50257, 16, "subtoken")]
+    cases = [Case(50257, 16, "joint"), Case(50257, 16, "marginal")]
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=cases, metavar="V:S:OBJECTIVE")
     parser.add_argument("--compile", action="store_true", help="compile the Transformer of both by torch.compile")
     parser.add_argument("--output", help="write the record here (JSON)")
