@@ -12,14 +12,24 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import (
     MOST_DRAWS,
     SOURCE_HELP,
+    BlockLength,
+    CacheKind,
     Device,
     Dtype,
+    EntropyBound,
     Json,
     MaxDocuments,
     Model,
     Output,
+    Sampler,
+    Score,
     Split,
+    Steps,
+    Temperature,
     TextField,
+    Threshold,
+    TopP,
+    Unit,
     Window,
 )
 from prime_v2.commands.text_source import TextSource, run_options
@@ -61,7 +71,8 @@ PplMethod = Annotated[
     typer.Option(
         metavar="NAME",
         help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
-        "orders: a bound from random orders, slowest; paper_loss: the paper's loss, no bound; uniform, "
+        "orders: a bound from random orders, slowest; sampler: of what generate writes, exact but for ancestral; "
+        "paper_loss: the paper's loss, no bound; uniform, "
         "interpolating: the bounds of these families. A causal model has only causal, its exact likelihood. Beside "
         "others, a model without the given method keeps its own.",
         show_default="the bound of the order that the model was trained with",
@@ -83,6 +94,16 @@ def ppl(
         int, typer.Option(min=1, max=MOST_DRAWS, metavar="N", help="Noise draws per sequence.")
     ] = 8,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    unit: Unit = None,
+    score: Score = None,
+    threshold: Threshold = None,
+    entropy_bound: EntropyBound = None,
+    block_length: BlockLength = None,
+    cache: CacheKind = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     split: Split = None,
     text_field: TextField = "text",
     max_documents: MaxDocuments = None,
@@ -95,11 +116,13 @@ def ppl(
 
     In nats per token, as a perplexity and in bits per byte, each with its error.
 
-    MODEL and those of --also are Prime-v2 or causal models (AutoModelForCausalLM).
+    MODEL and those of --also are Prime-v2 or causal models (AutoModelForCausalLM). With --method sampler it is the
+    likelihood of what `prime-v2 generate` writes with the same options.
 
     \b
     prime-v2 ppl MODEL my_text.txt
     prime-v2 ppl MODEL my_text.txt --also gpt2 --window 512
+    prime-v2 ppl MODEL my_text.txt --method sampler --sampler margin --steps 64
     prime-v2 ppl MODEL --suite zero-shot --also gpt2 --output suite.json
     """
     if source is None and suite is None:
@@ -110,6 +133,16 @@ def ppl(
         raise ValueError("--data and --only belong to a suite; add --suite zero-shot")
     if suite is not None and (split or text_field != "text"):
         raise ValueError("--split and --text-field belong to a SOURCE; a suite knows those of its sets")
+    from prime_v2.eval.samplers import named_sampler
+
+    of_rule = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
+    of_law = {"block_length": block_length, "cache": cache, "temperature": temperature, "top_p": top_p}
+    of_sampler = {"sampler": sampler, "steps": steps, **of_rule, **of_law}
+    of_sampler = {name: value for name, value in of_sampler.items() if value is not None}
+    named_sampler(sampler, **of_rule)  # refused before anything is read
+    if of_sampler and method != "sampler":
+        first = next(iter(of_sampler)).replace("_", "-")
+        raise ValueError(f"--{first} is an option of --method sampler; add that, or leave --{first} out")
     from huggingface_hub.utils import logging
 
     quiet_libraries()
@@ -122,7 +155,7 @@ def ppl(
     )
     # With --output each sequence is kept, so that models can be compared sequence by sequence.
     options = {"num_samples": num_samples, "seed": seed, "keep_sequences": output is not None}
-    scoring = Scoring(method, device, dtype, options | {"window": window, "stride": stride})
+    scoring = Scoring(method, device, dtype, options | {"window": window, "stride": stride}, of_sampler)
     if isinstance(text, TextSource) and len(models) == 1:
         results = _score_one(model, text, scoring)
         scores = [results["evaluation"]]
@@ -151,14 +184,22 @@ class SuiteSource:
 
 @dataclass
 class Scoring:
-    """How `ppl` scores: the method, None for each model's own, where and in what type the models run, and the other
-    options of `score_text`.
+    """How `ppl` scores: the method, None for each model's own, where and in what type the models run, the other
+    options of `score_text`, and the sampler with its options, of "sampler".
     """
 
     method: str | None
     device: str | None
     dtype: str | None
     options: dict[str, Any]
+    of_sampler: dict[str, Any]
+
+    def of(self, model: Any, method: str) -> dict[str, Any]:
+        """Options of `score_text` for this model and its method."""
+        from prime_v2.eval.samplers import named_config
+
+        config = named_config(model, **self.of_sampler) if method == "sampler" else None
+        return {**self.options, "method": method, "generation_config": config}
 
 
 def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str, Any]:
@@ -167,10 +208,11 @@ def _score_one(model_name: str, text: TextSource, scoring: Scoring) -> dict[str,
 
     method = _methods([model_name], scoring.method)[0]
     model, tokenizer = load_scorer(model_name, scoring.device, scoring.dtype)
+    options = scoring.of(model, method)
     documents = text.read("test", model_name)
     started = time.monotonic()
     with progress_bar("scoring sequences") as show:
-        score = score_text(model, tokenizer, documents, method=method, progress=show, **scoring.options)
+        score = score_text(model, tokenizer, documents, progress=show, **options)
     return {
         "model": short_names([model_name])[0],
         **text.about(),
@@ -200,10 +242,10 @@ def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Sco
             about[-1]["trained_on"] = [each.name for each in sets if each.name in trained_on]
         for each in sets:
             started = time.monotonic()
-            options = scoring.options | {"window": window, "stride": stride}
+            options = scoring.of(model, method) | {"window": window, "stride": stride}
             try:
                 with progress_bar(f"{label}, {each.name}") as show:
-                    score = score_text(model, tokenizer, each.documents, method=method, progress=show, **options)
+                    score = score_text(model, tokenizer, each.documents, progress=show, **options)
             except ValueError as error:
                 raise ValueError(f"{label} on {each.name}: {error}") from error
             rows.append({"set": each.name, "model": label, **score, "seconds": time.monotonic() - started})
@@ -267,15 +309,19 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
 def render_score(score: dict[str, Any]) -> str:
     """A `score_text` result as text: a bound as a bound, and no perplexity from what is none."""
     from prime_v2.eval.intervals import plus_minus
+    from prime_v2.eval.samplers import sentence
 
     sign = "=" if score["is_exact"] else "≤"
-    kind = "exact, left to right" if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
+    exact = "exact, of this sampler" if score["method"] == "sampler" else "exact, left to right"
+    kind = exact if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
     number = score.get("num_documents")
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
         ("text", f"{documents}{score['num_tokens']:,} tokens in {score['num_sequences']:,} sequences"),
         (score["method"], f"{score['nats_per_token']:.4f}{plus_minus(score, 4)} nats/token ({kind})"),
     ]
+    if "sampler" in score:
+        lines.append(("what is written", f"{sentence(score)}; {score['passes_per_token']:.3f} passes a token"))
     if score["is_bound"]:
         lines.append(("perplexity", f"{sign} {score['perplexity']:.2f}{_interval(score, 'perplexity', 2)}"))
         if "bits_per_byte" in score:
@@ -340,6 +386,7 @@ def render_table(results: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any]) -> list[str]:
     from prime_v2.eval.intervals import plus_minus
+    from prime_v2.eval.samplers import sentence
 
     sign = "=" if row["is_exact"] else "≤" if row["is_bound"] else " "
     cells = [row["set"], row["model"], f"{sign} {row['nats_per_token']:.4f}{plus_minus(row, 4)}"]
@@ -351,6 +398,8 @@ def _table_row(row: dict[str, Any]) -> list[str]:
         spread = "" if interval is None else " [{:,.{digits}f}, {:,.{digits}f}]".format(*interval, digits=digits)
         cells.append(f"{sign} {row[name]:,.{digits}f}{spread}")
     method = row["method"] if row["is_bound"] else f"{row['method']} (no bound)"
+    if "sampler" in row:
+        method = f"sampler ({sentence(row)}; {row['passes_per_token']:.3f} passes a token)"
     return [*cells, f"{row['num_tokens']:,}", str(row["num_samples"] or "none"), method]
 
 

@@ -15,8 +15,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from prime_v2.eval.intervals import Clusters, cluster
+from prime_v2.eval.samplers import description
 from prime_v2.eval.windows import Windows, cut_windows, encode_documents, window_and_stride
 from prime_v2.families import rows_of_sequence
+from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.likelihood_output_prime_v2 import NotFiniteError
 
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
@@ -24,6 +26,7 @@ Bytes = int | Sequence[float]  # UTF-8 bytes of all sequences together, or of ea
 
 EXACT_METHODS = ("chain", "causal")  # the log-likelihood itself, nothing drawn
 # Sequences of one call of `log_likelihood`: few enough for a progress bar that moves, enough to fill its passes.
+# A sampler's passes over one row come one after another, so a call of it has the rows of a single pass.
 ROW_TOKENS_PER_CALL = 32768
 
 
@@ -37,6 +40,7 @@ def score_text(
     seed: int = 0,
     window: int | None = None,
     stride: int | None = None,
+    generation_config: Any = None,
     progress: Progress | None = None,
     keep_sequences: bool = False,
 ) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def score_text(
         seed=seed,
         text_bytes=sizes if text.loss is None else None,
         eos_token_id=text.eos_token_id,
+        generation_config=generation_config,
         progress=progress,
         keep_sequences=keep_sequences,
     )
@@ -91,6 +96,7 @@ def score_windows(
     seed: int = 0,
     text_bytes: Bytes | None = None,
     eos_token_id: int | None = None,
+    generation_config: Any = None,
     progress: Progress | None = None,
     keep_sequences: bool = False,
     shared: bool = False,
@@ -100,8 +106,9 @@ def score_windows(
     groups: (ids (N, L) int64, prompt_mask (N, L) bool or None) of windows of one length; prompt_mask is True for
     tokens that are given and not scored. method, num_samples, seed: as in `log_likelihood`. text_bytes: UTF-8 bytes of
     the text that all windows cover, or of each window, (N,). eos_token_id: what ends a document, None where all
-    windows are of one. shared: the processes of this run (Accelerate's) each score a part, and all of them get the
-    whole result.
+    windows are of one. generation_config: with method="sampler", the sampler on top of the model's own options
+    (`prime_v2.eval.samplers.named_config`). shared: the processes of this run (Accelerate's) each score a part, and
+    all of them get the whole result.
     Keys of the result:
         method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
             sequence, 0 where exact), num_forward (rows that the network ran)
@@ -115,6 +122,8 @@ def score_windows(
         monte_carlo_stderr: of the draws only, the text being fixed; rather too large than too small, and with few
             draws it may exceed stderr (`stratified_stderr`); None for one draw
         unigram_entropy: entropy in nats of the token frequencies of these very tokens (plug-in)
+    with method="sampler" also those of `samplers.description`, and passes_per_token: passes of the network that the
+        sampler takes, by its tokens
     and only where `is_bound`:
         perplexity, perplexity_interval_95
         text_bytes, bits_per_byte, bits_per_byte_interval_95, where text_bytes is given: the interval takes in that
@@ -122,7 +131,8 @@ def score_windows(
     and with `keep_sequences` nats_of_sequences, the nats of each window to 1e-3, and clusters, of `intervals.Clusters`
     with the `tokens` of each and, where known, the `bytes`: models that score the same windows are compared on them
     (`prime_v2.studies.compare.report.paired`).
-    Raises ValueError for text_bytes < 1, logits that are not finite and what `log_likelihood` refuses.
+    Raises ValueError for text_bytes < 1, logits that are not finite, a sampler that never writes one of the windows,
+    and what `log_likelihood` refuses.
     """
     if text_bytes is not None and np.sum(text_bytes) < 1:
         raise ValueError(f"text_bytes={text_bytes} must be at least 1; leave it out where the bytes are not known")
@@ -131,15 +141,19 @@ def score_windows(
     num_sequences, parts = sum(len(ids) for ids, _ in groups), []
     for ids, prompt_mask in groups:
         rows = rows_of_sequence(model.config, method, ids.shape[1], num_samples)
-        step = max(1, ROW_TOKENS_PER_CALL // max(1, rows * ids.shape[1]))
+        tokens_per_call = TOKENS_PER_PASS if method == "sampler" else ROW_TOKENS_PER_CALL
+        step = max(1, tokens_per_call // max(1, rows * ids.shape[1]))
         step = min(step, -(-len(ids) // processes))
         for start in range(0, len(ids), step):
             end = start + step
             parts.append((ids[start:end], None if prompt_mask is None else prompt_mask[start:end]))
+    options: dict[str, Any] = {"method": method, "num_samples": num_samples, "seed": seed}
+    if method == "sampler":
+        options["generation_config"] = generation_config
     done, found = 0, []
     for number, (ids, prompt_mask) in enumerate(parts):
         if number % processes == rank:
-            found.append((number, _scores_of(model, ids, prompt_mask, method, num_samples, seed, done)))
+            found.append((number, _scores_of(model, ids, prompt_mask, done, options)))
         done += len(ids)
         if progress is not None:
             progress(done, num_sequences)
@@ -153,10 +167,19 @@ def score_windows(
                 f"not finite"
             )
         outputs.append(scores)
+    values = torch.cat([output.value for output in outputs])
+    if values.isinf().any():
+        raise ValueError(
+            f"the sampler never writes sequence {int(values.isinf().nonzero()[0])} of {num_sequences}, of which its "
+            f"top_p excludes a token: no perplexity is finite; use top_p=1.0"
+        )
     scored = torch.cat([ids.flatten() if mask is None else ids[~mask] for ids, mask in groups])
     lengths = torch.cat([output.num_scored for output in outputs]).numpy()
     clusters = cluster(lengths, (scored == (-1 if eos_token_id is None else eos_token_id)).numpy())
     result = _summary(outputs, scored, lengths, clusters, method, num_samples, text_bytes)
+    if method == "sampler":
+        result |= description(model, generation_config)
+        result["passes_per_token"] = result["num_forward"] / result["num_tokens"] / (result["num_samples"] or 1)
     if keep_sequences:
         result["nats_of_sequences"] = [round(float(each), 3) for output in outputs for each in -output.value]
         tokens = [int(each) for each in clusters.sums(lengths)]
@@ -166,16 +189,15 @@ def score_windows(
     return result
 
 
-def _scores_of(model, ids, prompt_mask, method, num_samples, seed, first: int) -> _Scores | int:
+def _scores_of(model, ids, prompt_mask, first: int, options: dict[str, Any]) -> _Scores | int:
     """The scores of some sequences, or the number (counted from `first`) of one whose likelihood is no number.
 
     Not raised here: other processes wait for the scores of this one.
     """
-    options = {} if prompt_mask is None else {"prompt_mask": prompt_mask.to(model.device)}
+    if prompt_mask is not None:
+        options = {**options, "prompt_mask": prompt_mask.to(model.device)}
     try:
-        output = model.log_likelihood(
-            ids.to(model.device), method=method, num_samples=num_samples, seed=seed, **options
-        )
+        output = model.log_likelihood(ids.to(model.device), **options)
     except NotFiniteError as error:
         return first + error.row
     return _Scores(

@@ -48,7 +48,7 @@ FAMILIES = {
             "prime_v2",
             ("configuration_prime_v2", "PrimeV2Config"),
             ("modeling_prime_v2", "PrimeV2ForMaskedDiffusion"),
-            METHODS,
+            (*METHODS, "sampler"),
             None,
             digits=True,
         ),
@@ -100,7 +100,7 @@ def bound_method(config: Any) -> str:
 def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int) -> int:
     """Rows of the network that `log_likelihood` runs for a sequence of so many tokens, at least."""
     family = FAMILY_OF_TYPE.get(config.model_type)
-    if family is None or method == "causal" or getattr(config, "alpha_0", None) == 0:
+    if family is None or method in ("causal", "sampler") or getattr(config, "alpha_0", None) == 0:
         return 1
     if method == "chain":
         return 1 if family.one_pass_chain else num_tokens

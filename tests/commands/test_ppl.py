@@ -3,8 +3,10 @@
 import json
 import math
 
+import pytest
 from command_runs import DOCUMENTS, refused, run
 
+from prime_v2 import ConfidenceSamplerConfig, PrimeV2GenerationConfig
 from prime_v2.commands.ppl import render_score
 from prime_v2.data.splits import split_of
 from prime_v2.eval.loading import load_model_and_tokenizer
@@ -97,3 +99,59 @@ def test_one_sequence_is_rendered_without_an_interval():
         "subtoken         2.0794 nats/token (bound)",
         "perplexity       ≤ 8.00",
     ]
+
+
+def test_ppl_of_a_sampler_is_exact_and_says_which_law_it_is_of(model_dir, broken, text_file, tmp_path):
+    model, tokenizer = load_model_and_tokenizer(model_dir, "cpu")
+    config = PrimeV2GenerationConfig(
+        sampler_config=ConfidenceSamplerConfig(score="margin", unit="digit"),
+        max_denoising_steps=8,
+        block_length=16,
+        temperature=1.5,
+    )
+    expected = score_text(model, tokenizer, DOCUMENTS[:3], method="sampler", generation_config=config, window=32)
+    rule = ["--method", "sampler", "--sampler", "margin", "--steps", 8, "--unit", "digit", "--block-length", 16]
+    arguments = ["ppl", model_dir, text_file, "--max-documents", 3, "--window", 32, *rule, "--temperature", 1.5]
+    found = json.loads(run(*arguments, "--json", "--output", tmp_path / "record.json").stdout)["evaluation"]
+    assert {name: found[name] for name in expected} == expected
+    assert read_record(tmp_path / "record.json")["results"]["evaluation"] == found
+    assert (found["is_exact"], found["sampler"], found["unit"], found["steps"]) == (True, "margin", "digit", 8)
+    assert found["passes_per_token"] == found["num_forward"] / found["num_tokens"]
+    assert (found["num_samples"], found["monte_carlo_stderr"]) == (0, 0)
+
+    plain = run(*arguments).stdout
+    assert "nats/token (exact, of this sampler)" in plain
+    law = "margin, unit digit, 8 steps, block length 16, temperature 1.5"
+    assert f"{law}; {found['passes_per_token']:.3f} passes a token" in plain
+    assert f"perplexity       = {found['perplexity']:.2f}" in plain
+    assert "draws" not in plain
+    table = run(*arguments, "--also", broken).stdout
+    assert table.count(f"sampler ({law}; ") == 2
+
+
+def test_ppl_of_the_ancestral_sampler_is_a_bound(model_dir, text_file):
+    rule = ["--method", "sampler", "--sampler", "ancestral", "--steps", 4, "--num-samples", 3]
+    arguments = ["ppl", model_dir, text_file, "--max-documents", 2, "--window", 16, *rule]
+    plain = run(*arguments).stdout
+    assert "nats/token (bound)" in plain
+    assert "perplexity       ≤ " in plain
+    assert "ancestral, 4 steps" in plain
+    assert "3 a sequence" in plain
+    found = json.loads(run(*arguments, "--json").stdout)["evaluation"]
+    assert found["passes_per_token"] == found["num_forward"] / found["num_tokens"] / 3 <= 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--sampler", "margin"], "--sampler is an option of --method sampler; add that, or leave --sampler out"),
+        (["--method", "chain", "--top-p", 0.5], "--top-p is an option of --method sampler; add that, or leave"),
+        (["--method", "sampler", "--sampler", "magin"], "did you mean margin?"),
+        (["--method", "sampler", "--sampler", "margin", "--threshold", 0.5], "is an option of the sampler threshold"),
+        (["--method", "sampler", "--sampler", "remasking"], "a text has many paths under remasking"),
+        (["--method", "sampler", "--sampler", "margin", "--top-p", 0.1], "excludes a token: no perplexity is finite"),
+        (["--method", "sampler", "--sampler", "margin", "--temperature", 0], "must be positive and finite"),
+    ],
+)
+def test_ppl_refuses_samplers_and_options_without_a_law(model_dir, text_file, given, sentence):
+    assert sentence in refused("ppl", model_dir, text_file, "--max-documents", 1, *given)
