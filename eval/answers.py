@@ -24,7 +24,7 @@ from prime_v2.random_prime_v2 import Stream, hash64
 from prime_v2.validation_inputs_prime_v2 import checked_flag, checked_seed, whole_number
 
 FIRST_DRAWS = 8  # of an adaptive score; one draw has no standard error
-ONE_ROUND = ("chain", "causal", "orders")  # nothing drawn, or no mean of draws
+ONE_ROUND = ("chain", "causal", "orders", "sampler")  # nothing drawn, or no mean of draws
 PASSES_PER_GROUP = 16  # questions are scored in groups of about this many passes: progress, cache, memory
 
 
@@ -38,6 +38,7 @@ class Settings:
         together are stratified as if drawn at once (`draw_levels`). The first round has `num_samples` halved as long
         as it stays whole and at least FIRST_DRAWS.
     common_masks: choices of a question draw the same masks.
+    generation_config: of method="sampler", the sampler on top of the model's own options.
     """
 
     method: str = "subtoken"
@@ -46,6 +47,7 @@ class Settings:
     adaptive: float | None = None
     common_masks: bool = True
     tokens_per_pass: int = TOKENS_PER_PASS
+    generation_config: Any = None
 
     def __post_init__(self):
         whole_number("num_samples", self.num_samples, 1, use=128)
@@ -56,6 +58,10 @@ class Settings:
             raise ValueError(f"adaptive={self.adaptive} must be a positive number of standard errors, or off; use 3")
         whole_number("tokens_per_pass", self.tokens_per_pass, 1, use=TOKENS_PER_PASS)
         checked_flag("common_masks", self.common_masks)
+
+    def of_method(self) -> dict[str, Any]:
+        """Arguments of `log_likelihood` that only this method has."""
+        return {"generation_config": self.generation_config} if self.method == "sampler" else {}
 
     def rounds(self) -> list[int]:
         """New draws of each round."""
@@ -83,8 +89,8 @@ class Choice:
 class ChoiceScore:
     """value: nats, the log-likelihood or its bound; stderr of the draws, 0 where nothing was drawn, NaN for one draw.
 
-    num_draws: rows averaged, 0 where nothing was drawn; num_forward: rows the network ran; token_passes: those times
-    their tokens.
+    num_draws: rows (of a sampler, paths) averaged, 0 where nothing was drawn; num_forward: rows the network ran;
+    token_passes: those times their tokens.
     """
 
     value: float = 0.0
@@ -180,6 +186,7 @@ def _one_round(model, questions, scores, active, settings: Settings, round_numbe
             keys=keys,
             return_samples=True,
             tokens_per_pass=settings.tokens_per_pass,
+            **settings.of_method(),
         )
     except NotFiniteError as error:
         raise ChoiceError(*places[error.row], str(error)) from None

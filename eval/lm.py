@@ -7,6 +7,7 @@ lm-eval's own (HFLM). Likelihoods are `prime_v2.eval.answers`, one fixed setting
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ from prime_v2.eval.answers import Choice, ChoiceError, ChoiceScore, QuestionScor
 from prime_v2.eval.lm_requests import Question, Request, check_ids, place_of, questions_of
 from prime_v2.eval.lm_settings import (
     DEFAULT_ADAPTIVE,
+    SAMPLER_ARGUMENTS,
     Report,
     ScoreFile,
     check_arguments,
@@ -54,6 +56,8 @@ class PrimeV2LM(HFLM):
     method: of `log_likelihood`, for answers by default "chain" and for rolling likelihoods the bound of the model's
         reveal order; "paper_loss" is the published score (`prime_v2.eval.published`), which is no likelihood.
     num_samples, seed, adaptive: see `prime_v2.eval.answers.Settings`; adaptive=off draws num_samples always.
+    sampler, steps, unit, score, threshold, entropy_bound, block_length, cache, temperature, top_p: of
+        method="sampler", the law of what `generate` writes (`prime_v2.eval.samplers`); generate_until draws so too.
     cfg, temperature, mask_unit: only of the published score. published=true: its settings of each task, which were
         tuned on the test sets.
     batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by
@@ -92,7 +96,10 @@ class PrimeV2LM(HFLM):
         **kwargs: Any,
     ) -> None:
         own = [name for name in inspect.signature(PrimeV2LM.__init__).parameters if name not in ("self", "kwargs")]
-        check_arguments(kwargs, own)
+        of_sampler = {name: kwargs.pop(name, None) for name in SAMPLER_ARGUMENTS}
+        check_arguments(kwargs, [*own, *SAMPLER_ARGUMENTS])
+        if method == "sampler" and max_denoising_steps is not None:
+            raise ValueError(f"method=sampler generates with its own steps; use steps={max_denoising_steps}")
         check_shared(kwargs)
         published = checked_flag("published", published)
         self.seed = whole_number("seed", seed, SEEDS[0], 0, SEEDS[1])
@@ -128,7 +135,7 @@ class PrimeV2LM(HFLM):
         self.batch_size_per_gpu = max(1, self.tokens_per_pass // self.max_length)  # of HFLM's generate_until
         guidance = {"cfg": cfg, "temperature": temperature, "mask_unit": mask_unit}
         self.scoring = make_scoring(
-            self.config, method, num_samples, self.seed, adaptive, published, guidance, self.tokens_per_pass
+            self.model, method, num_samples, self.seed, adaptive, published, guidance, of_sampler, self.tokens_per_pass
         )
         if published and self.add_bos_token is None:
             self.add_bos_token = False  # as the published script encodes
@@ -184,7 +191,8 @@ class PrimeV2LM(HFLM):
         if self.scoring.published is not None:
             return False
         try:
-            return bool(self.model.log_likelihood(torch.zeros(1, 1).long(), method=method, num_samples=1).is_bound)
+            one, options = torch.zeros(1, 1).long(), self.scoring.answers.of_method()
+            return bool(self.model.log_likelihood(one, method=method, num_samples=1, **options).is_bound)
         except NotFiniteError:  # every request is refused then, by its number
             return True
 
@@ -304,7 +312,8 @@ class PrimeV2LM(HFLM):
             question, here = questions[number], [next(greedy) for _ in score.choices]
             for each in score.choices:
                 each.draws = each.levels = torch.zeros(0)
-            self._report.add(score, sum(passes for _, passes in here))
+            tokens = sum(len(each.ids) - each.num_context for each in question.choices)
+            self._report.add(score, tokens, sum(passes for _, passes in here))
             for request, choice in zip(question.requests, question.choice_of, strict=True):
                 answers[request] = (score.choices[choice].value, here[choice][0])
                 texts = requests[request][0]
@@ -342,7 +351,7 @@ class PrimeV2LM(HFLM):
                 raise ValueError(f"{place_of(requests, number)} is a text without a token, which has no likelihood")
             try:
                 totals.append(self._log_likelihood_of_text(ids))
-            except NotFiniteError as error:
+            except ValueError as error:
                 raise ValueError(f"{place_of(requests, number)}: {error}") from None
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
@@ -356,8 +365,11 @@ class PrimeV2LM(HFLM):
                 num_samples=self.scoring.samples_of_texts,
                 seed=self.seed,
                 tokens_per_pass=self.tokens_per_pass,
+                **self.scoring.answers.of_method(),
             )
             total += float(output.value)
+        if total == -math.inf:
+            raise ValueError("top_p excludes a token of it, so the sampler never writes it; use top_p=1.0")
         return total
 
     # Generation
@@ -408,6 +420,9 @@ class PrimeV2LM(HFLM):
             options["do_sample"] = False
         else:
             options.setdefault("seed", self._seed_of_lot)
+            if self.scoring.law is not None:
+                options["generation_config"] = self.scoring.answers.generation_config
+                options.setdefault("max_denoising_steps", self.scoring.law["steps"])
         steps = options.pop("max_denoising_steps", self.max_denoising_steps) or max_length - context.shape[1]
         if not self.config.causal:
             options["max_denoising_steps"] = int(steps)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.eval.answers import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
+from prime_v2.eval.samplers import description, named_config
 from prime_v2.families import FAMILY_OF_TYPE, bound_method, label_of
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_text
@@ -39,6 +42,18 @@ SHARED_ARGUMENTS = (
     "truncation",
 )
 NOT_FOR_BOUNDS = {"cfg": 0.0, "temperature": 1.0, "mask_unit": "1"}
+# Of method=sampler, beside `temperature`; lm-eval passes some values on as text.
+SAMPLER_ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
+    "sampler": lambda name, value: value,
+    "steps": lambda name, value: whole_number(name, value, 1, 64),
+    "unit": lambda name, value: value,
+    "score": lambda name, value: value,
+    "threshold": lambda name, value: _real_number(name, value, 0.9),
+    "entropy_bound": lambda name, value: _real_number(name, value, 0.1),
+    "block_length": lambda name, value: whole_number(name, value, 1, 32),
+    "cache": lambda name, value: value,
+    "top_p": lambda name, value: _real_number(name, value, 1.0),
+}
 CACHE_KEY = "prime_v2 settings"
 
 
@@ -91,32 +106,42 @@ def tokens_of_a_pass(batch_size: Any, tokens_per_pass: Any, max_length: int, dev
 
 @dataclass(frozen=True)
 class Scoring:
-    """How answers and texts are scored. published: settings of the published score, where that is the method."""
+    """How answers and texts are scored. published: settings of the published score, where that is the method.
+
+    law: `samplers.description`, where the method is "sampler".
+    """
 
     answers: Settings
     method_of_texts: str
     samples_of_texts: int
     published: PublishedSettings | None
     published_by_task: bool
+    law: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """All of it that a score depends on, JSON-ready."""
-        return {key: value for key, value in asdict(self).items() if key != "answers"} | {
-            key: value for key, value in asdict(self.answers).items() if key != "tokens_per_pass"
-        }
+        apart = ("answers", "law", "tokens_per_pass", "generation_config")
+        found = {key: value for key, value in asdict(self).items() if key not in apart}
+        found |= {key: value for key, value in asdict(self.answers).items() if key not in apart}
+        return found | (self.law or {})
 
 
 def make_scoring(
-    config: Any,
+    model: Any,
     method: str | None,
     num_samples: Any,
     seed: int,
     adaptive: Any,
     published: bool,
     given: dict[str, Any],
+    of_sampler: dict[str, Any],
     tokens_per_pass: int,
 ) -> Scoring:
-    """`given`: cfg, temperature, mask_unit. Raises ValueError for what is unknown, impossible or has no effect."""
+    """given: cfg, temperature, mask_unit; of_sampler: `SAMPLER_ARGUMENTS`, None where they are not given.
+
+    Raises ValueError for what is unknown, impossible or has no effect.
+    """
+    config = model.config
     methods = FAMILY_OF_TYPE[config.model_type].methods
     if method is not None:
         one_of(f"method={method!r}", method, methods)
@@ -125,6 +150,12 @@ def make_scoring(
         "temperature": _real_number("temperature", given["temperature"], 1.0),
         "mask_unit": str(given["mask_unit"]),
     }
+    law, generation_config = None, None
+    if method == "sampler":
+        generation_config = _generation_config(model, num_samples, {**of_sampler, "temperature": given["temperature"]})
+        law, given["temperature"] = description(model, generation_config), 1.0
+    elif unused := [name for name, value in of_sampler.items() if value is not None]:
+        raise ValueError(f"{unused[0]} is an option of method=sampler; add that, or leave {unused[0]} out")
     if published:
         _check_published(method, num_samples, given)
         if "paper_loss" not in methods:
@@ -148,12 +179,34 @@ def make_scoring(
         )
     samples = DEFAULT_SAMPLES if count is None else count
     return Scoring(
-        Settings(of_answers, samples, seed, _standard_errors(adaptive), tokens_per_pass=tokens_per_pass),
+        Settings(
+            of_answers,
+            samples,
+            seed,
+            _standard_errors(adaptive),
+            tokens_per_pass=tokens_per_pass,
+            generation_config=generation_config,
+        ),
         method or bound_method(config),
         DEFAULT_ROLLING_SAMPLES if count is None else count,
         PublishedSettings(samples, seed=seed, **given) if of_answers == "paper_loss" else None,
         published,
+        law,
     )
+
+
+def _generation_config(model: Any, num_samples: Any, given: dict[str, Any]) -> PrimeV2GenerationConfig:
+    """The sampler of the scores; ValueError for what is no sampler, and for draws of one that is scored exactly."""
+    for name, convert in SAMPLER_ARGUMENTS.items():
+        if given[name] is not None:
+            given[name] = convert(name, given[name])
+    config = named_config(model, **given)
+    if num_samples is not None and description(model, config)["unit"] is not None:
+        raise ValueError(
+            f"num_samples={num_samples} is of draws, but {description(model, config)['sampler']} is scored exactly, "
+            f"without any; leave it out"
+        )
+    return config
 
 
 def _check_published(method: str | None, num_samples: Any, given: dict[str, Any]) -> None:
@@ -188,12 +241,19 @@ class Report:
     summed: int = 0
     contexts: int = 0
     truncated: int = 0
+    excluded: int = 0
+    tokens: int = 0
+    passes: float = 0.0
     token_passes: int = 0
     token_passes_is_greedy: int = 0
     lead_stderrs: list[float] = field(default_factory=list, repr=False)
 
-    def add(self, score: QuestionScore, greedy_token_passes: int) -> None:
+    def add(self, score: QuestionScore, tokens: int, greedy_token_passes: int) -> None:
+        """Count a question, whose choices have so many tokens in all."""
         self.choices += len(score.choices)
+        self.tokens += tokens
+        self.passes += sum(choice.num_forward / (choice.num_draws or 1) for choice in score.choices)
+        self.excluded += sum(choice.value == -math.inf for choice in score.choices)
         self.draws += sum(choice.num_draws for choice in score.choices)
         self.summed += sum(choice.num_draws == 0 for choice in score.choices)
         self.token_passes += sum(choice.token_passes for choice in score.choices)
@@ -207,8 +267,14 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         number = len(self.lead_stderrs)
+        of_sampler: dict[str, Any] = {}
+        if self.scoring.law is not None:
+            of_sampler["is_exact"] = self.scoring.law["unit"] is not None
+            of_sampler["passes_per_token"] = self.passes / self.tokens if self.tokens else 0.0
+            of_sampler["choices_never_written"] = self.excluded
         return {
             **self.scoring.describe(),
+            **of_sampler,
             "is_likelihood_or_bound": self.is_likelihood,
             "choices": self.choices,
             "choices_without_draws": self.summed,
@@ -223,6 +289,13 @@ class Report:
     def log(self, max_length: int) -> None:
         """What the likelihoods took; a warning where contexts did not fit."""
         log.info("%s", json.dumps(self.as_dict()))
+        if self.excluded:
+            log.warning(
+                "%d of %d choices have a token that top_p excludes: the sampler never writes them, and their "
+                "log-likelihood is -inf; questions with such choices only are decided by their order.",
+                self.excluded,
+                self.choices,
+            )
         if self.truncated:
             log.warning(
                 "%d of %d contexts lost their oldest tokens to fit into the %d that the model takes.",
