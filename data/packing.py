@@ -265,6 +265,11 @@ class TrainingOrder:
         epoch, position = divmod(number, len(self.blocks))
         return _sample(self.blocks[int(self._permutation(epoch)[position])], number)
 
+    def blocks_read(self, most: int) -> Tensor:
+        """The blocks that the run reads, each once, in the order of the first reading: (n, block_size), n <= most."""
+        count = min(self.num_samples, len(self.blocks), most)
+        return torch.stack([torch.from_numpy(self.blocks[int(place)]) for place in self._permutation(0)[:count]])
+
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
             # Two are kept, since a batch may straddle two epochs.

@@ -11,21 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 
-from prime_v2.code_table_prime_v2 import digits_needed
 from prime_v2.data.docs_corpus import docs_versions
 from prime_v2.data.documents import read_documents
 from prime_v2.data.packing import PackedBlocks, pack_blocks
 from prime_v2.data.sources import change_of, fingerprint_of, is_fingerprint
 from prime_v2.data.splits import deduplicate, split_of
+from prime_v2.data.token_vectors import COST, table_of
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import folder_lock
 from prime_v2.output.seals import Damaged, check_seal, read_json, write_seal, writing
 from prime_v2.tokenization.bpe import train_bpe
 from prime_v2.tokenization.build import build_tokenizer, recode_tokenizer
-from prime_v2.tokenization.codes import SOURCES, codes_from_text, tree_codes
 from prime_v2.tokenization.plain_text import first_loss, plain_ids
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
@@ -34,7 +32,6 @@ WHOLE_TOKENS = "tokenizer_of_whole_tokens"  # folder of the tokenizer before its
 COMPLETE = "complete"  # the seal, written last: without it a folder of prepared text does not count
 SEALED = (WHOLE_TOKENS, "text.json")  # beside the splits
 CODE_OPTIONS = ("base", "num_subtokens", "shuffle_seed", "shuffle_ratio", "shuffle_domain")
-MAX_CODE_BLOCKS = 2**17  # of the training text, so many blocks are read to make codes from it
 # Documents of a stream that are read for the dev and test splits, for each block that is wanted.
 DOCUMENTS_PER_EVAL_BLOCK = 4
 
@@ -82,13 +79,14 @@ def prepare_text(
     folder: Path,
     shared: Path | None = None,
     codes: str = "shuffle",
+    num_samples: int | None = None,
 ) -> tuple[PrimeV2Tokenizer, dict[str, PackedBlocks]]:
     """Tokenizer and packed splits of a run: made by the first process, read by all, not made twice.
 
     code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). folder: the run's own, which keeps
     its tokenizer. shared: folder of the splits, by default the run's own; runs with other digits can share it.
-    codes: "shuffle", or what they are made from: "similarity" or "frequency" in the training text, or an .npy file of
-    vectors (V, K) of the tokens.
+    codes: "shuffle", or what they are made from: "similarity" or "frequency" in the text that the run trains on, or an
+    .npy file of vectors (V, K) of the tokens. num_samples: blocks that the run reads, by default each once.
     Returns the tokenizer and the splits train (not when streaming), dev and test. Text that is there already is read
     against its checksums, and its source against the fingerprint that was taken before it was read. Raises ValueError
     for a bad source, see `read_documents`, `pack_blocks`, for a shared folder that was made of other text, and for
@@ -99,7 +97,7 @@ def prepare_text(
     with PartialState().main_process_first(), writing(f"the prepared text in {shared}"):
         if PartialState().is_main_process:
             _make_or_check(text, shared, splits)
-            _recode_or_check(codes, code_options, folder / "tokenizer", shared)
+            _recode_or_check(codes, code_options, folder / "tokenizer", shared, text.seed, num_samples)
     return PrimeV2Tokenizer.from_pretrained(folder / "tokenizer"), {
         each: PackedBlocks(shared / each) for each in splits
     }
@@ -129,12 +127,19 @@ def _make_or_check(text: TextOptions, shared: Path, splits: tuple[str, ...]) -> 
         )
 
 
-def _recode_or_check(codes: str, code_options: dict[str, Any], folder: Path, shared: Path) -> None:
+def _recode_or_check(
+    codes: str, code_options: dict[str, Any], folder: Path, shared: Path, seed: int, num_samples: int | None
+) -> None:
     if (folder / COMPLETE).exists():
         check_prepared(folder)
         return
     whole = PrimeV2Tokenizer.from_pretrained(shared / WHOLE_TOKENS)
-    recode_tokenizer(whole, **_codes(codes, code_options, whole, shared)).save_pretrained(folder)
+    cost = None
+    if codes != "shuffle":
+        code_options, cost = table_of(codes, code_options, len(whole.code_table), shared / "train", seed, num_samples)
+    recode_tokenizer(whole, **code_options).save_pretrained(folder)
+    if cost is not None:
+        write_json(folder / COST, cost)
     write_seal(folder, COMPLETE)
 
 
@@ -167,34 +172,6 @@ def _description(shared: Path) -> dict[str, Any]:
     except Damaged as error:
         raise _damage_of(shared, error) from None
     return found
-
-
-def _codes(codes: str, code_options: dict[str, Any], tokenizer: PrimeV2Tokenizer, shared: Path) -> dict[str, Any]:
-    """Arguments of `recode_tokenizer`; ValueError for codes that there are not, and a shuffle beside made codes."""
-    if codes == "shuffle":
-        return code_options
-    unused = [name for name in code_options if name.startswith("shuffle")]
-    if unused:
-        raise ValueError(f"--codes {codes} makes the table from text, so {unused[0]} has no effect; leave it out")
-    vocab_size, base = len(tokenizer.code_table), code_options.get("base") or 2
-    num_subtokens = code_options.get("num_subtokens") or digits_needed(vocab_size, base)
-    if codes in SOURCES:
-        train = PackedBlocks(shared / "train")
-        table = codes_from_text(codes, train.first(MAX_CODE_BLOCKS).numpy(), vocab_size, base, num_subtokens)
-    else:
-        table = tree_codes(_vectors(Path(codes), vocab_size), base, num_subtokens)
-    return {"base": base, "codes": table}
-
-
-def _vectors(path: Path, vocab_size: int) -> np.ndarray:
-    if path.suffix != ".npy" or not path.is_file():
-        raise ValueError(f"--codes {path} is neither shuffle, {', '.join(SOURCES)} nor an .npy file; use similarity")
-    vectors = np.load(path, allow_pickle=False)
-    if vectors.ndim != 2 or len(vectors) != vocab_size or not np.isfinite(vectors).all():
-        raise ValueError(
-            f"--codes {path} holds {vectors.shape}, but must hold a finite vector for each of {vocab_size}"
-        )
-    return vectors.astype(np.float64)
 
 
 def _check_same_text(text: TextOptions, shared: Path) -> None:

@@ -11,32 +11,40 @@ import numpy as np
 NUM_CONTEXTS, NUM_DIMENSIONS = 2048, 64  # columns of the co-occurrence matrix a side, width of the vectors
 REFINEMENTS = 20  # most rounds of a split; few are needed
 ROUNDING = 1e-10  # of the longest vector: what is shorter is the rounding of a zero, whose direction means nothing
+ZERO = 1e-6  # of the largest singular value: smaller ones are noise, since Lanczos has squares of them
+MOST_DENSE = 1024  # smaller side up to which a matrix is decomposed whole: exact for low ranks too, the same each time
 SOURCES = ("similarity", "frequency")
 
 
-def codes_from_text(source: str, blocks: np.ndarray, vocab_size: int, base: int, num_subtokens: int) -> np.ndarray:
-    """The table C (V, S) int64 of a `source`: "similarity" of neighbouring tokens, or "frequency".
+def codes_from_text(
+    source: str, blocks: np.ndarray, vocab_size: int, base: int, num_subtokens: int
+) -> tuple[np.ndarray, int]:
+    """The table C (V, S) int64 of a `source`, "similarity" of neighbouring tokens or "frequency", and its FLOPs.
 
     blocks (N, L): token ids of the training text. "frequency": tokens of like frequency share leading digits.
     Raises ValueError for another source and a vocabulary that the codes do not hold.
     """
     if source not in SOURCES:
         raise ValueError(f"codes={source!r} is not one of {', '.join(SOURCES)}")
-    counts = np.bincount(blocks.reshape(-1), minlength=vocab_size)
     if source == "frequency":
-        return tree_codes(np.log1p(counts)[:, None], base, num_subtokens)
-    return tree_codes(neighbour_vectors(blocks, vocab_size), base, num_subtokens)
+        counts = np.bincount(blocks.reshape(-1), minlength=vocab_size)
+        vectors, flops = np.log1p(counts)[:, None], blocks.size
+    else:
+        vectors, flops = neighbour_vectors(blocks, vocab_size)
+    return tree_codes(vectors, base, num_subtokens), flops + tree_flops(vectors.shape, num_subtokens)
 
 
-def neighbour_vectors(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Vectors (V, K) float64 of the tokens from what stands left and right of them in blocks (N, L).
+def neighbour_vectors(blocks: np.ndarray, vocab_size: int, width: int = NUM_DIMENSIONS) -> tuple[np.ndarray, int]:
+    """Vectors (V, K) float64 of the tokens from what stands left and right of them in blocks (N, L), and their FLOPs.
 
-    Positive pointwise mutual information of token and neighbour, the most frequent neighbours of each side, reduced by
-    singular values (Levy and Goldberg, NeurIPS 2014); rows have length 1, or 0 for tokens that do not occur.
+    Positive pointwise mutual information of token and neighbour, the most frequent neighbours of each side, reduced to
+    K <= width singular values (Levy and Goldberg, NeurIPS 2014); rows have length 1, those of absent tokens 0.
+    FLOPs: one for each pair of neighbours, and those of the decomposition. ValueError for blocks of one token.
     """
     from scipy.sparse import coo_matrix, hstack
-    from scipy.sparse.linalg import svds
 
+    if blocks.shape[1] < 2:
+        raise ValueError("blocks of 1 token hold no neighbours that say what it means; use a block_size of at least 2")
     counts = np.bincount(blocks.reshape(-1), minlength=vocab_size)
     contexts = np.argsort(-counts, kind="stable")[: min(NUM_CONTEXTS, vocab_size)]
     column = np.full(vocab_size, -1)
@@ -52,11 +60,43 @@ def neighbour_vectors(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
     rows, columns = np.asarray(joint.sum(1)).ravel(), np.asarray(joint.sum(0)).ravel()
     information = np.log(joint.data * joint.data.sum() / (rows[joint.row] * columns[joint.col]))
     positive = coo_matrix((np.maximum(information, 0.0), (joint.row, joint.col)), shape=joint.shape).tocsr()
-    width = min(NUM_DIMENSIONS, min(positive.shape) - 1)
-    left_vectors, values, _ = svds(positive, k=width, random_state=0)
+    left_vectors, values, flops = _largest_singular(positive, min(width, min(positive.shape) - 1))
     vectors = left_vectors * np.sqrt(values)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > ROUNDING * length.max(), length, np.inf)
+    return vectors / np.where(length > ROUNDING * length.max(), length, np.inf), flops + 2 * blocks.size
+
+
+def _largest_singular(matrix, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The left singular vectors (V, n) of the n <= number largest singular values (n,) above 0, these, and FLOPs."""
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    smaller, larger = sorted(matrix.shape)
+    if smaller <= MOST_DENSE:
+        left, values, _ = np.linalg.svd(matrix.toarray(), full_matrices=False)
+        left, values = left[:, :number], values[:number]
+        flops = 6 * larger * smaller**2 + 20 * smaller**3  # Golub and Van Loan, Matrix Computations, figure 8.6.1
+    else:
+        products = 0
+
+        def times(vector, by):
+            nonlocal products
+            products += 1
+            return by @ vector
+
+        operator = LinearOperator(
+            matrix.shape, lambda vector: times(vector, matrix), lambda vector: times(vector, matrix.T), dtype=float
+        )
+        left, values, _ = svds(operator, k=number, random_state=0)
+        # A step of Lanczos is a product with each side, and makes its vector orthogonal to those that are kept.
+        flops = products * 2 * matrix.nnz + products // 2 * 4 * max(2 * number + 1, 20) * smaller
+    kept = values > ZERO * values.max()
+    return left[:, kept], values[kept], flops
+
+
+def tree_flops(shape: tuple[int, ...], num_subtokens: int) -> int:
+    """At most so many FLOPs has `tree_codes` of vectors (V, K): at each level the covariance and all rounds."""
+    number, width = shape
+    return num_subtokens * number * (2 * width * width + 2 * width * (2 * REFINEMENTS + 1))
 
 
 def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from prime_v2.families import FAMILIES, family_named
 from prime_v2.output.places import check_folder
 from prime_v2.training.finetuning import TRAINING_FIELDS, check_start
+from prime_v2.training.initialisation import check_initialisation
 from prime_v2.training.option_checks import FOLLOWS_EVALUATION, check_values, refused_values
 from prime_v2.training.recipes import CONFIGS, find_recipe, recipe_names
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, nearest
@@ -60,6 +61,10 @@ class RunOptions:
     codes: str = field(
         default="shuffle",
         metadata={"help": "shuffle, or codes made from the training text: similarity, frequency, a .npy of vectors."},
+    )
+    embedding_init: str = field(
+        default="random",
+        metadata={"help": "random, or distributional: embedding and head begin with vectors from the training text."},
     )
     bpe_vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of tokenizer=bpe, EOS included."})
     block_size: int = field(default=1024, metadata={"help": "Tokens per training sequence."})
@@ -266,6 +271,7 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
         problems.append(f"one process sees {training.n_gpu} GPUs; start one for each with accelerate launch")
     problems += refused_values(training)
     problems += check_start(run)
+    problems += check_initialisation(run, model_options)
     problems += _schedule_problems(training)
     if run.record is not None:
         try:

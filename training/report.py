@@ -12,6 +12,7 @@ import torch
 from prime_v2.data.packing import PackedBlocks
 from prime_v2.data.preparation import prepared_source
 from prime_v2.data.supervised import Examples
+from prime_v2.data.token_vectors import costs_in
 from prime_v2.eval.intervals import UPPER_END, plus_minus
 from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.windows import Windows
@@ -251,6 +252,7 @@ def finish(
             "device": training.device.type,
             "objective": getattr(model.config, "objective", None),
             "loss_is_bound": model.loss_is_bound,
+            "made_from_text": costs_in(folder / "data"),
         },
         "options": json.loads((folder / "run.json").read_text(encoding="utf-8")),
         "data": {

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prime_v2.data.packing import StreamedBlocks, TrainingOrder
 from prime_v2.data.preparation import CODE_OPTIONS, TextOptions, documents_by_side, prepare_text
+from prime_v2.data.token_vectors import token_vectors
 from prime_v2.families import family_named
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import FolderLock, folder_lock
@@ -29,6 +30,7 @@ from prime_v2.tokenization.plain_text import plain_ids
 from prime_v2.training.checkpoint_checks import last_whole_checkpoint
 from prime_v2.training.course import RECORD, RUN, Holds, check_folder, course_of
 from prime_v2.training.finetuning import start_from
+from prime_v2.training.initialisation import set_vectors
 from prime_v2.training.options import RunOptions, parse_options
 from prime_v2.training.processes import from_first_process
 from prime_v2.training.report import bytes_held, estimate, finish, print_summary, score_dev
@@ -215,8 +217,15 @@ def _inputs(run: RunOptions, training: TrainingArguments, model_options: dict[st
     shared = None if run.data_dir is None else Path(run.data_dir)
     text = text_options(run, training.seed)
     if run.init_from is None:
-        tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes)
-        return tokenizer, make_model(run, training, model_options, tokenizer), data
+        num_samples = training.max_steps * run.global_batch
+        tokenizer, data = prepare_text(text, code_options, folder / "data", shared, run.codes, num_samples)
+        model = make_model(run, training, model_options, tokenizer)
+        if run.embedding_init == "distributional":
+            config, train = model.config, data["train"].path
+            place = folder / "data" / "vectors"
+            vectors = token_vectors(place, train, config.vocab_size, config.hidden_size, training.seed, num_samples)
+            set_vectors(model, torch.from_numpy(vectors))
+        return tokenizer, model, data
     model, tokenizer, data = start_from(run, training, model_options, text, folder)
     return tokenizer, model, data
 

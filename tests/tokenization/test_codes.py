@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import small_config
-from scipy.sparse.linalg import svds
 
 from prime_v2 import PrimeV2ForMaskedDiffusion
+from prime_v2.tokenization import codes
 from prime_v2.tokenization.codes import codes_from_text, neighbour_vectors, tree_codes
 
 
@@ -50,7 +50,7 @@ def text_of_classes(generator) -> np.ndarray:
 
 def test_tokens_with_the_same_neighbours_share_leading_digits():
     blocks = text_of_classes(np.random.default_rng(2))
-    codes = codes_from_text("similarity", blocks, 32, 2, 5)
+    codes, _ = codes_from_text("similarity", blocks, 32, 2, 5)
     names = codes[:, 0] * 2 + codes[:, 1]
     assert all(len(set(names[8 * each : 8 * each + 8])) == 1 for each in range(4))
 
@@ -59,20 +59,33 @@ def test_a_vector_that_is_zero_but_for_rounding_is_zero(monkeypatch):
     """Some builds of LAPACK give 1e-17 where others give 0; scaled to length 1 it would look like a meaning."""
     blocks = np.random.default_rng(3).integers(0, 6, size=(5, 40))
 
+    decompose = np.linalg.svd
+
     def rounded(*args, **options):
-        left, values, right = svds(*args, **options)
+        left, values, right = decompose(*args, **options)
         return left + 1e-17, values, right
 
-    monkeypatch.setattr("scipy.sparse.linalg.svds", rounded)
-    vectors = neighbour_vectors(blocks, 7)  # token 6 does not occur
+    monkeypatch.setattr(np.linalg, "svd", rounded)
+    vectors, _ = neighbour_vectors(blocks, 7)  # token 6 does not occur
     assert np.array_equal(vectors[6], np.zeros(6))
     np.testing.assert_allclose(np.linalg.norm(vectors[:6], axis=1), 1.0, rtol=1e-12)
+
+
+def test_large_tables_are_decomposed_to_the_same_vectors(monkeypatch):
+    """The products of all pairs by Lanczos and by the whole decomposition; the first counts what it multiplies."""
+    blocks = np.random.default_rng(4).choice(60, size=(40, 60), p=np.arange(1, 61) / 1830)
+    whole, _ = neighbour_vectors(blocks, 60, 8)
+    monkeypatch.setattr(codes, "MOST_DENSE", 10)
+    sparse, flops = neighbour_vectors(blocks, 60, 8)
+    np.testing.assert_allclose(sparse @ sparse.T, whole @ whole.T, atol=1e-6)  # Lanczos works with squares
+    pairs = len(np.unique(np.stack([blocks[:, :-1], blocks[:, 1:]], -1).reshape(-1, 2), axis=0))
+    assert flops >= 2 * blocks.size + 8 * 2 * 2 * 2 * pairs  # a step or more for each vector, both sides' counts
 
 
 def test_neighbour_vectors_are_those_of_the_dense_definition():
     """Up to a rotation: the products of all pairs, from counts by a loop and a dense decomposition."""
     blocks = np.random.default_rng(3).integers(0, 6, size=(5, 40))
-    vectors = neighbour_vectors(blocks, 7)  # token 6 does not occur
+    vectors, _ = neighbour_vectors(blocks, 7)  # token 6 does not occur
     joint = np.zeros((7, 14))
     order = np.argsort(-np.bincount(blocks.reshape(-1), minlength=7), kind="stable")
     for row in blocks:
@@ -92,7 +105,7 @@ def test_neighbour_vectors_are_those_of_the_dense_definition():
 def test_frequency_codes_put_tokens_of_like_frequency_together():
     counts = np.arange(1, 17)
     blocks = np.repeat(np.arange(16), counts)[None]
-    codes = codes_from_text("frequency", blocks, 16, 2, 4)
+    codes, _ = codes_from_text("frequency", blocks, 16, 2, 4)
     first_half = set(np.flatnonzero(codes[:, 0] == codes[0, 0]).tolist())
     assert first_half == set(range(8))
 
@@ -111,6 +124,8 @@ def test_a_model_takes_made_codes_and_keeps_them(tmp_path):
 def test_bad_codes_are_refused():
     with pytest.raises(ValueError, match="codes='colour' is not one of similarity, frequency"):
         codes_from_text("colour", np.zeros((1, 4), dtype=int), 4, 2, 2)
+    with pytest.raises(ValueError, match="use a block_size of at least 2"):
+        codes_from_text("similarity", np.zeros((4, 1), dtype=int), 4, 2, 2)
     with pytest.raises(ValueError, match="5 tokens do not fit in 2 digits of base 2"):
         tree_codes(np.zeros((5, 1)), 2, 2)
     drawn = PrimeV2ForMaskedDiffusion(small_config())
