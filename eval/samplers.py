@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from prime_v2.samplers_prime_v2 import SAMPLERS, SCORES, AncestralSamplerConfig, SamplerConfig
+from prime_v2.samplers_prime_v2 import SAMPLERS, SCORES, AncestralSamplerConfig, SamplerConfig, check_family
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, one_of
 
 NAMES = (*SAMPLERS, *SCORES)
@@ -48,19 +48,10 @@ def named_sampler(name: str | None, model: Any = None, **options: Any) -> Sample
         takes = f"takes {own}" if own else "has no options"
         raise ValueError(f"{option} is an option of the sampler {_owners(option)}, but {name} {takes}; leave it out")
     kind = SAMPLERS["confidence" if name in SCORES else name]
+    config = kind(**given, **({"score": name} if name in SCORES else {}))
     if model is not None:
-        check_family(name, kind.__name__, model)
-    return kind(**given, **({"score": name} if name in SCORES else {}))
-
-
-def check_family(name: str, kind: str, model: Any) -> None:
-    """ValueError unless the model's family has the sampler config named `kind`."""
-    there = getattr(model, "sampler_configs", ())
-    if kind not in there:
-        has = ", ".join(each for each, config in SAMPLERS.items() if config.__name__ in there)
-        raise ValueError(
-            f"{type(model).__name__} has no sampler {name}; " + (f"it has {has}" if has else "leave it out")
-        )
+        check_family(model, config)
+    return config
 
 
 def named_config(model: Any, sampler: str | None = None, **options: Any) -> PrimeV2GenerationConfig:
@@ -94,8 +85,7 @@ def description(model: Any, config: PrimeV2GenerationConfig | None) -> dict[str,
 
 def sampler_name(sampler: SamplerConfig) -> str:
     """The shortest name of a sampler, one of `NAMES`."""
-    name = next(name for name, kind in SAMPLERS.items() if kind.__name__ == type(sampler).__name__)
-    return str(getattr(sampler, "score", name)) if name == "confidence" else name
+    return str(getattr(sampler, "score", "")) if sampler.name == "confidence" else sampler.name
 
 
 def sentence(law: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ _EXPORTS = {
     "AncestralSamplerConfig": "samplers_prime_v2",
     "ConfidenceSamplerConfig": "samplers_prime_v2",
     "EntropyBoundSamplerConfig": "samplers_prime_v2",
+    "PredictorCorrectorSamplerConfig": "samplers_prime_v2",
     "PrimeV2ArmConfig": "configuration_arm_prime_v2",
     "PrimeV2Config": "configuration_prime_v2",
     "PrimeV2ForCausalLM": "modeling_arm_prime_v2",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from prime_v2.samplers_prime_v2 import AncestralSamplerConfig as AncestralSamplerConfig
     from prime_v2.samplers_prime_v2 import ConfidenceSamplerConfig as ConfidenceSamplerConfig
     from prime_v2.samplers_prime_v2 import EntropyBoundSamplerConfig as EntropyBoundSamplerConfig
+    from prime_v2.samplers_prime_v2 import PredictorCorrectorSamplerConfig as PredictorCorrectorSamplerConfig
     from prime_v2.samplers_prime_v2 import RemaskingSamplerConfig as RemaskingSamplerConfig
     from prime_v2.samplers_prime_v2 import ThresholdSamplerConfig as ThresholdSamplerConfig
     from prime_v2.tokenization import PrimeV2Tokenizer as PrimeV2Tokenizer

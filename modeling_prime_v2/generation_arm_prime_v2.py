@@ -1,24 +1,26 @@
 """`generate` of autoregressive models: Transformers' own, after the start token, with draws that a seed fixes."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .backbone_prime_v2 import evaluating
 from .cache_name_prime_v2 import CACHE_NAME, CACHE_NAMES, one_cache
 from .code_table_prime_v2 import check_ids
+from .generation_clock_prime_v2 import NetworkClock
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
-from .generation_process_prime_v2 import num_new_tokens
+from .generation_process_prime_v2 import num_new_tokens, until_eos
+from .generation_start_prime_v2 import with_start, without_start
 from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, propose
 from .likelihood_arm_prime_v2 import next_tokens, start_token_id
+from .samplers_prime_v2 import check_family
 from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 
@@ -43,7 +45,8 @@ class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
         seed: int | None = None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        """Token ids (B, T) of prompt + new, or with return_dict_in_generate Transformers' own output.
+        """Token ids (B, T) of prompt + new, or with return_dict_in_generate Transformers' own output, which then also
+        holds the passes and times of `PrimeV2GenerationOutput`.
 
         input_ids (B, P): prompts without mask tokens, in any form of `token_inputs`. The network is fed the start
             token before a prompt that does not begin with it, as in training, so that samples follow `log_likelihood`
@@ -85,12 +88,16 @@ class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
             options |= lengths_to_feed(sources, prompt.shape[1], added, self.config.max_position_embeddings)
             generation_config, kwargs = _with_options(generation_config, kwargs, options)
             kwargs |= {**without_start(added, **called), "attention_mask": fed_real.long()}
-            output: Any = GenerationMixin.generate(self, fed, generation_config, **kwargs)
+            with NetworkClock(self, bool(_first(sources, "return_dict_in_generate"))) as clock:
+                output: Any = GenerationMixin.generate(self, fed, generation_config, **kwargs)
         new = (output if isinstance(output, Tensor) else output.sequences)[:, fed.shape[1] :]
         sequences = torch.cat([prompt.repeat_interleave(len(new) // len(prompt), dim=0), new], dim=1)
         if isinstance(output, Tensor):
             return sequences
         output.sequences = sequences
+        generated = until_eos(new, special_ids("eos_token_id", _first(sources, "eos_token_id")))
+        for name, value in clock.measured(generated).items():
+            output[name] = value
         return output
 
     def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -129,6 +136,9 @@ def read_options(model: Any, given: dict, generation_config: GenerationConfig | 
     range, and a streamer for several samples.
     """
     config = vars(generation_config or GenerationConfig())
+    for each in (given, config):
+        sampler, block_length, cache = (each.get(name) for name in ("sampler_config", "block_length", "cache"))
+        check_family(model, sampler, block_length, cache)
     options = [*vars(GenerationConfig()), *GenerationConfig._get_default_generation_params(), *METADATA]
     known = [*arguments_of(model.generate), *options, *arguments_of(GenerationMixin.generate), *MODEL_INPUTS]
     given = {name: value for name, value in given.items() if name != "token_type_ids" or value is not None}
@@ -245,48 +255,3 @@ def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | N
         )
     check_ids(ids[real], model.config.vocab_size, "and an autoregressive model fills in no mask tokens")
     return ids.long(), real
-
-
-def with_start(ids: Tensor, real: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Prompts (B, P) with padding before the text and the start token where the text does not begin with it.
-
-    Returns (ids, real), both (B, P + 1), or (B, P) where every text begins with it.
-    """
-    order = real.int().argsort(dim=1, stable=True)
-    ids, real = ids.masked_fill(~real, start).gather(1, order), real.gather(1, order)
-    ids, real = functional.pad(ids, (1, 0), value=start), functional.pad(real, (1, 0), value=False)
-    last_padding = (~real).sum(1, keepdim=True) - 1  # (B, 1), where the start token would stand
-    lacks = ids.gather(1, last_padding + 1) != start if ids.shape[1] > 1 else torch.ones_like(real)
-    real = real.scatter(1, last_padding, lacks)
-    return (ids, real) if lacks.any() else (ids[:, 1:], real[:, 1:])
-
-
-def without_start(added: int, logits_processor: Any, stopping_criteria: Any, streamer: Any) -> dict:
-    """What Transformers calls back, in its lists, given ids (B, T) without their first `added` columns."""
-
-    def hide(call: Callable) -> Callable:
-        return lambda ids, *args, **kwargs: call(ids[:, added:], *args, **kwargs)
-
-    def hide_all(calls: Any) -> list[Callable]:
-        calls = calls if isinstance(calls, (list, tuple)) else [] if calls is None else [calls]
-        return [hide(each) if added else each for each in calls]
-
-    return {
-        "logits_processor": LogitsProcessorList(hide_all(logits_processor)),
-        "stopping_criteria": StoppingCriteriaList(hide_all(stopping_criteria)),
-        "streamer": _StreamerWithoutStart(streamer, added) if added and streamer is not None else streamer,
-    }
-
-
-class _StreamerWithoutStart:
-    """Passes on what `generate` streams, the prompt (B, T) first, without its first `added` columns."""
-
-    def __init__(self, streamer: Any, added: int):
-        self.streamer, self.columns = streamer, slice(added, None)
-
-    def put(self, ids: Tensor) -> None:
-        self.streamer.put(ids if self.columns is None else ids[:, self.columns])
-        self.columns = None
-
-    def end(self) -> None:
-        self.streamer.end()

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .generation_cache_prime_v2 import CACHES
-from .samplers_prime_v2 import ConfidenceSamplerConfig, sampler_from
+from .samplers_prime_v2 import FAMILY_SAMPLERS, ConfidenceSamplerConfig, check_family, sampler_from
 from .validation_config_prime_v2 import read_mapping
 from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
 from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
@@ -183,7 +183,7 @@ class GenerationOptions:
 
     @property
     def sampler_kind(self) -> str:
-        """The process that fills the canvas: "ancestral", "rule" or "remasking"."""
+        """The process that fills the canvas, `kind` of the sampler config."""
         return getattr(self.sampler_config, "kind", "ancestral")
 
 
@@ -228,7 +228,7 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
         given.setdefault("pad_token_id", given["eos_token_id"][0])
     if given.get("do_sample", True) and "seed" not in given:
         given["seed"] = int(torch.randint(2**62, ()))
-    if given.get("do_sample") is False and len(model.sampler_configs) > 1:
+    if given.get("do_sample") is False and "confidence" in FAMILY_SAMPLERS[model.config.model_type].names:
         given.setdefault("sampler_config", ConfidenceSamplerConfig())
     options = GenerationOptions(**given)
     check_sampler(model, options)
@@ -237,20 +237,13 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
 
 def check_sampler(model: Any, options: GenerationOptions) -> None:
     """ValueError for a sampler, unit, block length or cache that the model's family or configuration has not."""
-    config, family, sampler = model.config, type(model).__name__, options.sampler_config
-    name = type(sampler).__name__
-    if sampler is not None and name not in model.sampler_configs:
-        raise ValueError(f"{family} has no {name}; it has {', '.join(model.sampler_configs)}")
-    if len(model.sampler_configs) == 1:
-        for option, idle in (("block_length", None), ("cache", "none")):
-            if getattr(options, option) != idle:
-                raise ValueError(f"{family} generates without blocks and their caches; leave {option} out")
-        return
+    config, sampler, name = model.config, options.sampler_config, type(options.sampler_config).__name__
+    check_family(model, sampler, options.block_length, options.cache)
     if options.sampler_kind != "rule":
-        if not options.do_sample:
-            raise ValueError(
-                f"do_sample=False draws nothing, but {name} reveals at random; use ConfidenceSamplerConfig()"
-            )
+        if not options.do_sample and sampler is not None:
+            has_rules = "confidence" in FAMILY_SAMPLERS[config.model_type].names
+            advice = "use ConfidenceSamplerConfig()" if has_rules else "leave sampler_config out"
+            raise ValueError(f"do_sample=False draws nothing, but {name} draws what a pass changes; {advice}")
         return
     if sampler.unit == "stage" and not config.stage_digits:
         raise ValueError(f"{name}(unit='stage') needs a model of the nested order; use unit='token' or unit='digit'")

@@ -31,8 +31,6 @@ from .validation_inputs_prime_v2 import as_tensor, token_inputs
 class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
     """The `generate` of `PrimeV2ForMaskedDiffusion`, with the names of Transformers' own diffusion language model."""
 
-    sampler_configs: tuple[str, ...] = ("AncestralSamplerConfig",)  # that the family has
-
     @torch.no_grad()
     def generate(
         self: Any,

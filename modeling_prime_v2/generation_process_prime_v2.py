@@ -1,7 +1,7 @@
 """What the processes of `generate` share: the canvas that they fill, passes of the network over it, the result."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -261,10 +261,7 @@ class DenoisingProcess:
     def _kept(self) -> Tensor:
         """Columns that the result keeps (B, T) bool: all but the new tokens after the first EOS."""
         kept = torch.ones_like(self.canvas.real)
-        if self.options.eos_token_id:
-            new = self.canvas.ids[:, self.canvas.new]
-            eos = torch.isin(new, torch.tensor(self.options.eos_token_id, device=new.device)).long()
-            kept[:, self.canvas.new] = eos.cumsum(1) - eos == 0
+        kept[:, self.canvas.new] = until_eos(self.canvas.ids[:, self.canvas.new], self.options.eos_token_id)
         return kept
 
     def _decided(self) -> Tensor:
@@ -294,6 +291,12 @@ class DenoisingProcess:
         return PrimeV2GenerationOutput(
             ids, num_forward, self.seconds["network"], self.seconds["sampling"], per_forward
         )
+
+
+def until_eos(new: Tensor, eos_token_id: Sequence[int]) -> Tensor:
+    """Which of the new tokens (B, N) come before the end of the text or are it, the first EOS token: (B, N) bool."""
+    eos = torch.isin(new, torch.tensor(eos_token_id, dtype=torch.long, device=new.device)).long()
+    return eos.cumsum(1) - eos == 0
 
 
 def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:

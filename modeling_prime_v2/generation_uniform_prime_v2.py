@@ -1,12 +1,5 @@
-"""`generate` of uniform-state diffusion: the ancestral reverse process, and a deterministic decode.
+"""`generate` of uniform-state diffusion: samples (`generation_uniform_process_`), and a deterministic decode."""
 
-N steps lead from uniform noise at t = 1 to t = 0, step m from t = (N - m)/N to s = t - 1/N. Sampling draws every
-token to be generated from q(z_s | z_t, p) (`reverse_step`); the last step, to s = 0, draws it from p(x | z_t), as what
-the bound calls reconstruction does. Every token can change in every step, and again later. The network sees the time,
-so a step that changes nothing needs a pass all the same: each row takes N passes.
-"""
-
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,17 +8,10 @@ from torch import Tensor
 from .diffusion_uniform_prime_v2 import reverse_step
 from .generation_config_prime_v2 import GenerationOptions
 from .generation_prime_v2 import PrimeV2GenerationMixin
-from .generation_process_prime_v2 import (
-    Canvas,
-    DenoisingProcess,
-    DraftStream,
-    content_keys,
-    draw_by_inverse_cdf,
-    make_canvas,
-    row_keys,
-)
+from .generation_process_prime_v2 import Canvas, DraftStream, content_keys, make_canvas
+from .generation_uniform_process_prime_v2 import SampledUniformProcess, UniformProcess, steps_from_noise
 from .greedy_matches_prime_v2 import most_confident
-from .random_prime_v2 import Stream, uniforms
+from .random_prime_v2 import Stream
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
@@ -41,7 +27,7 @@ class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
 
     def denoising_process(self: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         """What `generate` runs."""
-        kind = AncestralUniformProcess if options.do_sample else GreedyUniformProcess
+        kind = SampledUniformProcess if options.do_sample else GreedyUniformProcess
         return kind(self, options, canvas, processors)
 
     def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,72 +39,6 @@ class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
         process.run([], DraftStream(None, process.canvas))
         right = ((process.canvas.ids == ids) | ~hidden).all(1)
         return right, hidden, torch.tensor(process.num_forward)
-
-
-class UniformProcess(DenoisingProcess):
-    """Passes over a canvas of noised tokens; a subclass sets the start and the steps of each row."""
-
-    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
-        self.num_steps: list[int] = []  # N of each row
-        self.times = torch.zeros(0)  # (R,) of the pass
-
-    def start(self, keys: Tensor, stream: int, num_steps: list[int]) -> None:
-        """Fill the tokens to be generated with uniform noise, a function of row keys (B,) and position."""
-        canvas, vocab_size = self.canvas, self.model.config.vocab_size
-        draws = uniforms(keys.unsqueeze(1), stream, canvas.position_ids)
-        noise = (draws * vocab_size).long().clamp(max=vocab_size - 1)
-        canvas.ids = torch.where(canvas.fillable, noise, canvas.ids)
-        self.num_steps, self.passes_left = num_steps, list(num_steps)
-
-    def step_times(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Times t before and s after the next pass of each row, (R,) float64; s = 0 in a row's last pass."""
-        steps = [(self.num_forward[row], self.num_steps[row], self.passes_left[row]) for row in rows]
-        times = [(1 - m / n, 0.0 if left == 1 else 1 - (m + 1) / n) for m, n, left in steps]
-        now, after = torch.tensor(times, dtype=torch.double, device=self.canvas.ids.device).unbind(1)
-        return now, after
-
-    def estimates(self, picked: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One pass over the rows `picked` (R,) at `times` (R,): the estimate p of every token to be generated.
-
-        Yields, in pieces, (numbers within `picked` (M,), columns (M,), p (M, V) float64, which sums to 1).
-        """
-        self.times = times
-        for at, columns, logits in self.scores(picked, self.canvas.fillable[picked]):
-            probabilities = self.probabilities(logits)
-            yield at, columns, probabilities / probabilities.sum(1, keepdim=True)
-
-    def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
-        hidden_states = self.model.model(
-            self.canvas.ids[picked],
-            self.times,
-            attention_mask=self.padding_mask(picked),
-            position_ids=self.canvas.position_ids[picked],
-        ).last_hidden_state
-        return hidden_states[target_mask]
-
-    def _decided(self) -> Tensor:
-        """No row: until its last pass every token can change, EOS included."""
-        return torch.zeros(len(self.canvas.ids), dtype=torch.bool)
-
-
-class AncestralUniformProcess(UniformProcess):
-    """Sampling (`generate`): N = max_denoising_steps passes a row."""
-
-    def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
-        super().__init__(model, options, canvas, processors)
-        self.keys = row_keys(canvas, options.seed)
-        num_steps = [options.max_denoising_steps if any_token else 0 for any_token in canvas.fillable.any(1).tolist()]
-        self.start(self.keys, Stream.UNIFORM_START, num_steps)
-
-    def run_pass(self, rows: list[int]) -> None:
-        canvas, number = self.canvas, self.num_forward[rows[0]]  # the same for all rows that are not done
-        picked, (now, after) = torch.tensor(rows, device=canvas.ids.device), self.step_times(rows)
-        for at, columns, probabilities in self.estimates(picked, now):
-            which = picked[at]
-            weights = reverse_step(probabilities, canvas.ids[which, columns], 1 - now[at], 1 - after[at])
-            draws = uniforms(self.keys[which], Stream.UNIFORM_TOKEN, canvas.position_ids[which, columns], number)
-            canvas.ids[which, columns] = draw_by_inverse_cdf(weights, draws)
 
 
 class GreedyUniformProcess(UniformProcess):
@@ -134,8 +54,8 @@ class GreedyUniformProcess(UniformProcess):
     def __init__(self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any):
         super().__init__(model, options, canvas, processors)
         self.num_tokens = canvas.fillable.sum(1).tolist()
-        num_steps = [min(options.max_denoising_steps, count) for count in self.num_tokens]
-        self.start(content_keys(canvas), Stream.GREEDY_START, num_steps)
+        plans = [steps_from_noise(min(options.max_denoising_steps, count)) for count in self.num_tokens]
+        self.start(content_keys(canvas), Stream.GREEDY_START, plans)
         self.noise = canvas.ids.clone()
 
     def run_pass(self, rows: list[int]) -> None:
@@ -143,7 +63,7 @@ class GreedyUniformProcess(UniformProcess):
         picked, (now, _) = torch.tensor(rows, device=device), self.step_times(rows)
         proposed = canvas.ids[picked]
         confidence = torch.full(proposed.shape, -1.0, dtype=torch.double, device=device)
-        for at, columns, probabilities in self.estimates(picked, now):
+        for at, columns, probabilities in self.estimates(picked, now, canvas.fillable[picked]):
             own = canvas.ids[picked[at], columns]
             posterior = reverse_step(probabilities, own, 1 - now[at], torch.ones_like(now[at]))
             best = (posterior / posterior.sum(1, keepdim=True)).max(1)
@@ -156,4 +76,4 @@ class GreedyUniformProcess(UniformProcess):
         num_tokens = self.num_tokens[row]
         if self.passes_left[row] == 1:
             return num_tokens
-        return num_tokens * (self.num_forward[row] + 1) // self.num_steps[row]
+        return num_tokens * (self.num_forward[row] + 1) // len(self.plans[row])

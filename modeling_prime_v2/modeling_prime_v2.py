@@ -20,7 +20,6 @@ from .likelihood_prime_v2 import PrimeV2Likelihood
 from .likelihood_sampler_prime_v2 import sampler_log_likelihood
 from .linear_prime_v2 import HeadCall, head_of
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
-from .samplers_prime_v2 import SAMPLERS
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import as_tensor, check_length, scoring_inputs, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords
@@ -95,7 +94,6 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         "fixed by the code table, which gives each token its digits; build a tokenizer and a model with the "
         "vocabulary that you need (prime_v2.tokenization.build_tokenizer)"
     )
-    sampler_configs = tuple(each.__name__ for each in SAMPLERS.values())
 
     def __init__(self, config: PrimeV2Config):
         super().__init__(config)

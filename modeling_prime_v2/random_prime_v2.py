@@ -53,13 +53,14 @@ class Stream(IntEnum):
     # Analysis: noise of a window.
     ANALYSIS = 61
     # Uniform-state diffusion: when a token is replaced, by what, further lots of draws; sampling: start, tokens, start
-    # of the deterministic decode.
+    # of the deterministic decode, tokens of a corrector step.
     REPLACED_AT = 81
     REPLACED_BY = 82
     UNIFORM_ROUND = 83
     UNIFORM_START = 85
     UNIFORM_TOKEN = 86
     GREEDY_START = 87
+    CORRECTED = 88
     # Interpolating diffusion: order of the tokens, further lots of draws; sampling: which tokens come first, their
     # order within a step, tokens.
     INTERPOLATING_ORDER = 91

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .validation_inputs_prime_v2 import whole_number
 from .validation_keywords_prime_v2 import did_you_mean, shown
 
 UNITS = ("token", "digit", "stage")
@@ -27,10 +28,15 @@ SCORES = ("probability", "margin", "entropy")
 class SamplerConfig:
     """What all sampler configs share: they are written to generation_config.json with their class in `_cls_name`.
 
-    kind: the process that it belongs to, "ancestral", "rule" or "remasking".
+    kind: the process that it belongs to, "ancestral", "rule", "remasking" or "predictor-corrector".
     """
 
     kind: ClassVar[str] = "ancestral"
+
+    @property
+    def name(self) -> str:
+        """Its name in `SAMPLERS`."""
+        return next(name for name, each in SAMPLERS.items() if each.__name__ == type(self).__name__)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and `_cls_name`, as Transformers writes those of its own diffusion model."""
@@ -153,11 +159,39 @@ class RemaskingSamplerConfig(SamplerConfig):
     def __post_init__(self):
         if not _is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"RemaskingSamplerConfig: eta={shown(self.eta)} is outside [0, 1]; use 0.02")
-        if not all(map(_is_number, (self.t_on, self.t_off))) or not 0 <= self.t_off < self.t_on <= 1:
-            raise ValueError(
-                f"RemaskingSamplerConfig: t_on={shown(self.t_on)} and t_off={shown(self.t_off)} must be "
-                f"0 <= t_off < t_on <= 1; use 0.55 and 0.05"
-            )
+        _check_window(self, "0.55 and 0.05")
+
+
+@dataclass(frozen=True)
+class PredictorCorrectorSamplerConfig(SamplerConfig):
+    """The reverse process of uniform-state diffusion with corrector steps: `generation_uniform_process_prime_v2`.
+
+    corrector_steps: how many follow a predictor step, at its time, at least 1. corrector_share: share of the tokens
+        that each of them redraws, in (0, 1]; at least one token, which is an exact Gibbs step. t_on, t_off: they
+        follow steps to times t with t_off < t <= t_on, 0 <= t_off < t_on <= 1; t falls from 1 to 0.
+    """
+
+    kind: ClassVar[str] = "predictor-corrector"
+    corrector_steps: int = 1
+    corrector_share: float = 0.1
+    t_on: float = 0.2
+    t_off: float = 0.0
+
+    def __post_init__(self):
+        name, share = type(self).__name__, self.corrector_share
+        whole_number(f"{name}: corrector_steps", self.corrector_steps, 1)
+        if not _is_number(share) or not 0 < share <= 1:
+            raise ValueError(f"{name}: corrector_share={shown(share)} is outside (0, 1]; use 0.1")
+        _check_window(self, "0.2 and 0.0")
+
+
+def _check_window(sampler: Any, use: str) -> None:
+    t_on, t_off = sampler.t_on, sampler.t_off
+    if not all(map(_is_number, (t_on, t_off))) or not 0 <= t_off < t_on <= 1:
+        raise ValueError(
+            f"{type(sampler).__name__}: t_on={shown(t_on)} and t_off={shown(t_off)} must be 0 <= t_off < t_on <= 1; "
+            f"use {use}"
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -170,7 +204,55 @@ SAMPLERS = {
     "threshold": ThresholdSamplerConfig,
     "entropy-bound": EntropyBoundSamplerConfig,
     "remasking": RemaskingSamplerConfig,
+    "predictor-corrector": PredictorCorrectorSamplerConfig,
 }
+
+
+@dataclass(frozen=True)
+class FamilySamplers:
+    """The samplers of a family, and why it has no others.
+
+    names: of `SAMPLERS`; blocks: whether they take block_length and cache; reason: why there is nothing else.
+    """
+
+    names: tuple[str, ...]
+    blocks: bool
+    reason: str
+
+
+# By the model_type of the configuration.
+FAMILY_SAMPLERS = {
+    "prime_v2": FamilySamplers(
+        ("ancestral", "confidence", "threshold", "entropy-bound", "remasking"),
+        True,
+        "a token is hidden or final, and final ones are drawn again by remasking only",
+    ),
+    "prime_v2_uniform": FamilySamplers(
+        ("ancestral", "predictor-corrector"),
+        False,
+        "no token is hidden, to be revealed by a rule or in blocks: all are noised alike until the last pass",
+    ),
+    "prime_v2_interpolating": FamilySamplers(
+        ("ancestral",), False, "the order of its tokens is drawn before the first pass, for an exact cache (use_cache)"
+    ),
+    "prime_v2_arm": FamilySamplers(
+        (), False, "it writes from left to right with an exact cache (use_cache), by temperature, top_p and top_k"
+    ),
+}
+
+
+def check_family(model: Any, sampler: Any = None, block_length: int | None = None, cache: Any = None) -> None:
+    """ValueError for a sampler config, a block length or a kind of cache, a string, that the family has not."""
+    family, has = type(model).__name__, FAMILY_SAMPLERS[model.config.model_type]
+    names = ", ".join(f"{SAMPLERS[name].__name__} ({name})" for name in has.names)
+    it_has = f"; it has {names}" if names else "; leave sampler_config out"
+    if sampler is not None and sampler_from(sampler).name not in has.names:
+        raise ValueError(f"{family} has no {type(sampler_from(sampler)).__name__}: {has.reason}{it_has}")
+    if has.blocks:
+        return
+    for option, value in (("block_length", block_length), ("cache", cache if isinstance(cache, str) else None)):
+        if value not in (None, "none"):
+            raise ValueError(f"{option}={shown(value)} is not for {family}: {has.reason}; leave {option} out")
 
 
 def sampler_from(value: Any) -> SamplerConfig | None:
