@@ -15,6 +15,8 @@ from prime_v2.commands.options import (
     NEW_FILE,
     BlockLength,
     CacheKind,
+    CorrectorShare,
+    CorrectorSteps,
     Device,
     Dtype,
     EntropyBound,
@@ -61,6 +63,8 @@ def generate(
     score: Score = None,
     threshold: Threshold = None,
     entropy_bound: EntropyBound = None,
+    corrector_steps: CorrectorSteps = None,
+    corrector_share: CorrectorShare = None,
     block_length: BlockLength = None,
     cache: CacheKind = None,
     num_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, metavar="N", help="Samples to draw.")] = 1,
@@ -102,6 +106,7 @@ def generate(
         "do_sample": None if greedy is None else not greedy,
     }
     of_sampler = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
+    of_sampler |= {"corrector_steps": corrector_steps, "corrector_share": corrector_share}
     named |= {"block_length": block_length, "cache": cache}
     if (rule := named_sampler(sampler, network, **of_sampler)) is not None:
         named["sampler_config"] = rule.to_dict()
@@ -193,8 +198,6 @@ def _as_json(texts: list[str], completions: list[str], output: Any) -> dict[str,
     samples: list[dict[str, Any]] = [
         {"text": text, "completion": completion} for text, completion in zip(texts, completions, strict=True)
     ]
-    if not hasattr(output, "num_forward"):  # Transformers' own output, of an ARM: a pass a token
-        return {"samples": samples}
     for sample, passes in zip(samples, output.num_forward.tolist(), strict=True):
         sample["num_forward"] = passes
     return {

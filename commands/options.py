@@ -66,7 +66,7 @@ Sampler = Annotated[
     typer.Option(
         metavar="NAME",
         help="What a pass reveals: ancestral (random times), probability, margin or entropy (the surest units), "
-        "threshold, entropy-bound or remasking.",
+        "threshold, entropy-bound or remasking; of uniform-state models ancestral or predictor-corrector.",
         show_default="the model's own",
     ),
 ]
@@ -92,6 +92,14 @@ Threshold = Annotated[
 ]
 EntropyBound = Annotated[
     float | None, typer.Option(metavar="X", help="Of entropy-bound: nats of uncertainty a pass may reveal.")
+]
+CorrectorSteps = Annotated[
+    int | None,
+    typer.Option(min=1, max=MANY, metavar="N", help="Of predictor-corrector: corrector steps after a predictor step."),
+]
+CorrectorShare = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Of predictor-corrector: share of the tokens that one redraws, in (0, 1]."),
 ]
 BlockLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Fill blocks of N tokens from left to right.")

@@ -243,7 +243,7 @@ def check_sampler(model: Any, options: GenerationOptions) -> None:
         if not options.do_sample and sampler is not None:
             has_rules = "confidence" in FAMILY_SAMPLERS[config.model_type].names
             advice = "use ConfidenceSamplerConfig()" if has_rules else "leave sampler_config out"
-            raise ValueError(f"do_sample=False draws nothing, but {name} draws what a pass changes; {advice}")
+            raise ValueError(f"do_sample=False draws nothing, but {name} acts at random; {advice}")
         return
     if sampler.unit == "stage" and not config.stage_digits:
         raise ValueError(f"{name}(unit='stage') needs a model of the nested order; use unit='token' or unit='digit'")

@@ -171,6 +171,8 @@ def test_a_model_that_writes_left_to_right_has_no_picture(tmp_path):
     tokenizer.save_pretrained(folder)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     PrimeV2ForCausalLM(PrimeV2ArmConfig(vocab_size=280, eos_token_id=0, **shape)).save_pretrained(folder)
+    found = json.loads(run("generate", folder, "--prompt", "the", "--max-new-tokens", 4, "--json").stdout)
+    assert 1 <= found["samples"][0]["num_forward"] <= 4 and found["network_seconds"] > 0
     sentence = refused("generate", folder, "--prompt", "the", "--picture", tmp_path / "arm.svg")
     assert sentence.startswith("--picture shows hidden tokens as they become known, but this model writes from left")
 
@@ -199,7 +201,7 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
         (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
         (["--sampler", "confidence", "--unit", "stage"], "needs a model of the nested order"),
         (["--cache", "most"], "is not one of none, prefix, dual"),
-        (["--sampler", "remasking", "--greedy"], "reveals at random; use ConfidenceSamplerConfig()"),
+        (["--sampler", "remasking", "--greedy"], "acts at random; use ConfidenceSamplerConfig()"),
     ],
 )
 def test_a_sampler_or_option_that_cannot_be_is_refused(model_dir, given, sentence):

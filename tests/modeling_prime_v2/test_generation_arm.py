@@ -167,6 +167,18 @@ def test_several_sequences_a_prompt_and_transformers_own_output(model):
     assert torch.equal(plain, out.sequences)
 
 
+def test_the_dict_output_counts_the_passes_until_eos_and_their_time(model, monkeypatch):
+    calls, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    options = {"seed": 0, "max_new_tokens": 9, "eos_token_id": [5, 6], "return_dict_in_generate": True}
+    out = model.generate(some_ids(20, 3), **options)
+    ends = [next((i + 1 for i, each in enumerate(row) if each in (5, 6)), 9) for row in out.sequences[:, 3:].tolist()]
+    assert min(ends) < 9 and out.num_forward.tolist() == ends and len(calls) == max(ends)
+    assert out.tokens_per_forward.tolist() == [1.0] * 20
+    assert out.network_seconds > 0 and out.sampling_seconds > 0
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
 def test_a_given_cache_or_vectors_are_passed_on_as_they_are(model):
     ids, cache = some_ids(2), DynamicCache(config=model.config)
     model(ids[:, :5], past_key_values=cache)
