@@ -14,7 +14,8 @@ class NetworkClock:
     """
 
     def __init__(self, model: Any, wanted: bool):
-        self.model, self.wanted, self.hooks = model, wanted, []
+        self.model, self.wanted = model, wanted
+        self.hooks: list[Any] = []
         self.calls, self.network, self.total = 0, 0.0, 0.0
 
     def __enter__(self) -> "NetworkClock":
