@@ -79,6 +79,22 @@ def generate(
             callback=NEW_FILE,
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write how the text denoised, with what the network predicted, as an HTML page that needs nothing "
+            "else (one sample). FILE must be new.",
+            callback=NEW_FILE,
+        ),
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,OPTION=VALUE]",
+            help="On the page, also what this sampler writes with the same seed, e.g. margin,unit=digit,steps=16.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -87,11 +103,14 @@ def generate(
 
     Options left out take the values of its generation_config.json.
     """
-    for option, is_given in (("--watch", watch), ("--picture", picture is not None)):
+    for option, is_given in (("--watch", watch), ("--picture", picture is not None), ("--page", page is not None)):
         if is_given and num_samples > 1:
             raise ValueError(f"{option} shows one sample, not --num-samples {num_samples}; leave one of the two out")
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
+    if beside is not None and page is None:
+        raise ValueError(f"--beside {beside} is shown on a page; add --page FILE, or leave --beside out")
+    from prime_v2.commands.page import beside_options, page_of, sampler_label
     from prime_v2.eval.loading import load_model_and_tokenizer
     from prime_v2.eval.samplers import named_sampler
 
@@ -121,8 +140,15 @@ def generate(
         call["suffix_ids"] = suffix_ids
     if picture is not None:
         check_drawable(network)
+    calls = [call]
+    if beside is not None:
+        calls.append(call | beside_options(beside, network))
+    kept = None if picture is None and page is None else Trace(takes_logits=page is not None)
     try:
-        output, trace = _generated(network, tokenizer, input_ids, call, watch, traced=picture is not None)
+        output, trace = _generated(network, tokenizer, input_ids, call, watch, kept)
+        traces = [trace]
+        for other in calls[1:]:
+            traces.append(_generated(network, tokenizer, input_ids, other, False, Trace(takes_logits=True))[1])
     except ValueError as error:
         sentence = str(error).replace("do_sample=False", "--greedy").replace("do_sample=True", "--sample")
         raise ValueError(sentence) from error
@@ -136,6 +162,12 @@ def generate(
         _print_texts(texts, options)
     if picture is not None:
         write_text(picture, picture_of(trace, network, tokenizer))
+    if page is not None:
+        labels = [sampler_label(network, each) for each in calls]
+        if len(set(labels)) < len(labels):
+            labels[1] += " again"
+        shown = {"prompt": prompt, "suffix": suffix, "seed": options.get("seed")}
+        write_text(page, page_of(dict(zip(labels, traces, strict=True)), network, tokenizer, model, shown))
 
 
 def _print_texts(texts: list[str], options: dict[str, Any]) -> None:
@@ -146,24 +178,24 @@ def _print_texts(texts: list[str], options: dict[str, Any]) -> None:
 
 
 def _generated(
-    model: Any, tokenizer: Any, input_ids: "Tensor", call: dict[str, Any], watch: bool, traced: bool
+    model: Any, tokenizer: Any, input_ids: "Tensor", call: dict[str, Any], watch: bool, trace: Trace | None
 ) -> tuple[Any, Trace]:
     """(What `model.generate` returns, its trace), with the text shown as it denoises or a bar of the passes.
 
-    The trace is empty without `watch` and `traced`, and of a causal model.
+    trace: one to fill, or None; then the trace is empty unless the text is shown.
     """
     if watch and sys.stdout.isatty():
         view = DraftView(tokenizer, hidden_digit(model))
+        view.takes_logits = trace is not None and trace.takes_logits
         try:
             return model.generate(input_ids, streamer=view, **call), view
         finally:
             view.end()
     # The most passes of the network, where the options say so; an ARM makes one a token.
     most = call.get("max_denoising_steps", getattr(model.generation_config, "max_denoising_steps", None))
-    trace = Trace()
     with progress_bar("passes of the network") as show:
-        tick, streamer = _Tick(show, most), trace if traced else None
-        return model.generate(input_ids, stopping_criteria=[tick], streamer=streamer, **call), trace
+        tick = _Tick(show, most)
+        return model.generate(input_ids, stopping_criteria=[tick], streamer=trace, **call), trace or Trace()
 
 
 def _ids(tokenizer: Any, text: str) -> "Tensor | None":

@@ -18,6 +18,7 @@ from .generation_clock_prime_v2 import NetworkClock
 from .generation_config_prime_v2 import FLAGS, METADATA, SPECIAL_TOKENS, PrimeV2GenerationConfig, special_ids
 from .generation_process_prime_v2 import num_new_tokens, until_eos
 from .generation_start_prime_v2 import with_start, without_start
+from .generation_states_prime_v2 import StatesOfStreamer, states_to_streamer
 from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, propose
 from .likelihood_arm_prime_v2 import next_tokens, start_token_id
 from .samplers_prime_v2 import check_family
@@ -57,6 +58,8 @@ class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
             prompt too. Past the first EOS there is padding.
         do_sample: by default True, and top_k=0: draws from the model itself. False: the most probable token each time.
         num_return_sequences: samples of each row, which follow one another, (B n, T) in all.
+        streamer: as in Transformers; put_states and put_logits are called as of the other families, where a token that
+            is not written yet has the id V.
         seed: of all draws of this call, which then leave torch's generators as they were; None draws from those.
         suffix_ids, max_denoising_steps: of other families, refused.
         With a cache (`cache`, or by its older name `past_key_values`) or inputs_embeds all is passed on as it is,
@@ -87,6 +90,11 @@ class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
             added = fed.shape[1] - prompt.shape[1]
             options |= lengths_to_feed(sources, prompt.shape[1], added, self.config.max_position_embeddings)
             generation_config, kwargs = _with_options(generation_config, kwargs, options)
+            if hasattr(streamer, "put_states"):
+                width = prompt.shape[1] + options["max_new_tokens"]
+                called |= states_to_streamer(
+                    logits_processor, StatesOfStreamer(streamer, width, self.config.vocab_size)
+                )
             kwargs |= {**without_start(added, **called), "attention_mask": fed_real.long()}
             with NetworkClock(self, bool(_first(sources, "return_dict_in_generate"))) as clock:
                 output: Any = GenerationMixin.generate(self, fed, generation_config, **kwargs)

@@ -34,6 +34,10 @@ class MaskedProcess(DenoisingProcess):
             target_mask=target_mask,
         ).last_hidden_state
 
+    def shown(self, picked: Tensor) -> Tensor:
+        """All hidden tokens, unless a cache runs the network on those of a block only."""
+        return self.hidden()[picked] if self.cached is None else super().shown(picked)
+
     def digits(self) -> Tensor:
         return self.states if self.states.shape[2] > 1 else super().digits()
 

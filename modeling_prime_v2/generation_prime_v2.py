@@ -62,7 +62,10 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
         streamer: gets put(ids before the first generated token), put_draft(the rest, mask_token_id where not fully
             known) after each pass if it has that method, put(the rest), end(). One sequence only. If it has the method
             put_states, also put_states(ids (1, T), digits (1, T, S), base where hidden) of the whole sequence without
-            padding, before the first pass and after each.
+            padding, before the first pass and after each. Where its attribute takes_logits is true, each pass also
+            calls put_logits(places (M,) in that sequence, logits (M, V) after carry-over, before temperature and
+            top_p) before put_states, in pieces: of what the pass scores and, of masked diffusion without a cache, of
+            all hidden tokens.
 
         New tokens after the first EOS become padding; a sequence stops when nothing that is kept can still change.
         A draw is a function of seed, step, position, the row's ids and how many equal rows precede it, and with

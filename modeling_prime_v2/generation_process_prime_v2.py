@@ -161,10 +161,12 @@ class DenoisingProcess:
         self.num_forward = [0] * len(canvas.ids)
         self.passes_left = [0] * len(canvas.ids)
         self.seconds, self._last = {"network": 0.0, "sampling": 0.0}, time.perf_counter()
+        self.stream = DraftStream(None, canvas)
 
     def run(self, criteria: Any, stream: "DraftStream") -> None:
         """Pass after pass over the rows that have one left, until none has."""
         criteria = StoppingCriteriaList(criteria if isinstance(criteria, (list, tuple)) else [criteria])
+        self.stream = stream
         stream.start(self.canvas.ids, self.digits())
         while rows := [row for row, passes in enumerate(self.passes_left) if passes > 0]:
             self.run_pass(rows)
@@ -207,27 +209,42 @@ class DenoisingProcess:
         for part, logits in self.pieces(self.timed_pass(picked, target_mask), picked[at], columns):
             yield at[part], columns[part], logits
 
-    def timed_pass(self, picked: Tensor, target_mask: Tensor) -> Tensor:
-        """`hidden_states`, its time taken."""
-        self._last = time.perf_counter()
-        hidden_states = self.hidden_states(picked, target_mask)
-        self._tick("network")
-        return hidden_states
+    def shown(self, picked: Tensor) -> Tensor:
+        """Tokens (R, T) bool whose logits a streamer gets beside those that the pass decides on; by default none."""
+        return torch.zeros_like(self.canvas.real[picked])
 
-    def pieces(self, hidden_states: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def timed_pass(self, picked: Tensor, target_mask: Tensor) -> Tensor:
+        """`hidden_states`, its time taken; a streamer that takes logits gets those of `shown`, of the same pass."""
+        seen = target_mask | self.shown(picked) if self.stream.takes_logits else target_mask
+        self._last = time.perf_counter()
+        hidden_states = self.hidden_states(picked, seen)
+        self._tick("network")
+        if not self.stream.takes_logits:
+            return hidden_states
+        at, columns = seen.nonzero(as_tuple=True)
+        wanted = target_mask[at, columns]
+        for _ in self.pieces(hidden_states[~wanted], picked[at[~wanted]], columns[~wanted], processed=False):
+            pass  # `pieces` gives them to the streamer
+        return hidden_states[wanted]
+
+    def pieces(
+        self, hidden_states: Tensor, rows: Tensor, columns: Tensor, processed: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Logits at rows and columns (M,) from their hidden states (M, D), in pieces that fit in memory.
 
-        Yields (which of the M, logits (m, V) after the logits processors).
+        Yields (which of the M, logits (m, V) after the logits processors, if `processed`).
         """
         context = None
-        if self.processors:
+        if self.processors and processed:
             picked, index = rows.unique(return_inverse=True)
             context = self._known_ids(picked)[index]
         chunk = max(1, DRAW_ELEMENTS // self.model.config.vocab_size)
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             given = None if context is None else context[part]
-            yield part, self.logits(hidden_states[part], rows[part], columns[part], given)
+            logits = self.logits(hidden_states[part], rows[part], columns[part], given)
+            self.stream.logits(columns[part], logits)
+            yield part, logits
             self._tick("sampling")
 
     def hidden_states(self, picked: Tensor, target_mask: Tensor) -> Tensor:
@@ -386,6 +403,7 @@ class DraftStream:
 
     def __init__(self, streamer: Any, canvas: Canvas):
         self.streamer = streamer
+        self.takes_logits = bool(getattr(streamer, "takes_logits", False))
         if streamer is not None:
             first = int(canvas.fillable[0].int().argmax())
             columns = canvas.real[0].nonzero().squeeze(1)
@@ -395,6 +413,11 @@ class DraftStream:
         if self.streamer is not None:
             self.streamer.put(ids[:, self.before].cpu())
             self._put_states(ids, digits)
+
+    def logits(self, columns: Tensor, logits: Tensor) -> None:
+        """Logits (M, V) that a pass gave the tokens at columns (M,)."""
+        if self.takes_logits:
+            self.streamer.put_logits(torch.searchsorted(self.columns, columns), logits)
 
     def draft(self, ids: Tensor, digits: Tensor) -> None:
         self._put_states(ids, digits)

@@ -63,7 +63,7 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
     text of one that is: bold where the token is given, on colour in the first row that knows it. Tokens that are
     known and not final, as uniform-state diffusion has them, are grey. Padding after the end is left out.
     """
-    kept = [i for i, final in enumerate(trace.result) if trace.steps and trace.steps[-1].ids[i] == final]
+    kept = trace.kept()
     if not kept:
         raise ValueError("the trace holds no token to draw; generate one token or more")
     texts = {each: shown(text_of(each)) for step in trace.steps for each in step.ids if each != mask_id}
@@ -71,22 +71,22 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
     num_digits = len(trace.steps[0].digits[0])
     columns = place_columns(kept, [texts[trace.result[i]] for i in kept], raw, num_digits, base)
     row_height = (columns[-1].line + 1) * (CELL + LINE_GAP) - LINE_GAP + ROW_GAP
-    word = "known" if hides_by_mask(trace, mask_id) else "final"
-    numbers = drawn_passes(len(trace.steps) - 1)
+    word = "known" if trace.hides_by_mask(mask_id) else "final"
+    generated, numbers = trace.generated(mask_id), drawn_passes(len(trace.steps) - 1)
     height = 2 * MARGIN + len(numbers) * row_height + CELL
     width = max(LEAST_WIDTH, *(column.left + column.width + MARGIN for column in columns))
     body, before = [], None
     for place, number in enumerate(numbers):
         top = MARGIN + place * row_height
         row = Row(trace, columns, texts, base, mask_id, top)
-        share = row.share_known(trace.steps[number])
+        share = trace.share_known(trace.steps[number], generated, base, mask_id)
         body.append(label(top, f"pass {number}", f"{share:.0%} {word}"))
         body.append(row.draw(trace.steps[number], before))
         if place:
             y = top - ROW_GAP / 2
             body.append(f'<path class="rule" d="M{MARGIN:g} {y:g}H{width - MARGIN:.5g}"/>')
         before = trace.steps[number]
-    if hides_by_mask(trace, mask_id):
+    if trace.hides_by_mask(mask_id):
         cell = ("d", "01·", "digits of a token, dots where hidden") if num_digits > 1 else ("d", "", "hidden token")
     else:
         cell = ("c", "text", "token that is not final")
@@ -100,11 +100,6 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
         + "\n".join(body)
         + "\n</svg>\n"
     )
-
-
-def hides_by_mask(trace: Trace, mask_id: int) -> bool:
-    """Whether hidden tokens are masked; those of uniform-state diffusion hold other tokens instead."""
-    return mask_id in trace.steps[0].ids
 
 
 def drawn_passes(last: int) -> list[int]:
@@ -142,21 +137,6 @@ class Row:
     mask_id: int
     top: float
 
-    def is_given(self, index: int) -> bool:
-        """Whether a token was known before the first pass: one of the prompt or of the suffix."""
-        first = self.trace.steps[0].ids[index]
-        return index < self.trace.num_given or (hides_by_mask(self.trace, self.mask_id) and first != self.mask_id)
-
-    def share_known(self, step: TraceStep) -> float:
-        """The share of the digits of the generated tokens that are known in a state, and final."""
-        shares = []
-        for column in self.columns:
-            i, known = column.index, self.trace.result[column.index]
-            if not self.is_given(i):
-                hidden = step.digits[i].count(self.base) / len(step.digits[i]) if step.ids[i] == self.mask_id else 0.0
-                shares.append(1 - hidden if step.ids[i] in (self.mask_id, known) else 0.0)
-        return sum(shares) / len(shares) if shares else 1.0
-
     def draw(self, step: TraceStep, before: TraceStep | None) -> str:
         """The cells of a state; `before` is the state of the row above."""
         cells, new, dots, texts = [], [], [], []
@@ -170,7 +150,7 @@ class Row:
                     texts.append(visible)
                     dots.append(hidden)
                 continue
-            if self.is_given(i):
+            if self.trace.is_given(i, self.mask_id):
                 kind = "g"
             elif step.ids[i] != self.trace.result[i]:
                 kind = "c"

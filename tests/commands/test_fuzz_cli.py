@@ -45,6 +45,8 @@ COMMANDS: dict[str, tuple[list[list[str]], dict[str, list[str]]]] = {
             "--greedy": FLAG,
             "--sample": FLAG,
             "--watch": FLAG,
+            "--page": ["OUT", "OUT", "TEXT", "", ".", "NOTHING/deep.html"],
+            "--beside": ["ancestral", "margin,unit=digit,steps=2", "margin,steps", "x", "", "threshold,threshold=nan"],
             **DEVICE,
         },
     ),

@@ -8,7 +8,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from prime_v2.generation_config_prime_v2 import merge_options
 from prime_v2.generation_interpolating_prime_v2 import InterpolatingProcess
-from prime_v2.generation_process_prime_v2 import make_canvas
+from prime_v2.generation_process_prime_v2 import DraftStream, make_canvas
 
 MASK = 11  # of the networks here that do not say otherwise
 
@@ -37,10 +37,6 @@ class _Recorded(InterpolatingProcess):
         return order_ids, layers
 
 
-class _NoStream:
-    start = draft = finish = lambda self, *_: None
-
-
 @pytest.mark.parametrize("fields", [{}, {"alpha_0": 1.0}, {"num_key_value_heads": 1, "qk_norm": True}], ids=str)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
@@ -57,7 +53,7 @@ def test_the_cache_changes_no_logit_and_no_sample(fields, implementation):
         canvas = make_canvas(model, ids, mask, some_ids(5, 2, seed=2), options)
         process = _Recorded(model, options, canvas, [])
         with torch.no_grad():
-            process.run([], _NoStream())
+            process.run([], DraftStream(None, process.canvas))
         found.append((process.seen, process.result()[0], process.num_forward, process.stored))
     (cached, ids_cached, passes, stored), (plain, ids_plain, plain_passes, _) = found
     assert len(cached) == len(plain) >= 5 and len(set(passes)) > 1 and passes == plain_passes
