@@ -19,6 +19,7 @@ from prime_v2.commands.entropy import entropy
 from prime_v2.commands.eval import evaluate
 from prime_v2.commands.generate import generate
 from prime_v2.commands.ppl import ppl
+from prime_v2.commands.quality import quality
 from prime_v2.commands.scaling import scaling_app
 from prime_v2.commands.tasks import tasks
 
@@ -36,6 +37,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Show the versio
 
 app.command(cls=Command)(generate)
 app.command(cls=Command)(ppl)
+app.command(cls=Command)(quality)
 app.command(cls=Command)(entropy)
 # Options of other programs pass through, lm-eval's -h among them.
 PASS_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}

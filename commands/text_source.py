@@ -34,7 +34,7 @@ class TextSource:
         if self.split is not None and not is_hub:
             if self.split not in SIDES:
                 raise ValueError(f"--split {self.split} of {self.source} must be one of {', '.join(SIDES)}")
-            shares = _shares(run_folder)
+            shares = shares_of(run_folder)
             documents = (text for text in deduplicate(documents) if split_of(text, **shares) == self.split)
         return itertools.islice(documents, self.max_documents)
 
@@ -63,7 +63,7 @@ def run_options(run_folder: str) -> dict[str, Any]:
     return read_mapping(path, "put a copy of it back, or move it away") if path.is_file() else {}
 
 
-def _shares(run_folder: str | None) -> dict[str, Any]:
+def shares_of(run_folder: str | None) -> dict[str, Any]:
     """Arguments of `split_of` from the run.json of a run; without a run, none: its defaults."""
     if run_folder is None:
         return {}

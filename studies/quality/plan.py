@@ -1,0 +1,171 @@
+"""What `prime-v2 quality` measures: which sampler of which model, in how many passes, at which temperature."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prime_v2.eval.samplers import NAMES, named_config
+from prime_v2.families import FAMILY_OF_TYPE, bound_method
+from prime_v2.studies.quality.statistics import COPIED, FEWEST
+from prime_v2.validation_keywords_prime_v2 import one_of
+
+SHARES = (1, 2, 4, 8, 16)  # of the tokens of a text, in passes: L, L/2, ...
+FRONTIER_SHARE = 4  # the passes of the temperature sweep: L/4
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+LEFT_TO_RIGHT = "left to right"  # the sampler of an ARM, which has no other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options of a whole study, the same for all models. lengths and counts in tokens and texts.
+
+    length: of a text, its prompt included; samples: texts of a set, of the model and of real text; prompt: tokens of
+    the held-out windows that a second set continues, None for unconditional sets only; passes: at most so many;
+    draws: of a bound; law_only: no sets.
+    """
+
+    samplers: tuple[str, ...]
+    passes: tuple[int, ...]
+    frontier_passes: int
+    temperatures: tuple[float, ...]
+    length: int
+    samples: int
+    prompt: int | None
+    draws: int
+    batch: int
+    seed: int
+    law_only: bool = False
+
+    def check(self) -> None:
+        """ValueError for what cannot be measured."""
+        for what, least in FEWEST.items():
+            if self.samples < least and not (self.law_only and what == "self-BLEU"):
+                raise ValueError(f"{what} needs at least {least} samples, not {self.samples}; use {least} or more")
+        if self.length - (self.prompt or 0) < COPIED:
+            given = f"length={self.length}" + ("" if self.prompt is None else f" less prompts={self.prompt}")
+            raise ValueError(f"{given} leaves fewer than the {COPIED} tokens that the {COPIED}-grams need")
+        for each in self.passes:
+            if each > self.length:
+                raise ValueError(f"passes={each} are more than the {self.length} tokens of a text; use {self.length}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sampler of one model as it is run. passes: at most; prompt: tokens given."""
+
+    sampler: str
+    passes: int
+    temperature: float = 1.0
+    prompt: int = 0
+
+    @property
+    def has_law(self) -> bool:
+        """Whether the law on real text is measured, too: not again at each temperature."""
+        return self.temperature == 1
+
+    def __str__(self) -> str:
+        about = [self.sampler, f"{self.passes} passes"]
+        about += [] if self.temperature == 1 else [f"temperature {self.temperature:g}"]
+        return ", ".join(about + ([f"{self.prompt} tokens given"] if self.prompt else []))
+
+
+def parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """(name, options) of a sampler as it is given: NAME[,OPTION=VALUE]..., names as in `prime_v2.eval.samplers`."""
+    name, *pairs = text.split(",")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        if not equals or not value:
+            raise ValueError(f"sampler={text!r} has {pair!r}; write NAME,OPTION=VALUE, e.g. margin,unit=digit")
+        if option in ("steps", "temperature"):
+            raise ValueError(f"sampler={text!r} has {option}, which the study varies; leave it out")
+        options[option] = _number(value)
+    one_of(f"sampler={name!r}", name, NAMES)
+    return name, options
+
+
+def _number(value: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def config_of(model: Any, cell: Cell) -> Any:
+    """The generation config of a cell, of a family that fills in; ValueError for a sampler that the model has not."""
+    name, options = parsed(cell.sampler)
+    return named_config(model, name, steps=cell.passes, temperature=float(cell.temperature), **options)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model is an ARM, whose law is exact by the chain rule and which makes a pass a token."""
+    return FAMILY_OF_TYPE[model.config.model_type].bound == "causal"
+
+
+def samplers_of(model: Any, asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(samplers of `asked` that the model has, sentences about the others); a family with a single one has that."""
+    if is_causal(model):
+        return [LEFT_TO_RIGHT], []
+    if len(model.sampler_configs) == 1:
+        return ["ancestral"], []
+    found, missing = [], []
+    for name in asked:
+        try:
+            config_of(model, Cell(name, 1))
+            found.append(name)
+        except ValueError as error:
+            missing.append(f"{name}: {error}")
+    return found, missing
+
+
+def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
+    """ValueError for a sampler that no model of these configurations has; before any is loaded."""
+    import torch
+
+    with torch.device("meta"):
+        models = [FAMILY_OF_TYPE[each.model_type].model_class(each) for each in configs]
+    missing = [samplers_of(each, asked)[1] for each in models if not is_causal(each) and len(each.sampler_configs) > 1]
+    for name in asked:
+        sentences = [each for sentences in missing for each in sentences if each.startswith(f"{name}: ")]
+        if missing and len(sentences) == len(missing):
+            raise ValueError(f"no model has the sampler {sentences[0]}")
+
+
+def law_method(model: Any, sampler: str) -> str:
+    """The method of `log_likelihood` for what a sampler writes, or, where that has no law, the model's own bound."""
+    has_law = not is_causal(model) and len(model.sampler_configs) > 1 and parsed(sampler)[0] != "remasking"
+    return "sampler" if has_law else bound_method(model.config)
+
+
+def cells_of(plan: Plan, model: Any, samplers: Sequence[str]) -> list[Cell]:
+    """The cells of a model: each sampler at each number of passes, then the temperature sweep."""
+    passes = (plan.length,) if is_causal(model) else plan.passes
+    at = plan.length if is_causal(model) else plan.frontier_passes
+    cells = [Cell(name, each) for name in samplers for each in passes]
+    if not plan.law_only:
+        cells += [Cell(name, at, each) for name in samplers for each in plan.temperatures]
+    if plan.prompt:
+        cells += [Cell(name, each, prompt=plan.prompt) for name in samplers for each in passes]
+    return list(dict.fromkeys(cells))
+
+
+def key_of(cell: Cell, plan: Plan, about: dict[str, Any]) -> str:
+    """The name of a cell's file: what decides on its numbers, hashed. about: of model, judge and texts."""
+    fixed = {name: getattr(plan, name) for name in ("length", "samples", "draws", "batch", "seed", "law_only")}
+    content = json.dumps([asdict(cell), fixed, about], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def weights_sha256(model: Any) -> str:
+    """Names and bytes of all weights and buffers of a model, hashed: what its numbers depend on."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

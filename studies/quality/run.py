@@ -1,0 +1,115 @@
+"""Runs the cells of a study; each finished one is saved, so that the same command goes on where it was stopped."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from prime_v2.families import label_of
+from prime_v2.output.atomic import write_json
+from prime_v2.studies.quality.judge import Judge, generative_perplexity, mauve_of
+from prime_v2.studies.quality.plan import Cell, Plan, cells_of, key_of, samplers_of, weights_sha256
+from prime_v2.studies.quality.samples import law, write
+from prime_v2.studies.quality.statistics import NgramIndex, describe, entropy, mean
+from prime_v2.studies.quality.texts import HeldOut
+
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells are measured with. judge and training: None where there is none; folder: of the saved cells."""
+
+    plan: Plan
+    text: HeldOut
+    judge: Judge | None
+    training: NgramIndex | None
+    mauve: bool
+    folder: Path
+    about: dict[str, Any]  # what decides on the numbers beside plan, cell and model: judge, training text
+    bar: Bar
+
+
+def run_model(bench: Bench, model: Any, label: str) -> dict[str, Any]:
+    """All cells of a model: {"about", "cells"}, both JSON-ready."""
+    plan = bench.plan
+    samplers, missing = samplers_of(model, plan.samplers)
+    cells = cells_of(plan, model, samplers)
+    sha256, rows = weights_sha256(model), []
+    steps = [plan.samples * (cell.has_law + (not plan.law_only)) for cell in cells]
+    with bench.bar(label) as show:
+        for number, cell in enumerate(cells):
+            done, total = sum(steps[:number]), sum(steps)
+
+            def progress(count: int, _: int) -> None:
+                nonlocal done
+                done += count
+                show(done, total)  # noqa: B023 - called before the next turn
+
+            path = bench.folder / f"{key_of(cell, plan, bench.about | {'weights': sha256})}.json"
+            if path.exists():
+                found = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                found = run_cell(bench, model, cell, progress)
+                write_json(path, found)
+            rows.append({"model": label, **vars(cell), **found})
+    about = {
+        "name": label,
+        "family": label_of(model.config),
+        "model_type": model.config.model_type,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "samplers": samplers,
+        "without": missing,
+    }
+    return {"about": about, "cells": rows}
+
+
+def run_cell(bench: Bench, model: Any, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """{"law", "samples"}, each None where it is not measured."""
+    plan, found = bench.plan, dict[str, Any](law=None, samples=None)
+    windows = bench.text.windows
+    if cell.has_law:
+        found["law"] = law(model, cell, plan, windows, progress) | {"nats_per_token": None}
+        found["law"] |= nats_per_token(found["law"]["nats_of_sequences"], bench.text, plan.length - cell.prompt)
+    if not plan.law_only:
+        ids, costs = write(model, cell, plan, windows, progress)
+        found["samples"] = costs | judged(bench, ids, cell.prompt, np.arange(len(ids)))
+    return found
+
+
+def nats_per_token(nats: list[float], text: HeldOut, tokens: int) -> dict[str, Any]:
+    """Nats of each window as nats per token, with Student's t interval over clusters of documents."""
+    estimate = text.clusters.ratio(nats, np.full(len(nats), tokens))
+    return {"nats_per_token": estimate.value, "interval_95": estimate.interval()}
+
+
+def judged(bench: Bench, ids: Tensor, prompt: int, units: np.ndarray) -> dict[str, Any]:
+    """The numbers of a set of texts (N, L) given their first `prompt` tokens; units (N,) as in `statistics`."""
+    assert bench.judge is not None
+    judge = bench.judge
+    read = judge.read(ids, prompt)
+    sizes = [len(each) for each in read.texts]
+    found: dict[str, Any] = {"generative_perplexity": mean(read.nats, sizes, units, generative_perplexity)}
+    found |= describe(read.texts, units, bench.training)
+    found["nats_of_samples"] = [round(float(each), 2) for each in read.nats]
+    found["tokens_of_samples"] = sizes[0] if len(set(sizes)) == 1 else sizes
+    found["entropy_of_samples"] = [round(entropy(each), 4) for each in read.texts]
+    if bench.mauve:
+        real = judge.features(judge.read(bench.text.windows, prompt).texts)
+        found["mauve"] = {"value": mauve_of(judge.features(read.texts), real, bench.plan.seed), "interval_95": None}
+    return found | ({"cut": read.cut} if read.cut else {})
+
+
+def reference(bench: Bench) -> dict[str, Any] | None:
+    """The held-out text judged as the samples are; by the tokens that are given."""
+    if bench.plan.law_only:
+        return None
+    prompts = dict.fromkeys([0, bench.plan.prompt or 0])
+    return {str(each): judged(bench, bench.text.windows, each, bench.text.units) for each in prompts}
