@@ -147,8 +147,10 @@ def _plan(names: list[str], sampler, passes, temperature, frontier_passes, lengt
 
     for each in sampler or []:
         parsed(each)
-    if length is None:
-        length, _ = window_and_stride([load_config(each) for each in names], None, None)
+    most, _ = window_and_stride([load_config(each) for each in names], None, None)
+    if length is not None and length > most:
+        raise ValueError(f"--length {length} is above max_position_embeddings={most}; use {most} or fewer tokens")
+    length = length or most
     steps = passes or [max(1, length // each) for each in SHARES]
     at = frontier_passes or (max(1, length // FRONTIER_SHARE) if not passes else passes[0])
     for each in temperature or []:

@@ -53,7 +53,7 @@ class NgramIndex:
         grams = ngrams(ids, size)
         if not len(grams):
             return np.empty(0, dtype=np.int64)
-        return hash64(*torch.from_numpy(np.ascontiguousarray(grams)).unbind(1)).numpy()
+        return hash64(*torch.from_numpy(grams.copy()).unbind(1)).numpy()
 
     def count(self, ids: np.ndarray) -> int:
         """How many of the n-grams of a text (T,) are in it."""

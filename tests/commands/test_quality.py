@@ -1,0 +1,104 @@
+"""`prime-v2 quality` from end to end on small models, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from command_runs import DOCUMENTS, of_command
+
+from prime_v2 import PrimeV2ArmConfig, PrimeV2ForCausalLM, build_tokenizer
+from prime_v2.output.paths import without_places
+from prime_v2.output.records import read_record
+from prime_v2.tokenization.bpe import train_bpe
+
+quality, refused = of_command("quality")
+SMALL = ["--samples", 17, "--length", 12, "--passes", 4, "--temperature", 0.7, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def arm_dir(tmp_path_factory, model_dir):
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = PrimeV2ArmConfig(vocab_size=280, bos_token_id=0, eos_token_id=0, pad_token_id=0, num_subtokens=1, **shape)
+    folder = tmp_path_factory.mktemp("quality") / "arm"
+    PrimeV2ForCausalLM(config).save_pretrained(folder)
+    whole = train_bpe(DOCUMENTS, 280)
+    build_tokenizer(whole, special_tokens={"eos_token": "<|endoftext|>"}, base=280, num_subtokens=1).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def study(model_dir, arm_dir, text_file, tmp_path):
+    return [model_dir, "--also", arm_dir, "--text", text_file, *SMALL, "--out", tmp_path / "parts"]
+
+
+def test_quality_prints_tables_records_the_numbers_and_draws_them(study, text_file, tmp_path):
+    output, figure = tmp_path / "record.json", tmp_path / "quality.png"
+    result = quality(*study, "--training-text", text_file, "--output", output, "--figure", figure)
+    assert result.exit_code == 0, result.output
+    record = read_record(output)
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert len(list((tmp_path / "parts" / "cells").iterdir())) == 6
+    found = record["results"]
+    assert [each["name"] for each in found["models"]] == ["MDM-Prime-v2", "ARM"]
+    assert [(each["model"], each["sampler"], each["temperature"]) for each in found["cells"]] == [
+        ("MDM-Prime-v2", "ancestral", 1.0),
+        ("MDM-Prime-v2", "margin", 1.0),
+        ("MDM-Prime-v2", "ancestral", 0.7),
+        ("MDM-Prime-v2", "margin", 0.7),
+        ("ARM", "left to right", 1.0),
+        ("ARM", "left to right", 0.7),
+    ]
+    assert found["reference"]["0"]["copied"]["value"] > 0.3, "text of the training text itself"
+    for words in ("real text", "= exact, ≤ a bound", "no --judge was given, so the first ARM judges",
+                  "The judge ARM is one of the models", "generative frontier", "none left out"):  # fmt: skip
+        assert words in result.stdout
+    again = quality(*study, "--training-text", text_file, "--json")
+    assert without_places(json.loads(again.stdout)) == found, "from the finished parts"
+
+
+def test_prompts_are_continued_and_a_law_needs_no_judge(study, model_dir, text_file, tmp_path):
+    result = quality(*study, "--prompts", 4)
+    assert "sampled texts, 4 tokens given" in result.stdout
+    only = [model_dir, "--text", text_file, *SMALL[:6], "--law-only", "--sampler", "margin"]
+    result = quality(*only, "--sampler", "margin,unit=digit", "--out", tmp_path / "laws")
+    assert "passes that digits take" in result.stdout
+    assert "Judge" not in result.stdout
+
+
+def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_dir, arm_dir, text_file, tmp_path):
+    alone = [model_dir, "--text", text_file, *SMALL, "--out", tmp_path / "parts"]
+    for arguments, words in (
+        (alone, "the samples need a causal model as their judge; add one by --judge"),
+        ([*alone, "--judge", model_dir], "a bound of a text's likelihood only; use a causal model"),
+        ([*study, "--sampler", "margn"], "did you mean margin"),
+        ([*study, "--sampler", "margin,unit=stage"], "no model has the sampler margin,unit=stage"),
+        ([*study, "--samples", 9], "self-BLEU needs at least 17 samples, not 9"),
+        ([*study, "--samples", 1000], "fewer than --samples 1000; give a longer text"),
+        ([*study, "--passes", 13], "--passes 13 are more than the 12 tokens"),
+        ([*study, "--temperature", 0], "must be positive and finite"),
+        ([*study, "--length", 65], "max_position_embeddings=64"),
+        ([*alone, "--law-only", "--mauve"], "--mauve judges samples, which --law-only draws none of"),
+        ([model_dir, "--also", arm_dir, *SMALL], "does not exist, which says what"),
+        ([model_dir, "--also", arm_dir, *SMALL, "--training-text", text_file], "goes with --text SOURCE"),
+    ):
+        assert words in refused(*arguments), words
+    assert not (tmp_path / "parts").exists()
+
+
+def test_models_of_other_tokens_are_not_compared_but_may_judge(study, arm_dir, model_dir, text_file, tmp_path):
+    folder = shutil.copytree(arm_dir, tmp_path / "other")
+    tokenizer = build_tokenizer(
+        train_bpe(["other texts entirely", *DOCUMENTS[:1]], 280),
+        special_tokens={"eos_token": "<|endoftext|>"},
+        base=280,
+        num_subtokens=1,
+    )
+    tokenizer.save_pretrained(folder)
+    assert "has other tokens than" in refused(*study, "--also", folder)
+    result = quality(model_dir, "--judge", folder, "--text", text_file, *SMALL, "--out", tmp_path / "parts")
+    assert result.exit_code == 0, result.output
+    assert "The judge has another tokenizer: samples and real text are decoded and encoded anew" in result.stdout
