@@ -1,7 +1,7 @@
 """`prime-v2 quality`: what samplers write: its exact likelihood, a judge, statistics of texts (docs/quality.md)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +112,7 @@ def quality(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Measure what samplers write: exact likelihood, a judge, diversity, passes and time.
+    """Measure what samplers write, by their law and by a judge.
 
     \b
     prime-v2 quality runs/nested --also runs/arm
@@ -309,7 +309,7 @@ class Study:
         return sides["test"], sides["train"], about
 
 
-def _documents(options: dict[str, Any]) -> Iterator[str]:
+def _documents(options: dict[str, Any]) -> Generator[str, None, None]:
     """The documents that a run of train.py with these options was made of, repeated ones left out."""
     from prime_v2.data.documents import read_documents
     from prime_v2.data.splits import deduplicate

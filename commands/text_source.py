@@ -1,4 +1,4 @@
-"""The text that `prime-v2 ppl`, `entropy` and `analyze` read, as the command line names it."""
+"""The text that `prime-v2 ppl`, `entropy`, `analyze` and `quality` read, as the command line names it."""
 
 import itertools
 from collections.abc import Iterator

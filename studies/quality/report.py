@@ -55,7 +55,7 @@ def law_rows(results: dict[str, Any], prompt: int) -> Rows:
     """A row for each cell with a law, exact (=) or a bound (≤), beside its paired difference to the best."""
     differences = {(row["model"], row["prompt"], row["passes"], row["sampler"]): row for row in results["best"]}
     bests = {(row["model"], row["prompt"], row["passes"], row["best"]) for row in results["best"]}
-    rows = []
+    rows: Rows = []
     for cell in results["cells"]:
         law, place = cell["law"], (cell["model"], cell["prompt"], cell["passes"], cell["sampler"])
         if law is None or cell["prompt"] != prompt:

@@ -25,7 +25,9 @@ def write(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progres
         call |= {"do_sample": True, "temperature": cell.temperature}
     else:
         call["generation_config"] = config_of(model, cell)
-    texts, passes, network, started = [], [], 0.0, time.monotonic()
+    texts: list[Tensor] = []
+    passes: list[int] = []
+    network, started = 0.0, time.monotonic()
     for start in range(0, len(prompts), plan.batch):
         rows = prompts[start : start + plan.batch]
         output = model.generate(rows, seed=plan.seed + start // plan.batch, return_dict_in_generate=True, **call)
@@ -49,7 +51,9 @@ def law(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progress)
     Keys: method, is_exact; nats_of_sequences to 1e-3; mean_passes of a window, of the replayed sampler (None for
     another method); draws of each window, 0 where exact.
     """
-    method, nats, passes = law_method(model, cell.sampler), [], []
+    method = law_method(model, cell.sampler)
+    nats: list[Tensor] = []
+    passes: list[Tensor] = []
     options: dict[str, Any] = {"method": method, "seed": plan.seed, "num_samples": plan.draws}
     if method == "sampler":
         options["generation_config"] = config_of(model, cell)
