@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prime_v2.eval.samplers import NAMES, named_config
+from prime_v2.eval.samplers import NAMES, named_config, named_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
+from prime_v2.samplers_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.studies.quality.statistics import COPIED, FEWEST
 from prime_v2.validation_keywords_prime_v2 import one_of
 
 SHARES = (1, 2, 4, 8, 16)  # of the tokens of a text, in passes: L, L/2, ...
 FRONTIER_SHARE = 4  # the passes of the temperature sweep: L/4
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-LEFT_TO_RIGHT = "left to right"  # the sampler of an ARM, which has no other
+LEFT_TO_RIGHT = "left to right"  # what an ARM does, which has no samplers
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,10 @@ def is_causal(model: Any) -> bool:
 
 
 def samplers_of(model: Any, asked: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(samplers of `asked` that the model has, sentences about the others); a family with a single one has that."""
-    if is_causal(model):
+    """(samplers of `asked` that the model has, sentences about the others); with none of them, its first."""
+    own = FAMILY_SAMPLERS[model.config.model_type].names
+    if not own:
         return [LEFT_TO_RIGHT], []
-    if len(model.sampler_configs) == 1:
-        return ["ancestral"], []
     found, missing = [], []
     for name in asked:
         try:
@@ -119,7 +119,7 @@ def samplers_of(model: Any, asked: Sequence[str]) -> tuple[list[str], list[str]]
             found.append(name)
         except ValueError as error:
             missing.append(f"{name}: {error}")
-    return found, missing
+    return found or [own[0]], missing
 
 
 def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
@@ -128,17 +128,20 @@ def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
 
     with torch.device("meta"):
         models = [FAMILY_OF_TYPE[each.model_type].model_class(each) for each in configs]
-    missing = [samplers_of(each, asked)[1] for each in models if not is_causal(each) and len(each.sampler_configs) > 1]
+    missing = [samplers_of(each, asked)[1] for each in models if not is_causal(each)]
     for name in asked:
-        sentences = [each for sentences in missing for each in sentences if each.startswith(f"{name}: ")]
+        sentences = [each for of_model in missing for each in of_model if each.startswith(f"{name}: ")]
         if missing and len(sentences) == len(missing):
             raise ValueError(f"no model has the sampler {sentences[0]}")
 
 
 def law_method(model: Any, sampler: str) -> str:
     """The method of `log_likelihood` for what a sampler writes, or, where that has no law, the model's own bound."""
-    has_law = not is_causal(model) and len(model.sampler_configs) > 1 and parsed(sampler)[0] != "remasking"
-    return "sampler" if has_law else bound_method(model.config)
+    if "sampler" in FAMILY_OF_TYPE[model.config.model_type].methods:
+        name, options = parsed(sampler)
+        if named_sampler(name, **options).kind in ("ancestral", "rule"):
+            return "sampler"
+    return bound_method(model.config)
 
 
 def cells_of(plan: Plan, model: Any, samplers: Sequence[str]) -> list[Cell]:

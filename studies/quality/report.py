@@ -84,14 +84,13 @@ def set_rows(results: dict[str, Any], prompt: int) -> Rows:
         found = cell["samples"]
         if found is None or cell["prompt"] != prompt or cell["temperature"] != 1:
             continue
-        seconds = "–" if found["network_seconds"] is None else three_digits(found["network_seconds"])
         rows.append(
             [
                 cell["model"],
                 cell["sampler"],
                 _passes(cell["passes"], found["mean_passes"]),
                 *_numbers(found),
-                seconds,
+                three_digits(found["network_seconds"]),
                 f"{found['tokens_per_second']:,.0f}",
                 *([f"{found['mauve']['value']:.3f}"] if mauve else []),
             ]

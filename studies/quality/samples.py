@@ -17,7 +17,7 @@ def write(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progres
     """(texts (N, length) int64, what they cost): `plan.samples` texts, none left out, EOS a token like any other.
 
     windows (N, length): their first `cell.prompt` tokens are given. Costs: passes a text, seconds of the wall clock
-    and of the network (None for an ARM, whose loop is Transformers' own), new tokens a second of the wall clock.
+    and of the network, new tokens a second of the wall clock.
     """
     prompts = windows[:, : cell.prompt].to(model.device)
     call: dict[str, Any] = {"max_new_tokens": plan.length - cell.prompt, "eos_token_id": []}
@@ -32,15 +32,15 @@ def write(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progres
         rows = prompts[start : start + plan.batch]
         output = model.generate(rows, seed=plan.seed + start // plan.batch, return_dict_in_generate=True, **call)
         texts.append(output.sequences.cpu())
-        passes += [call["max_new_tokens"]] * len(rows) if is_causal(model) else output.num_forward.tolist()
-        network += getattr(output, "network_seconds", 0.0)
+        passes += output.num_forward.tolist()
+        network += output.network_seconds
         progress(len(rows), 0)
     seconds = time.monotonic() - started
     ids = torch.cat(texts)
     return ids, {
         "mean_passes": float(np.mean(passes)),
         "seconds": seconds,
-        "network_seconds": None if is_causal(model) else network,
+        "network_seconds": network,
         "tokens_per_second": len(ids) * call["max_new_tokens"] / seconds,
     }
 
