@@ -41,8 +41,9 @@ class PrimeV2GenerationConfig(GenerationConfig):
 
     max_new_tokens: tokens to generate; by default 256, or as many as max_position_embeddings leaves room for.
     max_length: tokens of the output, prompt and suffix included; read only without max_new_tokens.
-    max_denoising_steps: N, the steps that the reveals are spread over, 256 by default. The network runs at most once a
-        step and at most once a unit; more steps draw fewer tokens at once, independently of each other.
+    max_denoising_steps: N, the steps that the reveals are spread over, 256 by default; a block, and a stage of a
+        sampler with unit="stage", has at least one. The network runs at most once a step and at most once a unit; more
+        steps draw fewer tokens at once, independently of each other.
     sampler_config: what a pass reveals, a config of samplers_prime_v2.py; AncestralSamplerConfig() by default.
     block_length: tokens of a block; blocks are filled from left to right, each in its share of the steps. By default
         all generated tokens are one block.

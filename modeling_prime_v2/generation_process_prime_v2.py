@@ -15,6 +15,10 @@ from .generation_config_prime_v2 import DEFAULTS, GenerationOptions
 from .random_prime_v2 import Stream, hash64
 from .validation_inputs_prime_v2 import check_mask
 
+NO_TOKEN = (
+    "a position has no possible token: the network's logits are not finite, or the logits processors exclude every "
+    "token; check the weights and the processors"
+)
 DRAW_ELEMENTS = 2**23  # positions x V of float64 that are decided at once, 64 MiB
 
 
@@ -325,10 +329,7 @@ def to_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.
     # The largest first becomes 0, so that no temperature overflows.
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if not probabilities.isfinite().all():
-        raise ValueError(
-            "a position has no possible token: the network's logits are not finite, or the logits processors exclude "
-            "every token; check the weights and the processors"
-        )
+        raise ValueError(NO_TOKEN)
     if top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .generation_config_prime_v2 import GenerationOptions
 from .generation_masked_prime_v2 import MaskedProcess
-from .generation_process_prime_v2 import Blocks, Canvas
+from .generation_process_prime_v2 import NO_TOKEN, Blocks, Canvas
 from .samplers_prime_v2 import RuleSamplerConfig, Units, choose
 
 
@@ -70,10 +70,7 @@ class RuleProcess(MaskedProcess):
             states = self.states[picked[at[part]], columns[part]]
             found = self.units.scores(logits.double(), states, self.sampler.score)
             if not found[self.units.hidden(states)].isfinite().all():
-                raise ValueError(
-                    "a position has no possible token: the network's logits are not finite, or the logits processors "
-                    "exclude every token; check the weights and the processors"
-                )
+                raise ValueError(NO_TOKEN)
             scores[at[part], columns[part]] = found
             if self.processors:
                 kept.append(logits)

@@ -10,6 +10,7 @@ from .backbone_prime_v2 import evaluating
 from .code_table_prime_v2 import check_ids
 from .generation_process_prime_v2 import DRAW_ELEMENTS, to_probabilities
 from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
+from .samplers_prime_v2 import best_first
 from .validation_inputs_prime_v2 import scoring_inputs
 
 
@@ -31,11 +32,11 @@ def propose(model: Any, hidden_states: Tensor, *states: Tensor) -> tuple[Tensor,
 
 
 def most_confident(confidence: Tensor, count: Tensor) -> Tensor:
-    """The `count` (R,) int64 most confident tokens of each row, (R, T) bool; of equals the leftmost.
+    """The `count` (R,) int64 most confident tokens of each row, (R, T) bool; of equals (`best_first`) the leftmost.
 
     confidence (R, T) float64, negative for tokens that are not to be chosen, `count` or more others in each row.
     """
-    ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    ranks = best_first(confidence)[1].argsort(dim=1)
     return ranks < count.unsqueeze(1)
 
 
@@ -89,9 +90,9 @@ def greedy_matches(
     one pass, each target given those before it. Uniform-state diffusion, which revises tokens until its last pass:
     as many passes as targets. Rows of like length share a pass of up to `tokens_per_pass` tokens.
 
-    Equal probabilities are decided by id and position only, the same in every batch. Unequal ones that differ by
-    less than the network's rounding, coarse in bfloat16, may be ordered otherwise in a batch of another shape: run
-    equal batches where results are compared.
+    Equal probabilities are decided by id and position only, the same in every batch. Ids of unequal ones that differ
+    by less than the network's rounding may be ordered otherwise in a batch of another shape, positions too in
+    bfloat16, whose rounding is coarser than that of `best_first`: run equal batches where results are compared.
     Raises ValueError for bad shapes, ids out of range, over-long texts, logits not finite.
     """
     texts = Texts(model, input_ids, attention_mask, target_mask)

@@ -5,7 +5,7 @@ A value does not depend on padding, on the other sequences of the batch or on th
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +145,8 @@ def log_likelihood(
         "chain"         exact for decoding left to right, one pass per scored token, no sampling.
         "orders"        bound, -log mean of exp(log p) over `num_samples` random orders of the config's reveal_order,
                         one pass per scored unit and order; tightens as num_samples grows.
+        "sampler"       of what `generate` writes with `generation_config`: exact for samplers whose positions follow
+                        from the text, else a bound from `num_samples` paths (`sampler_log_likelihood`).
         "paper_loss"    the paper's training loss, NOT a bound for S > 1: it can exceed the log-likelihood.
       autoregressive
         "causal"        exact; one row a sequence, nothing drawn. The first token is given the start token.
@@ -166,35 +168,68 @@ def log_likelihood(
     """
     method = model.bound_method if method is None else method
     plan = model.likelihood_class(model.config, method, num_samples, exhaustive, round_number)
-    sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    check_length(sequences[0][1].unsqueeze(0), None, model.config)  # the longest
+    texts = keyed_texts(input_ids, attention_mask, prompt_mask, model.config, seed, keys)
 
     def rows() -> Iterator[Rows]:
-        for number, ids, scored in sequences:
-            key = sequence_key(ids, scored, seed) if keys is None else keys[number].to(ids.device)
-            for each in plan.rows(ids, scored, key):
-                each.sequence = number
+        for text in texts:
+            for each in plan.rows(text.ids, text.scored, text.key):
+                each.sequence = text.number
                 yield each
 
-    nats: list[list[Tensor]] = [[] for _ in sequences]
+    nats: list[list[Tensor]] = [[] for _ in texts]
     with evaluating(model):
         for batch in batches(rows(), tokens_per_pass):
             row_nats = plan.row_loss(model, *join(batch, plan.padding, model.device)).cpu()
             for each, part in zip(row_nats.split([len(part) for part in batch]), batch, strict=True):
                 nats[part.sequence].append(each * part.factor.cpu())
-    num_scored = [int(scored.sum()) for _, _, scored in sorted(sequences, key=lambda each: each[0])]
-    parts = [plan.summarise(torch.cat(each), count) for each, count in zip(nats, num_scored, strict=True)]
+    num_scored = numbers_scored(texts)
+    parts = [plan.summarise(torch.cat(each), count) for each, count in zip(nats, num_scored.tolist(), strict=True)]
+    num_forward = torch.tensor([sum(map(len, each)) for each in nats])
+    output = joined(parts, num_forward, num_scored, plan.is_bound, plan.is_exact, return_samples)
+    refuse_not_finite(output.value)
+    return output
+
+
+class KeyedText(NamedTuple):
+    """A text without padding: its row in the batch, ids (L,), scored (L,) bool, and the key () of its draws."""
+
+    number: int
+    ids: Tensor
+    scored: Tensor
+    key: Tensor
+
+
+def keyed_texts(
+    input_ids: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor | None, config: Any, seed: int, keys: Any
+) -> list[KeyedText]:
+    """The texts of a batch, longest first; their keys are the given `keys` (B,), or hashes of (seed, text)."""
+    texts = []
+    for number, ids, scored in unpadded(input_ids, attention_mask, prompt_mask, config):
+        key = sequence_key(ids, scored, seed) if keys is None else keys[number].to(ids.device)
+        texts.append(KeyedText(number, ids, scored, key))
+    check_length(texts[0].ids.unsqueeze(0), None, config)
+    return texts
+
+
+def numbers_scored(texts: list[KeyedText]) -> Tensor:
+    """Scored tokens of each text, (B,) int64, in the batch's order."""
+    return torch.tensor([int(text.scored.sum()) for text in sorted(texts, key=lambda each: each.number)])
+
+
+def joined(
+    parts: list[Any], num_forward: Tensor, num_scored: Tensor, is_bound: bool, is_exact: bool, return_samples: bool
+) -> PrimeV2LogLikelihood:
+    """The result from the (samples, value, standard error, degrees) of each text, in the batch's order."""
     samples, value, stderr, degrees = zip(*parts, strict=True)
-    refuse_not_finite(torch.stack(value))
     return PrimeV2LogLikelihood(
         torch.stack(value),
         torch.stack(stderr),
-        torch.tensor([sum(map(len, each)) for each in nats]),
-        torch.tensor(num_scored),
-        plan.is_bound,
+        num_forward,
+        num_scored,
+        is_bound,
         torch.tensor(degrees, dtype=torch.double),
         list(samples) if return_samples else None,
-        plan.is_exact,
+        is_exact,
     )
 
 

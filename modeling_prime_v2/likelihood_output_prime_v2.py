@@ -24,6 +24,7 @@ class PrimeV2LogLikelihood(ModelOutput):
     value may exceed the log-likelihood and must not be turned into a perplexity.
     `num_scored` (B,): tokens scored, the divisor of nats per token. A stderr of 0 says that nothing was drawn: every
     mask was summed over, or the method is "chain".
+    `value` is -inf where the sampler of the method "sampler" cannot write the text.
     `degrees` (B,) float64: effective degrees of freedom behind stderr; the 95% interval is value +- the 97.5% point of
     Student's t with so many times stderr (`prime_v2.eval.answers.interval`). Infinite where nothing was drawn.
     `samples`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; for
@@ -54,13 +55,17 @@ def jackknifed(log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     The delete-one jackknife (Miller, Biometrika 61, 1974). A draw is the value, less K - 1 times what leaving it out
     adds to the value beyond the mean of that over the draws: their mean is the value, their standard deviation over
     sqrt(K) the standard error. A few orders may carry most of the mean; degrees are Satterthwaite's, 2 (sum of squares
-    of the deviations)^2 / sum of fourth powers, at most K - 1. One draw has no error: NaN.
-    The interval is one of the value's expectation, which rises with K towards the log-likelihood.
+    of the deviations)^2 / sum of fourth powers, at most K - 1. The interval is one of the value's expectation, which
+    rises with K towards the log-likelihood.
+    One draw has no error: NaN, as have draws that all are of probability 0 (log_p = -inf). Where a single one is not,
+    the value without it is -inf: the error is infinite, with one degree of freedom, and the draws are NaN.
     """
-    count = len(log_p)
+    count, possible = len(log_p), int((log_p > -math.inf).sum())
     value = log_p.logsumexp(0) - math.log(count)
-    if count < 2:
-        return value.unsqueeze(0), value, log_p.new_full((), torch.nan), math.nan
+    if count < 2 or not possible:
+        return log_p.clone() if not possible else value.unsqueeze(0), value, log_p.new_full((), torch.nan), math.nan
+    if possible == 1:
+        return torch.full_like(log_p, torch.nan), value, log_p.new_full((), torch.inf), 1.0
     left = count - (log_p - value).exp()  # K - 1 times the mean without draw k, over the mean
     without = value + (left.clamp(min=torch.finfo(left.dtype).tiny) / (count - 1)).log()
     # The largest may have nearly all of the sum: the difference above would be rounding.

@@ -48,11 +48,14 @@ class PrimeV2Likelihood(Likelihood):
 
     @classmethod
     def methods_of(cls, config: Any) -> tuple[str, ...]:
-        """ "nested" only with stages; digits in any order only if their states have vectors."""
+        """ "nested" only with stages; digits in any order only if their states have vectors.
+
+        The last, "sampler", runs no rows of this class: see `PrimeV2ForMaskedDiffusion.log_likelihood`.
+        """
         missing = [] if config.stage_digits else ["nested"]
         if config.subtoken_embedding == "ancestors":
             missing += [method for method, (order, _) in SAMPLED_METHODS.items() if order == "digit"]
-        return tuple(method for method in METHODS if method not in missing)
+        return (*(method for method in METHODS if method not in missing), "sampler")
 
     @classmethod
     def bound_of(cls, config: Any) -> str:

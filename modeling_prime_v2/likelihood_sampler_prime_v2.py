@@ -20,11 +20,9 @@ from .generation_config_prime_v2 import GenerationOptions, merge_options
 from .generation_prime_v2 import AncestralProcess
 from .generation_process_prime_v2 import Canvas, DraftStream
 from .generation_rules_prime_v2 import RuleProcess
-from .likelihood_frame_prime_v2 import TOKENS_PER_PASS, unpadded
+from .likelihood_frame_prime_v2 import TOKENS_PER_PASS, KeyedText, joined, keyed_texts, numbers_scored
 from .likelihood_output_prime_v2 import PrimeV2LogLikelihood, jackknifed
-from .likelihood_rows_prime_v2 import sequence_key
 from .random_prime_v2 import Stream, hash64
-from .validation_inputs_prime_v2 import check_length
 
 
 class Replay:
@@ -67,15 +65,20 @@ def sampler_log_likelihood(
 ) -> PrimeV2LogLikelihood:
     """Log-probability, in nats, that `generate` writes the scored tokens between the given ones; arguments as there.
 
-    A text that top_p excludes has the value -inf.
-
     generation_config: the sampler with its options, on top of the model's own; lengths and EOS are not read: a text is
-        as long as it is given. exhaustive changes nothing: a rule has one path, the paths of others are drawn.
-    Raises ValueError for samplers without such a law: remasking, and do_sample=False, which writes a single text.
+        as long as it is given. A rule has one path to a text: the value is exact, and num_samples is not read.
+    The value is -inf, exactly, for a text that a rule's top_p excludes. For a sampler with drawn paths it is -inf
+    where none of them can write the text, and the standard error is NaN (`jackknifed`): others may.
+    Raises ValueError for samplers without such a law: remasking, and do_sample=False, which writes a single text; and
+    for round_number and exhaustive, options of methods that draw masks.
     """
-    if round_number:
-        raise ValueError("round_number belongs to methods that draw masks, and not to method='sampler'; leave it out")
-    options = merge_options(model, generation_config, {"seed": 0})
+    for name, value, idle in (("round_number", round_number, 0), ("exhaustive", exhaustive, True)):
+        if value != idle:
+            raise ValueError(
+                f"{name}={value} of method='sampler': it belongs to methods that draw masks; leave it out"
+            )
+    with torch.random.fork_rng(devices=[]):  # merge_options draws a seed, which no path here is a function of
+        options = merge_options(model, generation_config, {})
     if options.do_sample is False:
         raise ValueError("do_sample=False writes a single text, so no other has a likelihood; use do_sample=True")
     if options.sampler_kind == "remasking":
@@ -85,58 +88,43 @@ def sampler_log_likelihood(
         )
     options = dataclasses.replace(options, eos_token_id=())
     is_rule = options.sampler_kind == "rule"
-    sequences = list(unpadded(input_ids, attention_mask, prompt_mask, model.config))
-    check_length(sequences[0][1].unsqueeze(0), None, model.config)  # the longest
-    rows = []  # (number of the sequence, ids (L,), scored (L,), key of its path)
-    for number, ids, scored in sequences:
-        key = sequence_key(ids, scored, seed) if keys is None else keys[number].to(ids.device)
-        for path in hash64(key, Stream.PATH, torch.arange(1 if is_rule else num_samples, device=key.device)):
-            rows.append((number, ids, scored, path))
-    nats: list[list[Tensor]] = [[] for _ in sequences]
-    num_forward = torch.zeros(len(sequences), dtype=torch.long)
+    texts = keyed_texts(input_ids, attention_mask, prompt_mask, model.config, seed, keys)
+    numbers = torch.arange(1 if is_rule else num_samples)
+    paths = [
+        text._replace(key=key) for text in texts for key in hash64(text.key, Stream.PATH, numbers.to(text.key.device))
+    ]
+    nats: list[list[Tensor]] = [[] for _ in texts]
+    num_forward = torch.zeros(len(texts), dtype=torch.long)
     with evaluating(model):
-        while rows:
-            size = max(1, tokens_per_pass // len(rows[0][1]))  # the longest comes first
-            some, rows = rows[:size], rows[size:]
-            process = replay(model, options, *zip(*some, strict=True))
+        while paths:
+            size = max(1, tokens_per_pass // len(paths[0].ids))  # the longest comes first
+            some, paths = paths[:size], paths[size:]
+            process = replay(model, options, some)
             process.run([], DraftStream(None, process.canvas))
-            for (number, *_), each, passes in zip(some, process.nats.cpu(), process.num_forward, strict=True):
-                nats[number].append(each)
-                num_forward[number] += passes
-    found = [summarised(-torch.stack(each), is_rule) for each in nats]
-    samples, value, stderr, degrees = zip(*found, strict=True)
-    kept = list(samples) if return_samples else None
-    return PrimeV2LogLikelihood(
-        torch.stack(value),
-        torch.stack(stderr),
-        num_forward,
-        torch.tensor([int(scored.sum()) for _, _, scored in sorted(sequences, key=lambda each: each[0])]),
-        True,
-        torch.tensor(degrees, dtype=torch.double),
-        kept,
-        is_rule,
-    )
+            for path, each, passes in zip(some, process.nats.cpu(), process.num_forward, strict=True):
+                nats[path.number].append(each)
+                num_forward[path.number] += passes
+    parts = [summarised(-torch.stack(each), is_rule) for each in nats]
+    return joined(parts, num_forward, numbers_scored(texts), True, is_rule, return_samples)
 
 
 def summarised(log_p: Tensor, is_rule: bool) -> tuple[Tensor, Tensor, Tensor, float]:
     """(samples (K,), value, standard error, degrees) of the log-probabilities (K,) of a text's paths."""
-    if is_rule or bool((log_p == -math.inf).all()):  # no path: top_p excludes the text
-        return log_p[:1], log_p[0], log_p.new_zeros(()), math.inf
-    return jackknifed(log_p)
+    return (log_p, log_p[0], log_p.new_zeros(()), math.inf) if is_rule else jackknifed(log_p)
 
 
-def replay(model: Any, options: GenerationOptions, numbers: Any, ids: Any, scored: Any, keys: Any) -> Any:
-    """The process of `options` on several texts (L,) whose `scored` tokens are revealed; keys: of their paths."""
+def replay(model: Any, options: GenerationOptions, paths: list[KeyedText]) -> Any:
+    """The process of `options` that reveals the scored tokens of several texts, each on the path of its key."""
     device = model.device
-    truth = pad_sequence(ids, batch_first=True).to(device)
-    fillable = pad_sequence(scored, batch_first=True).to(device)
-    lengths = torch.tensor([len(each) for each in ids], device=device)
+    truth = pad_sequence([path.ids for path in paths], batch_first=True).to(device)
+    fillable = pad_sequence([path.scored for path in paths], batch_first=True).to(device)
+    lengths = torch.tensor([len(path.ids) for path in paths], device=device)
     positions = torch.arange(truth.shape[1], device=device).expand_as(truth)
     shown = truth.masked_fill(fillable, model.config.mask_token_id)
     real = positions < lengths.unsqueeze(1)
     canvas = Canvas(shown.clone(), real, positions, fillable, shown, slice(0, 0))
     kind = ReplayedRule if options.sampler_kind == "rule" else ReplayedAncestral
-    process = kind(model, options, canvas, [], torch.stack(list(keys)).to(device))
+    process = kind(model, options, canvas, [], torch.stack([path.key for path in paths]).to(device))
     process.truth = truth
     process.nats = torch.zeros(len(truth), dtype=torch.double, device=device)
     return process

@@ -2,9 +2,10 @@
 
 A *unit* is a whole token, a digit of one, or the next stage of the nested order. Each rule scores every hidden unit by
 the network's distribution of it (after the carry-over filter and logits processors, before temperature and top_p) and
-reveals the best ones: at least as many as spread the hidden units evenly over the passes that are left, so that
-`max_denoising_steps` passes are always enough. Equal scores are decided by position, then digit. The positions are
-thus a function of what is known, and the sampler's law is exact (`likelihood_sampler_prime_v2`).
+reveals the best ones: at least as many as spread the hidden units evenly over the passes that are left. So there are
+at most `max_denoising_steps` passes, or one for each block and stage where these are more. Equal scores are decided by
+position, then digit (`best_first`). The positions are thus a function of what is known, and the sampler's law is exact
+(`likelihood_sampler_prime_v2`).
 
 Rules: confidence of LLaDA (arXiv:2502.09992) and of Dream (arXiv:2508.15487: probability, margin, entropy); threshold
 of Fast-dLLM (arXiv:2505.22618); entropy bound of arXiv:2505.24857, as Transformers' models/diffusion_gemma has it.
@@ -12,6 +13,7 @@ of Fast-dLLM (arXiv:2505.22618); entropy bound of arXiv:2505.24857, as Transform
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +24,9 @@ from .validation_keywords_prime_v2 import did_you_mean, shown
 
 UNITS = ("token", "digit", "stage")
 SCORES = ("probability", "margin", "entropy")
+# Scores that differ by less, relative to the larger, are equal: a float32 network rounds by 1e-7 to 1e-6 differently
+# in batches of other shapes. Where everything is hidden all positions have one distribution, so ties are no accident.
+ROUNDING = 2.0**-16
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ class RuleSamplerConfig(SamplerConfig):
         """What units are ordered by, one of `SCORES`."""
         raise NotImplementedError
 
-    def extra(self, scores: Tensor) -> Tensor:
-        """How many units the rule reveals of its own: scores (R, N), best first in each row, to (R,) int64."""
+    def count(self, scores: Tensor) -> Tensor:
+        """How many units the rule asks for, whatever the schedule: scores (R, N), best first, to (R,) int64.
+
+        Scores of units that are not eligible are -inf.
+        """
         return torch.zeros(len(scores), dtype=torch.long, device=scores.device)
 
 
@@ -117,7 +125,7 @@ class ThresholdSamplerConfig(RuleSamplerConfig):
     def score(self) -> str:
         return "probability"
 
-    def extra(self, scores: Tensor) -> Tensor:
+    def count(self, scores: Tensor) -> Tensor:
         return (scores > self.threshold).sum(1)
 
 
@@ -137,7 +145,7 @@ class EntropyBoundSamplerConfig(RuleSamplerConfig):
     def score(self) -> str:
         return "entropy"
 
-    def extra(self, scores: Tensor) -> Tensor:
+    def count(self, scores: Tensor) -> Tensor:
         entropies = torch.where(scores.isfinite(), -scores, torch.inf)  # ascending
         # What is not eligible has an infinite entropy: inf - inf is NaN, which is above no bound, so it is left out.
         return (entropies.cumsum(1) - entropies <= self.entropy_bound).sum(1)
@@ -317,13 +325,14 @@ class Units:
             return log_q.unsqueeze(1)
         if self.kind == "digit":
             return self.table.digit_marginals(log_q.exp()).log()
-        stages, nodes = self.stages_visible(states), self.nodes()
+        stages, nodes = self.stages_visible(states), self.nodes
         sums = log_q.new_zeros(len(log_q), int(nodes.max()) + 1)
         for stage in range(len(self.stage_ends)):
             rows = stages == stage
             sums[rows] = sums[rows].index_add_(1, nodes[stage], log_q[rows].exp())
         return sums.log().unsqueeze(1)
 
+    @cached_property
     def nodes(self) -> Tensor:
         """Number of the node of the code tree that each token lies in after each stage: (J, V) int64."""
         codes = self.table.codes[: self.table.vocab_size]
@@ -346,7 +355,16 @@ def choose(sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: 
     scores (R, N) float64; eligible (R, N) bool; quota (R,) int64, at least how many (or all that are eligible).
     """
     scores = scores.masked_fill(~eligible, -torch.inf)
-    ordered, index = scores.sort(dim=1, descending=True, stable=True)
-    count = torch.maximum(quota, sampler.extra(ordered)).minimum(eligible.sum(1))
+    ordered, index = best_first(scores)
+    count = torch.maximum(quota, sampler.count(ordered)).minimum(eligible.sum(1))
     best = torch.arange(scores.shape[1], device=scores.device) < count.unsqueeze(1)
     return torch.zeros_like(best).scatter_(1, index, best)
+
+
+def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (R, N), the highest first, and their columns; a chain within `ROUNDING` is ordered by column."""
+    ordered, index = scores.sort(dim=1, descending=True, stable=True)
+    apart = ordered[:, :-1] - ordered[:, 1:] > ROUNDING * ordered[:, :-1].abs()
+    group = torch.cat([torch.zeros_like(index[:, :1]), apart.long().cumsum(1)], dim=1)
+    index = index.gather(1, (group * scores.shape[1] + index).argsort(dim=1))
+    return scores.gather(1, index), index

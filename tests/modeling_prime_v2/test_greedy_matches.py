@@ -35,7 +35,7 @@ def nearest_known(ids: list[int]) -> list[int]:
 
 
 def naive_pass(model, ids: list[int], processor=None) -> list[tuple[float, int, int]]:
-    """(probability, column, id) of each hidden token's proposal, the most confident first."""
+    """(probability, column, id) of each hidden token's proposal, the most confident first, of equals the leftmost."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     found = []
@@ -46,7 +46,13 @@ def naive_pass(model, ids: list[int], processor=None) -> list[tuple[float, int, 
         weights = [math.exp(each) for each in scores[0].tolist()]
         best = max(range(len(weights)), key=lambda v: (weights[v], -v))
         found.append((weights[best] / sum(weights), column, best))
-    return sorted(found, key=lambda each: (-each[0], each[1]))
+    equals: list[list[tuple[float, int, int]]] = []
+    for each in sorted(found, reverse=True):
+        if equals and equals[-1][-1][0] - each[0] <= 2**-16 * equals[-1][-1][0]:  # rounding
+            equals[-1].append(each)
+        else:
+            equals.append([each])
+    return [each for some in equals for each in sorted(some, key=lambda each: each[1])]
 
 
 def naive_decode(model, ids, num_steps: int, eos=(), new: range = range(0), processor=None) -> tuple[list[int], int]:

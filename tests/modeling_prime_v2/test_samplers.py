@@ -19,6 +19,7 @@ from prime_v2.samplers_prime_v2 import (
     EntropyBoundSamplerConfig,
     RemaskingSamplerConfig,
     ThresholdSamplerConfig,
+    best_first,
     choose,
 )
 
@@ -324,3 +325,26 @@ def test_with_a_cache_too_a_row_of_a_batch_is_what_it_is_by_itself(name, cache):
     for row, found in zip(rows, batch, strict=True):
         single = model.generate(torch.tensor([row]), None, suffix[:1], seed=4, cache=cache, **options)
         assert found[4:].tolist() == single[0, len(row) :].tolist()
+
+
+def test_scores_within_rounding_are_equal_and_ordered_by_position():
+    """A chain of neighbours counts as one; relative to the score, so that small probabilities are told apart."""
+    scores = torch.tensor([[0.5, 0.5 + 1e-7, 0.7, 0.5 - 1e-7, -math.inf, 0.5001], [1e-6, 2e-6, 3e-6, 0, 0, 1e-5]])
+    ordered, index = best_first(scores.double())
+    assert index.tolist() == [[2, 5, 0, 1, 3, 4], [5, 2, 1, 0, 3, 4]]
+    assert torch.equal(ordered, scores.double().gather(1, index))
+
+
+def test_where_all_is_hidden_the_first_token_is_the_leftmost_in_every_batch():
+    """All positions have one distribution there, and its roundings differ."""
+    model = small_model(seed=4)
+    for rows in (1, 2, 5):
+        drafts = []
+        model.generate(
+            torch.empty(rows, 0, dtype=torch.long),
+            max_new_tokens=7,
+            max_denoising_steps=7,
+            sampler_config=ConfidenceSamplerConfig(),
+            stopping_criteria=[lambda ids, _: drafts.append(ids) or torch.zeros(len(ids), dtype=torch.bool)],  # noqa: B023
+        )
+        assert ((drafts[0] != model.config.mask_token_id).long() == torch.eye(7, dtype=torch.long)[0]).all()
