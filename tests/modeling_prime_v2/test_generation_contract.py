@@ -1,9 +1,13 @@
-"""What `generate` and `greedy_matches` promise whatever the family. A new entry of `FAMILIES` falls under all of it.
+"""What `generate` and `greedy_matches` promise whatever the family and the sampler.
+
+A new entry of `FAMILIES`, and a new sampler of a family in `FAMILY_SAMPLERS`, falls under all of it.
 
 The laws of the samples and what a decode chooses are held against enumerated ones in the files of the families.
 """
 
 import sys
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +15,50 @@ from networks import KINDS, LIMIT, VOCAB_SIZE, fresh_network, network, padded, s
 from observers import Favour, Recorder
 from transformers import AutoModel, GenerationConfig, MaxTimeCriteria, SuppressTokensLogitsProcessor
 
+from prime_v2 import ConfidenceSamplerConfig, ThresholdSamplerConfig
+from prime_v2.samplers_prime_v2 import FAMILY_SAMPLERS, SAMPLERS
+
 MASK = VOCAB_SIZE
 ROWS = [some_ids(1, length, seed=length)[0] for length in (5, 3, 1, 4)]
-FILL_IN = [kind for kind in KINDS if not network(kind).config.causal]
+FIRST = {network(kind).config.model_type: kind for kind in reversed(KINDS)}  # the first kind of each family
+# A network of each kind with its default options; one of each family with every sampler; other units, and blocks.
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in KINDS},
+    **{
+        f"{kind}, {name}": (kind, {"sampler_config": SAMPLERS[name]()})
+        for family, kind in FIRST.items()
+        for name in FAMILY_SAMPLERS[family].names
+    },
+    "digits, margin of digits": ("digits", {"sampler_config": ConfidenceSamplerConfig(score="margin", unit="digit")}),
+    "stages, threshold": ("stages", {"sampler_config": ThresholdSamplerConfig(threshold=0.95, unit="stage")}),
+    "digits, blocks": ("digits", {"sampler_config": ConfidenceSamplerConfig(), "block_length": 3}),
+}
+FILL_IN = [pair for pair, (kind, _) in PAIRS.items() if not network(kind).config.causal]
+
+
+def fresh_pair(pair: str, **changes) -> Any:
+    """A new network whose generation config holds the options of the pair."""
+    kind, options = PAIRS[pair]
+    model = fresh_network(kind, **changes)
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@cache
+def shared(pair: str) -> Any:
+    """The network of the pair; nobody changes it."""
+    return fresh_pair(pair)
+
+
+@pytest.fixture(params=list(PAIRS))
+def pair(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(pair):
+    return shared(pair)
 
 
 @pytest.fixture(params=list(KINDS))
@@ -22,14 +67,24 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def model(kind):
+def plain(kind):
+    """A network with default options: what does not depend on the sampler."""
     return network(kind)
 
 
 @pytest.fixture(params=FILL_IN)
 def diffusion(request):
     """A network that fills in, and runs its passes itself."""
-    return network(request.param)
+    return shared(request.param)
+
+
+def kind_of_sampler(model) -> str:
+    return getattr(getattr(model.generation_config, "sampler_config", None), "kind", "")
+
+
+def greedy(model) -> dict[str, Any]:
+    """The deterministic decode; a sampler that acts at random gives way to it."""
+    return {"do_sample": False} | ({"sampler_config": None} if kind_of_sampler(model) not in ("", "rule") else {})
 
 
 def few_steps(model) -> dict[str, int]:
@@ -68,7 +123,7 @@ def test_equal_rows_of_a_batch_differ_and_their_first_is_what_it_is_alone(model)
 def test_other_rows_their_order_and_padding_on_any_side_change_nothing(model, do_sample):
     if model.config.causal and do_sample:
         return  # one generator draws for all rows
-    options = {"max_new_tokens": 5, "do_sample": do_sample, **({"seed": 7} if do_sample else {}), **few_steps(model)}
+    options = {"max_new_tokens": 5, **({"seed": 7} if do_sample else greedy(model)), **few_steps(model)}
     alone = [model.generate(row[None], **options)[0, len(row) :] for row in ROWS]
     for side in ("left", "right", "both", "inside"):
         ids, mask = padded(ROWS, side, 7, fill=99)
@@ -81,7 +136,7 @@ def test_other_rows_their_order_and_padding_on_any_side_change_nothing(model, do
 
 def test_chunks_of_draws_change_nothing(model, monkeypatch):
     prompt, target = some_ids(3, 4), torch.arange(12).expand(3, -1) >= 4
-    calls = [{"seed": 7, **few_steps(model)}, {"do_sample": False}]
+    calls = [{"seed": 7, **few_steps(model)}, greedy(model)]
 
     def found():
         made = [model.generate(prompt, max_new_tokens=8, **options) for options in calls]
@@ -95,12 +150,28 @@ def test_chunks_of_draws_change_nothing(model, monkeypatch):
         assert torch.equal(first, second)
 
 
-def test_the_mode_the_input_and_the_options_of_the_model_stay_and_dropout_is_off(kind):
-    model, prompt = fresh_network(kind, attention_dropout=0.5).train(), some_ids(2, 4)
+def test_the_mode_the_input_and_the_options_of_the_model_stay_and_dropout_is_off(pair):
+    model, prompt = fresh_pair(pair, attention_dropout=0.5).train(), some_ids(2, 4)
     before, options = prompt.clone(), model.generation_config.to_dict()
     first = model.generate(prompt, max_new_tokens=6, seed=0)
     assert model.training and torch.equal(prompt, before) and model.generation_config.to_dict() == options
     assert torch.equal(first, model.eval().generate(prompt, max_new_tokens=6, seed=0))
+
+
+def test_several_samples_of_a_row_follow_one_another(model):
+    prompt, options = some_ids(2, 4), {"max_new_tokens": 5, "seed": 7, **few_steps(model)}
+    rows = model.generate(prompt, num_return_sequences=3, **options)
+    assert rows.shape == (6, 9) and len({tuple(row) for row in rows.tolist()}) > 3
+    assert torch.equal(rows, model.generate(prompt.repeat_interleave(3, dim=0), **options))
+
+
+def test_the_dict_output_has_passes_and_times(model):
+    prompt, options = some_ids(3, 4), {"max_new_tokens": 5, "seed": 7, **few_steps(model)}
+    out = model.generate(prompt, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, model.generate(prompt, **options))
+    assert out.num_forward.shape == (3,) and ((out.num_forward > 0) & (out.num_forward <= 20)).all()
+    torch.testing.assert_close(out.tokens_per_forward * out.num_forward, torch.full((3,), 5.0, dtype=torch.double))
+    assert out.network_seconds > 0 and out.sampling_seconds > 0
 
 
 # Layout, lengths, EOS
@@ -141,14 +212,25 @@ def test_after_the_first_eos_comes_padding_with_the_same_tokens_before_it(model)
     assert torch.equal(model.generate(prompt, eos_token_id=[], **options), free)
 
 
-def test_eos_comes_from_the_configuration_pads_by_itself_and_none_turns_it_off(kind):
-    model = fresh_network(kind, eos_token_id=7)
+def test_eos_comes_from_the_configuration_pads_by_itself_and_none_turns_it_off(pair):
+    model = fresh_pair(pair, eos_token_id=7)
     options = {"max_new_tokens": 5, "seed": 0, "logits_processor": [Favour([7], 40.0)]}
     for more, padding in (({}, 7), ({"pad_token_id": 1}, 1)):
         new = model.generate(some_ids(1, 2), **options, **more)[0, 2:].tolist()
         assert new == [7, *[padding] * (len(new) - 1)]
     off = model.generate(some_ids(1, 2), eos_token_id=None, pad_token_id=1, **options)
     assert off[0, 2:].tolist() == [7] * 5
+
+
+def test_eos_ends_a_row_early_where_no_token_before_it_can_still_change(model):
+    """Nearly every token is EOS. In the uniform-state family any token can change until the last pass."""
+    options = {"max_new_tokens": 9, "seed": 0, "logits_processor": [Favour([7], 3.0)]}
+    options |= {"return_dict_in_generate": True, "pad_token_id": 3}
+    free, stopped = (model.generate(some_ids(20, 2), eos_token_id=eos, **options) for eos in (None, [7]))
+    if times_of(model, 1) or kind_of_sampler(model) == "remasking":
+        assert (stopped.num_forward <= free.num_forward).all()
+    elif kind_of_sampler(model) != "rule":  # a rule may reveal all of these sure tokens in its first pass
+        assert stopped.num_forward.sum() < free.num_forward.sum()
 
 
 # Processors, criteria, streamers
@@ -158,7 +240,7 @@ def test_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabula
     seen, banned = Favour([0], 0.0), SuppressTokensLogitsProcessor([1, 2, 5, 6, 7, 8, 9, 10])
     ids, mask = padded([some_ids(1, 4)[0], some_ids(1, 3)[0]], "left", 5, fill=99)
     options = {"max_new_tokens": 6, "logits_processor": [banned, seen], **few_steps(model)}
-    for more in ({"seed": 0}, {"do_sample": False}):
+    for more in ({"seed": 0}, greedy(model)):
         out = model.generate(ids, mask, **options, **more)
         assert set(out[:, 5:].flatten().tolist()) <= {0, 3, 4}
     assert seen.seen
@@ -167,9 +249,9 @@ def test_processors_decide_what_can_be_drawn_and_see_only_tokens_of_the_vocabula
         assert given.min() >= 0 and given.max() < VOCAB_SIZE
 
 
-@pytest.mark.parametrize("more", [{"seed": 0}, {"do_sample": False}], ids=["sampled", "greedy"])
-def test_stopping_criteria_finish_their_rows_with_one_more_pass(diffusion, more):
-    prompt, seen = some_ids(2, 4), []
+@pytest.mark.parametrize("do_sample", [True, False], ids=["sampled", "greedy"])
+def test_stopping_criteria_finish_their_rows_with_one_more_pass(diffusion, do_sample):
+    prompt, seen, more = some_ids(2, 4), [], {"seed": 0} if do_sample else greedy(diffusion)
 
     def second_row(ids, scores):
         seen.append(ids)
@@ -186,9 +268,10 @@ def test_stopping_criteria_finish_their_rows_with_one_more_pass(diffusion, more)
     assert out.num_forward.tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("more", [{"seed": 0}, {"do_sample": False}], ids=["sampled", "greedy"])
-def test_a_streamer_gets_the_prompt_a_draft_a_pass_and_the_result(diffusion, more):
+@pytest.mark.parametrize("do_sample", [True, False], ids=["sampled", "greedy"])
+def test_a_streamer_gets_the_prompt_a_draft_a_pass_and_the_result(diffusion, do_sample):
     prompt, suffix, recorder = some_ids(1, 4), some_ids(1, 2), Recorder()
+    more = {"seed": 0} if do_sample else greedy(diffusion)
     options = {"suffix_ids": suffix, "max_new_tokens": 5, "return_dict_in_generate": True, **more}
     out = diffusion.generate(prompt, streamer=recorder, **options)
     assert [kind for kind, _ in recorder.calls] == ["put", *["draft"] * int(out.num_forward), "put", "end"]
@@ -196,7 +279,8 @@ def test_a_streamer_gets_the_prompt_a_draft_a_pass_and_the_result(diffusion, mor
     assert torch.equal(start, prompt) and torch.equal(result, out.sequences[:, 4:])
     for _, draft in drafts:
         assert draft.shape == (1, 7)
-        if not times_of(diffusion, 1):  # where tokens stay as they are once they are known
+        # Where tokens stay as they are once they are known.
+        if not times_of(diffusion, 1) and not (do_sample and kind_of_sampler(diffusion) == "remasking"):
             assert ((draft == MASK) | (draft == result)).all()
     assert torch.equal(drafts[-1][1], result) and not torch.equal(drafts[0][1], result)
     with pytest.raises(ValueError, match="a streamer takes one sequence, but the batch has 2"):
@@ -207,6 +291,38 @@ def test_a_streamer_gets_the_prompt_a_draft_a_pass_and_the_result(diffusion, mor
 
 
 # Options
+
+
+@pytest.mark.parametrize("kind", FIRST.values())
+@pytest.mark.parametrize("option", ["block_length", "cache"])
+def test_a_family_without_blocks_refuses_them_with_the_reason(kind, option):
+    model, value = network(kind), {"block_length": 4, "cache": "prefix"}[option]
+    has = FAMILY_SAMPLERS[model.config.model_type]
+    if has.blocks:
+        assert model.generate(some_ids(1, 2), max_new_tokens=5, seed=0, **{option: value}).shape == (1, 7)
+        return
+    family = type(model).__name__
+    with pytest.raises(ValueError) as found:
+        model.generate(some_ids(1, 2), max_new_tokens=5, seed=0, **{option: value})
+    assert str(found.value) == f"{option}={value!r} is not for {family}: {has.reason}; leave {option} out"
+    config = GenerationConfig() if model.config.causal else type(model.generation_config)()
+    setattr(config, option, value)
+    with pytest.raises(ValueError, match=f"is not for {family}"):
+        model.generate(some_ids(1, 2), max_new_tokens=5, generation_config=config)
+
+
+@pytest.mark.parametrize("kind", FIRST.values())
+def test_a_sampler_that_the_family_has_not_is_refused_with_the_reason_and_those_that_it_has(kind):
+    model, refused = network(kind), 0
+    has = FAMILY_SAMPLERS[model.config.model_type]
+    for name in set(SAMPLERS) - set(has.names):
+        with pytest.raises(ValueError) as found:
+            model.generate(some_ids(1, 2), max_new_tokens=5, sampler_config=SAMPLERS[name]())
+        sentence = str(found.value)
+        assert sentence.startswith(f"{type(model).__name__} has no {SAMPLERS[name].__name__}: {has.reason}; ")
+        assert all(f"({each})" in sentence for each in has.names)
+        refused += 1
+    assert refused
 
 
 def test_the_call_wins_over_its_config_over_the_model_s_and_all_are_saved(kind, tmp_path):
@@ -224,13 +340,13 @@ def test_the_call_wins_over_its_config_over_the_model_s_and_all_are_saved(kind, 
         assert torch.equal(loaded.generate(prompt), expected)
 
 
-def test_the_deterministic_decode_draws_nothing(model):
+def test_the_deterministic_decode_draws_nothing(plain):
     prompt, state = some_ids(1, 4).repeat(2, 1), torch.get_rng_state()
-    first, again = (model.generate(prompt, max_new_tokens=8, do_sample=False) for _ in range(2))
+    first, again = (plain.generate(prompt, max_new_tokens=8, do_sample=False) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again) and torch.equal(first[0], first[1])
     with pytest.raises(ValueError, match="do_sample=False, the deterministic decode, has no use for seed=3"):
-        model.generate(prompt, do_sample=False, seed=3)
+        plain.generate(prompt, do_sample=False, seed=3)
 
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -267,10 +383,10 @@ BAD_INPUT_OF_DIFFUSION = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_refused(model, case):
+def test_bad_input_is_refused(plain, case):
     arguments, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
-        model.generate(**{"input_ids": IDS, **arguments})
+        plain.generate(**{"input_ids": IDS, **arguments})
 
 
 @pytest.mark.parametrize("case", BAD_INPUT_OF_DIFFUSION)
@@ -278,72 +394,6 @@ def test_bad_input_of_a_diffusion_model_is_refused(diffusion, case):
     arguments, message = BAD_INPUT_OF_DIFFUSION[case]
     with pytest.raises(ValueError, match=message):
         diffusion.generate(**{"input_ids": IDS, **arguments})
-
-
-# greedy_matches
-
-
-def decoded(model, row: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The row with its targets decoded one at a time."""
-    if not target.any():
-        return row
-    if model.config.causal:
-        return model.generate(row[~target][None], max_new_tokens=int(target.sum()), do_sample=False)[0]
-    return model.generate(row.masked_fill(target, MASK)[None], max_length=len(row), do_sample=False)[0]
-
-
-def texts(model) -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
-    """Texts with targets (inside too, where the model fills in): what the decode gives, and with one token changed."""
-    rows, targets, expected = [], [], []
-    inside = [] if model.config.causal else [(8, [1, 3, 4]), (5, [0, 1, 2, 3, 4])]
-    for length, places in [(3, [2]), (8, [5, 6, 7]), (6, []), *inside]:
-        target = torch.zeros(length, dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.long), True)
-        row = decoded(model, some_ids(1, length, seed=length)[0], target)
-        for changed in (None, *places):
-            rows.append(row.clone())
-            if changed is not None:
-                rows[-1][changed] = (row[changed] + 1) % VOCAB_SIZE
-            targets.append(target)
-            expected.append(changed is None)
-    return rows, targets, expected
-
-
-def test_greedy_matches_is_the_decode_and_a_comparison(model):
-    rows, targets, expected = texts(model)
-    for side in ("left", "right", "both"):
-        ids, mask = padded(rows, side, 9, fill=99)
-        target = padded([each.long() for each in targets], side, 9, fill=1)[0].bool()  # padding is no target
-        before = ids.clone()
-        for tokens_per_pass in (1, 20, 8192):
-            seen = []
-            hook = model.model.register_forward_hook(
-                lambda module, args, output, seen=seen: seen.append(len(output.last_hidden_state))
-            )
-            found = model.greedy_matches(ids, mask, target, tokens_per_pass=tokens_per_pass)
-            hook.remove()
-            assert found.matches.dtype == torch.bool and found.matches.tolist() == expected
-            assert [each > 0 for each in found.num_forward.tolist()] == [bool(each.any()) for each in targets]
-            assert tokens_per_pass > 1 or (len(seen) >= found.num_forward.sum() and set(seen) == {1})
-        assert torch.equal(ids, before)
-
-
-BAD_TEXTS = {
-    "one axis": ({"input_ids": torch.tensor([1, 2])}, r"input_ids has shape \(2,\); give \(B, L\)"),
-    "target": ({"target_mask": torch.ones(1, 2)}, r"target_mask has shape \(1, 2\), but input_ids \(1, 3\)"),
-    "mask": ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\), but input_ids \(1, 3\)"),
-    "mask token": ({"input_ids": torch.tensor([[1, MASK, 3]])}, r"token ids span \[1, 11\]"),
-    "too long": (
-        {"input_ids": some_ids(1, LIMIT + 1), "target_mask": torch.arange(LIMIT + 1)[None] > 2},
-        "13 tokens, but max_position_embeddings=12",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TEXTS)
-def test_texts_that_cannot_be_compared_are_refused(model, case):
-    arguments, message = BAD_TEXTS[case]
-    with pytest.raises(ValueError, match=message):
-        model.greedy_matches(**{"input_ids": IDS, "attention_mask": None, "target_mask": IDS == 3, **arguments})
 
 
 def test_a_network_that_is_not_finite_is_reported(kind):
