@@ -60,7 +60,7 @@ def quality(
         typer.Option(
             metavar="NAME[,OPTION=VALUE...]",
             help="A sampler as of generate, such as margin,unit=digit; repeatable [default: ancestral and margin]. A "
-            "family with only one sampler takes that.",
+            "family with none of them takes its first.",
         ),
     ] = None,
     passes: Annotated[
