@@ -37,10 +37,10 @@ function lookAt(token, number) {
   const isNow = number > 0 && change[0] === number;
   const digits = digitsOf(change[2]), old = isNow && before ? digitsOf(before[2]) : digits;
   const wasHidden = (place) => isNow && before !== undefined && old[place] === ".";
-  const hidden = change[1] < 0;
+  const hidden = change[1] < 0, lost = isNow && before[1] >= 0 || digits.some((each, place) => each === "." && old[place] !== ".");
   let kind = "known";
   if (token.given) kind = "given";
-  else if (hidden) kind = isNow && before[1] >= 0 ? "again" : digits.some((each) => each !== ".") ? "part" : "hidden";
+  else if (hidden) kind = lost ? "again" : digits.some((each) => each !== ".") ? "part" : "hidden";
   else if (data.changing && change[1] !== token.final) kind = "draft";
   else if (isNow) kind = "new";
   // A prediction from before the token's last change says nothing of its present digits.
@@ -126,7 +126,7 @@ function makeBoard(run, number) {
     root.tabIndex = index ? -1 : 0;
     const cell = { root, token, index, run, key: null, text: make("span", "text"), left: make("span", "left"), top: make("ol", "top") };
     cell.digits = make("span", "digits");
-    const width = Math.max(digitsWidth, 8.6 * [...data.texts[token.final]].length, token.given ? 0 : brief ? 52 : 104);
+    const width = Math.max(digitsWidth, 8.6 * [...data.texts[token.final]].length, token.given ? 0 : brief ? 70 : 104);
     root.style.width = `${Math.ceil(width + 16)}px`;
     if (digitsWidth) cell.digits.style.width = `${digitsWidth}px`;
     root.append(cell.text);
@@ -398,7 +398,7 @@ function legend() {
   return [make("h2", "", "How to read the cells"), list];
 }
 
-byId("title").textContent = two ? `One seed, two samplers: ${runs[0].name} and ${runs[1].name}` : `${plural(runs[0].tokens.filter((each) => !each.given).length, "token")} in ${last} ${last === 1 ? "pass" : "passes"}`;
+byId("title").textContent = two ? "One seed, two samplers" : `${plural(runs[0].tokens.filter((each) => !each.given).length, "token")} in ${last} ${last === 1 ? "pass" : "passes"}`;
 document.title = byId("title").textContent;
 for (const [name, value] of data.facts) {
   const fact = make("div");
