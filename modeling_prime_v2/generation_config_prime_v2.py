@@ -49,7 +49,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
         all generated tokens are one block.
     cache: "none" by default; "prefix" and "dual" keep keys and values while a block is filled, which is approximate
         (generation_cache_prime_v2.py).
-    do_sample: True, also by default: draw from the model. False: the deterministic decode (`GreedyProcess`), which has
+    do_sample: True, also by default: draw from the model. False: the deterministic decode, which has
         no temperature, top_p or seed. Such an option beside do_sample=False is refused; one that a config sets beneath
         the call or config that says do_sample=False is ignored.
     temperature: the logits' divisor, > 0; 1.0 by default. top_p: nucleus mass in (0, 1]; 1.0, all of it, by default.

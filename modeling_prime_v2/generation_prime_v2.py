@@ -1,4 +1,4 @@
-"""`generate` of masked diffusion: the ancestral reverse process on sub-tokens, and a deterministic decode.
+"""`generate` of masked diffusion, and its default sampler: the ancestral reverse process on sub-tokens.
 
 For alpha = 1 - t on N uniform steps, a hidden unit (digit, token or stage: `RevealOrder`) is revealed in each of them
 with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime, arXiv:2505.18495). So the steps of all
@@ -69,7 +69,7 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
 
         New tokens after the first EOS become padding; a sequence stops when nothing that is kept can still change.
         A draw is a function of seed, step, position, the row's ids and how many equal rows precede it, and with
-        do_sample=False (`GreedyProcess`) there is none: the same in every batch, up to the network's rounding.
+        do_sample=False there is none: the same in every batch, up to the network's rounding.
         Raises ValueError for bad options, ids, shapes and lengths.
         """
         options = merge_options(self, generation_config, kwargs)

@@ -22,7 +22,7 @@ from .linear_prime_v2 import HeadCall, head_of
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import as_tensor, check_length, scoring_inputs, token_inputs
-from .validation_keywords_prime_v2 import forward_keywords
+from .validation_keywords_prime_v2 import forward_keywords, one_of
 
 
 class PrimeV2Model(PrimeV2Backbone):
@@ -194,8 +194,10 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         Without carry-over the paper's loss has a term for each token, those with every digit visible included.
 
         hidden_states (B, L, D); ids (B, L) clean; weight (B,). Returns the weighted sum, differentiable, and the
-        unweighted nats of each sequence (B,), float64, detached.
+        unweighted nats of each sequence (B,), float64, detached. ValueError for another objective than "joint" and
+        "marginal".
         """
+        one_of(f"objective={objective!r}", objective, ("joint", "marginal"))
         target_mask = noise.hidden_count > 0
         splits_tokens = self.config.num_subtokens > 1 and order.kind != "token"
         if objective == "joint" and splits_tokens and not self.config.carry_over:

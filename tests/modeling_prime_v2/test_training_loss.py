@@ -121,3 +121,9 @@ def test_labels_are_of_token_ids(model):
     ids = some_ids(2, 3)
     with pytest.raises(ValueError, match="labels need input_ids"):
         model(subtoken_ids=model.encode(ids), labels=ids)
+
+
+def test_nats_of_an_objective_that_there_is_not_are_refused():
+    """Not taken for those of the joint distribution, a number that would look right."""
+    with pytest.raises(ValueError, match="objective='subtoken' is not one of joint, marginal"):
+        small_model().sequence_nll(None, None, None, None, "subtoken", None)
