@@ -81,9 +81,7 @@ Steps = Annotated[
         help="Steps; more of them draw fewer tokens at once.",
     ),
 ]
-Unit = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Unit of a rule: token, digit, or stage of the nested order.")
-]
+Unit = Annotated[str | None, typer.Option(metavar="NAME", help="Unit of a rule: token, digit, or stage.")]
 Score = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of --sampler confidence: probability, margin or entropy.")
 ]

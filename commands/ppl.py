@@ -70,7 +70,8 @@ PplMethod = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="subtoken, token or nested: bounds, for each order of reveal; chain: exact, left to right, slow; "
+        help="subtoken, token, nested, coarse_first or windows: bounds, for each order of reveal; "
+        "chain: exact, left to right, slow; "
         "orders: a bound from random orders, slowest; sampler: of what generate writes, exact but for ancestral; "
         "paper_loss: the paper's loss, no bound; uniform, "
         "interpolating: the bounds of these families. A causal model has only causal, its exact likelihood. Beside "

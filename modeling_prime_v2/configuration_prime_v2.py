@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from .code_table_prime_v2 import num_nodes
 from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
+from .diffusion_prime_v2 import KINDS, STAGED
 
 MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
@@ -13,7 +14,7 @@ CHOICES = {
     "objective": ("joint", "marginal"),
     "loss_weight": ("elbo", "low_variance"),
     "noise_form": ("count", "time"),
-    "reveal_order": ("digit", "token", "nested"),
+    "reveal_order": KINDS,
 }
 EARLIER_OBJECTIVES = {"token": "joint", "subtoken": "marginal"}
 
@@ -25,7 +26,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     Args:
         vocab_size: V, the number of tokens that can be predicted. The mask token has the id V.
         num_subtokens: S, the digits of a token (the paper's l); None means ceil(log_base V). 1 is plain MDM.
-        subtoken_embedding: also "ancestors", for reveal_order "nested" or "token": a vector for each node of the code
+        subtoken_embedding: also "ancestors", for every reveal_order but "digit": a vector for each node of the code
             tree at the stages' ends, and of a state the sum of those from the root to its node.
         tree_levels: digit counts at which "ancestors" has vectors, the stages' ends among them; None is those ends.
         head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
@@ -34,8 +35,10 @@ class PrimeV2Config(PrimeV2CodedConfig):
             negative evidence lower bound of `reveal_order` from the marginals of the digits.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
-        reveal_order: the unit that is hidden and revealed: each "digit" (published), the whole "token", or "nested",
-            stages of leading digits that end at the counts in `stage_digits`, e.g. [6, 11].
+        reveal_order: the unit that is hidden and revealed: each "digit" (published), the whole "token", or stages of
+            leading digits that end at the counts in `stage_digits`, e.g. [6, 11]. Stages of all tokens are revealed in
+            any order ("nested"), first stages of all tokens first ("coarse_first"), or each stage within its window of
+            time ("windows", e.g. stage_windows=[[0, 0.8], [0.2, 1]]); of equal windows that is "nested".
         whole_token_above: hide whole tokens when the masked share exceeds this (the published 1.1B recipe uses 0.5).
         mask_token_id: always `vocab_size`.
         The other fields are those of `PrimeV2CodedConfig` and `PrimeV2BackboneConfig`.
@@ -52,6 +55,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     noise_form: str = "count"
     reveal_order: str = "digit"
     stage_digits: list[int] | None = None
+    stage_windows: list[list[int | float]] | None = None
     tree_levels: list[int] | None = None
     head_ancestors: bool = False
     whole_token_above: int | float | None = None
@@ -95,11 +99,12 @@ class PrimeV2Config(PrimeV2CodedConfig):
                 )
 
     def _check_stages(self):
-        if (self.reveal_order == "nested") != (self.stage_digits is not None):
+        if (self.reveal_order in STAGED) != (self.stage_digits is not None):
+            staged = self.reveal_order if self.reveal_order in STAGED else STAGED[0]
             raise ValueError(
-                f"reveal_order={self.reveal_order!r} with stage_digits={self.stage_digits}: 'nested' needs the digit "
-                f"counts at which its stages end, the others take none; use e.g. reveal_order='nested' and "
-                f"stage_digits=[{(self.num_subtokens + 1) // 2}, {self.num_subtokens}]"
+                f"reveal_order={self.reveal_order!r} with stage_digits={self.stage_digits}: {', '.join(STAGED)} need "
+                f"the digit counts at which their stages end, the others take none; use e.g. reveal_order={staged!r} "
+                f"and stage_digits=[{(self.num_subtokens + 1) // 2}, {self.num_subtokens}]"
             )
         if self.stage_digits is not None:
             stages = [0, *self.stage_digits]
@@ -109,6 +114,22 @@ class PrimeV2Config(PrimeV2CodedConfig):
                     f"stage_digits={self.stage_digits} must rise from at least 1 to num_subtokens="
                     f"{self.num_subtokens}; use e.g. [{self.num_subtokens}]"
                 )
+        self._check_windows()
+
+    def _check_windows(self):
+        windows, stages = self.stage_windows, len(self.stage_digits or ())
+        if (self.reveal_order == "windows") != (windows is not None):
+            raise ValueError(
+                f"reveal_order={self.reveal_order!r} with stage_windows={windows}: 'windows' needs them, the others "
+                f"take none; use e.g. reveal_order='windows' and stage_windows={[[0, 1]] * max(1, stages)}"
+            )
+        if windows is None:
+            return
+        if len(windows) != stages or not all(len(each) == 2 and 0 <= each[0] < each[1] <= 1 for each in windows):
+            raise ValueError(
+                f"stage_windows={windows} must have a pair [a, b] with 0 <= a < b <= 1 for each of {stages} stages; "
+                f"use e.g. {[[0, 1]] * stages}"
+            )
 
     @property
     def levels(self) -> tuple[int, ...]:

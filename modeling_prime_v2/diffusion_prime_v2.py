@@ -6,6 +6,13 @@ is
     count form  E_k [ n/k * sum of the hidden units' nats ],        k ~ U{1..n}, a uniform k-subset hidden
 (MDLM, arXiv:2406.07524, eq. 10 for alpha = 1 - t; the count form is the same integral in closed form, LLaDA
 arXiv:2502.09992, eq. 6). Both need the nats of each unit from its own marginal: see `is_bound`.
+
+Stages that are not revealed over the same time ("coarse_first", "windows"; `RevealOrder`) fall into G *segments* of
+time. A segment is a masked diffusion of the units that it reveals, after those of earlier segments and before those of
+later ones, which are all hidden; only its own hidden units are *eligible*. With n units in all and e eligible ones
+    time form   E_(segment, t) [ G/t * sum of the eligible units' nats ],   t ~ U(0, 1] within a uniform segment
+    count form  E_k [ n/e * sum of the eligible units' nats ],              the last k of n units hidden, k ~ U{1..n}
+Coarse-first, where each of J segments reveals a stage of N tokens, this is the sum over phases of E_e [ N/e * ... ].
 """
 
 import math
@@ -20,38 +27,86 @@ from .random_prime_v2 import Stream, hash64, uniforms
 T_MIN = 1e-4
 
 
+STAGED = ("nested", "coarse_first", "windows")  # reveal orders over stages of leading digits
+KINDS = ("digit", "token", *STAGED)
+
+
 @dataclass(frozen=True)
 class RevealOrder:
-    """What is hidden and revealed as one: "digit", "token", or "nested" stages of leading digits.
+    """What is hidden and revealed as one: "digit", "token", or stages of leading digits in one of three orders.
 
-    Noise, weights, bounds and sampler all take this object. `stage_digits` are the digit counts at which the stages of
-    "nested" end, rising to S; a token's stages are revealed first to last, at iid times that are sorted.
+    Noise, weights, bounds and sampler all take this object. `stage_digits` are the digit counts at which the stages
+    end, rising to S. A token's stages are revealed first to last: stage j has a reveal time, uniform on its window of
+    [0, 1], and a token's times are sorted. "nested": every window is [0, 1]; "coarse_first": one window after another,
+    so that stage 1 of all tokens comes before any stage 2; "windows": pairs (a_j, b_j) in `stage_windows`.
     """
 
     kind: str
     num_subtokens: int
     stage_digits: tuple[int, ...] = ()
+    stage_windows: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self):
-        if self.kind not in ("digit", "token", "nested"):
-            raise ValueError(f'kind={self.kind!r} is not one of "digit", "token", "nested"')
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
 
     @classmethod
     def from_config(cls, config, kind: str | None = None) -> "RevealOrder":
         kind = kind or config.reveal_order
-        stages = tuple(config.stage_digits or ())
-        if kind == "nested" and not stages:
-            raise ValueError("the nested reveal order needs a config with stage_digits, e.g. stage_digits=[6, 11]")
-        return cls(kind, config.num_subtokens, stages if kind == "nested" else ())
+        if kind not in STAGED:
+            return cls(kind, config.num_subtokens)
+        if not config.stage_digits:
+            raise ValueError(
+                f"the {kind.replace('_', '-')} reveal order needs a config with stage_digits, e.g. "
+                f"stage_digits=[6, 11]"
+            )
+        windows = tuple((a, b) for a, b in config.stage_windows or ()) if kind == "windows" else ()
+        if kind == "windows" and not windows:
+            raise ValueError("the reveal order windows needs a config with stage_windows, e.g. [[0, 0.8], [0.2, 1]]")
+        return cls(kind, config.num_subtokens, tuple(config.stage_digits), windows)
 
     @property
     def units_per_token(self) -> int:
-        return {"digit": self.num_subtokens, "token": 1, "nested": len(self.stage_digits)}[self.kind]
+        return {"digit": self.num_subtokens, "token": 1}.get(self.kind, len(self.stage_digits))
+
+    @property
+    def segment_chances(self) -> list[list[float]]:
+        """Chance that a token's unit is revealed in each of the G segments of time, a row for each unit."""
+        units = self.units_per_token
+        if self.kind == "coarse_first":
+            return [[float(stage == segment) for segment in range(units)] for stage in range(units)]
+        if self.kind != "windows":
+            return [[1.0]] * units
+        edges = sorted({edge for window in self.stage_windows for edge in window})
+        pieces = [
+            (start, end)
+            for start, end in zip(edges, edges[1:], strict=False)
+            if any(a <= start and end <= b for a, b in self.stage_windows)
+        ]
+        return [
+            [(end - start) / (b - a) if a <= start and end <= b else 0.0 for start, end in pieces]
+            for a, b in self.stage_windows
+        ]
+
+    @property
+    def num_segments(self) -> int:
+        """G."""
+        return len(self.segment_chances[0])
+
+    def segments(self, keys: Tensor, numbers: Tensor) -> Tensor:
+        """The segment of each unit, int64, first one 0: numbers (..., N U) of the units, drawn by keys if at all."""
+        units, chances = self.units_per_token, torch.tensor(self.segment_chances, dtype=torch.double)
+        stages = torch.arange(numbers.shape[-1], device=numbers.device) % units
+        if bool((chances.amax(1) == 1).all()):
+            return chances.argmax(1).to(numbers.device)[stages].expand_as(numbers)
+        draws = uniforms(keys, Stream.SEGMENT, numbers).unsqueeze(-1)
+        upto = chances.cumsum(1)[:, :-1].to(numbers.device)[stages]  # rounding of the last sum takes no draw away
+        return (draws >= upto).sum(-1)
 
     def visible_digits(self, hidden_units: Tensor) -> Tensor:
         """Hidden units (..., U) bool to visible digits (..., S) bool.
 
-        "nested" reads only how many units are hidden: sorting iid reveal times gives stages first to last.
+        Of stages it reads only how many are hidden: sorted reveal times show stages first to last.
         """
         if self.kind == "digit":
             return ~hidden_units
@@ -74,9 +129,10 @@ class RevealOrder:
 class Noise:
     """One draw of the forward process for B sequences.
 
-    visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t;
-    maskable (B, L) bool, tokens that could have been hidden; target_digits (B, L, S) bool or None: the digits
-    whose joint is predicted for each token counted in hidden_count, where it is not each hidden unit.
+    visible (B, L, S) bool; hidden_count (B, L) int64, hidden units of each token; weight (B,) float64, n/k or 1/t (of
+    segments n/e or G/t); maskable (B, L) bool, tokens that could have been hidden; target_digits (B, L, S) bool or
+    None: the digits whose joint is predicted for each token counted in hidden_count, where it is not each hidden unit;
+    eligible_count (B, L) int64 or None: eligible units of each token, where those are not all that are hidden.
     """
 
     visible: Tensor
@@ -84,6 +140,13 @@ class Noise:
     weight: Tensor
     maskable: Tensor
     target_digits: Tensor | None = None
+    eligible_count: Tensor | None = None
+
+    def weight_of(self, objective: str) -> Tensor:
+        """Weight (B,) of the nats: for "joint", which predicts every token with a hidden unit, n/k of all k hidden."""
+        if objective == "marginal" or self.eligible_count is None:
+            return self.weight
+        return self.weight * self.eligible_count.sum(1) / self.hidden_count.sum(1).clamp(min=1)
 
 
 def is_bound(objective: str, loss_weight: str, num_subtokens: int, order: RevealOrder, whole_token_above) -> bool:
@@ -152,14 +215,25 @@ def _draw(maskable: Tensor, order: RevealOrder, keys: Tensor, levels: Tensor, fo
     stream = Stream.WHOLE if order.kind == "token" else Stream.UNITS
     maskable_units = maskable.repeat_interleave(units, dim=1)
     draws = uniforms(keys.unsqueeze(1), stream, maskable_units.cumsum(1))  # (B, L * U)
+    later = order.num_segments - 1 - order.segments(keys.unsqueeze(1), maskable_units.cumsum(1))
+    draws = draws + later  # the higher, the sooner a unit is revealed
+    num_units = maskable_units.sum(1)
     if form == "time":
-        levels = levels.clamp(min=T_MIN)
-        hidden, weight = draws < levels.unsqueeze(1), 1 / levels
+        # Levels run from the end of time to its beginning: whole numbers are segments that lie behind.
+        position = levels * order.num_segments
+        behind = position.floor().clamp(max=order.num_segments - 1)
+        within = (position - behind).clamp(min=T_MIN)
+        hidden = (draws < (behind + within).unsqueeze(1)) & maskable_units
     else:
-        num_units = maskable_units.sum(1)
         count = hidden_counts_to_draw(levels, num_units)
-        ranks = torch.where(maskable_units, draws, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
-        hidden = ranks < count.unsqueeze(1)
-        weight = num_units / count.clamp(min=1).double()  # 0 for a row with nothing to mask
-    hidden = (hidden & maskable_units).view(batch, length, units)
-    return Noise(order.visible_digits(hidden), hidden.sum(-1), weight, maskable)
+        ranks = draws.masked_fill(~maskable_units, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+        hidden = (ranks < count.unsqueeze(1)) & maskable_units
+        behind = torch.where(hidden, later, 0).amax(1)
+    eligible = (hidden & (later == behind.unsqueeze(1))).view(batch, length, units).sum(-1)
+    # The count form's is 0 for a row with nothing to mask.
+    weight = order.num_segments / within if form == "time" else num_units / eligible.sum(1).clamp(min=1).double()
+    hidden = hidden.view(batch, length, units)
+    noise = Noise(order.visible_digits(hidden), hidden.sum(-1), weight, maskable)
+    if order.num_segments > 1:
+        noise.eligible_count = eligible
+    return noise

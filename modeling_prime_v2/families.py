@@ -103,7 +103,8 @@ def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int
     if family is None or method in ("causal", "sampler") or getattr(config, "alpha_0", None) == 0:
         return 1
     if method == "chain":
-        return 1 if family.one_pass_chain else num_tokens
+        stages = len(config.stage_digits) if getattr(config, "reveal_order", None) == "coarse_first" else 1
+        return 1 if family.one_pass_chain else num_tokens * stages
     return num_samples * num_tokens if method == "orders" else num_samples
 
 
@@ -121,6 +122,8 @@ def label_of(config: Any) -> str:
         return "MDM"
     if values["reveal_order"] == "token":  # whole tokens are hidden: no digit diffuses
         return f"MDM, {'tree' if values['subtoken_embedding'] == 'ancestors' else 'sub-token'} embedding"
+    if values["reveal_order"] == "windows":
+        return "sub-tokens, stages in windows"
     if values["reveal_order"] != "digit":
-        return f"sub-tokens, {values['reveal_order']} order"
+        return f"sub-tokens, {values['reveal_order'].replace('_', '-')} order"
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"

@@ -230,7 +230,8 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
     if given.get("do_sample", True) and "seed" not in given:
         given["seed"] = int(torch.randint(2**62, ()))
     if given.get("do_sample") is False and "confidence" in FAMILY_SAMPLERS[model.config.model_type].names:
-        given.setdefault("sampler_config", ConfidenceSamplerConfig())
+        phased = getattr(model.config, "reveal_order", None) == "coarse_first"
+        given.setdefault("sampler_config", ConfidenceSamplerConfig(unit="stage" if phased else "token"))
     options = GenerationOptions(**given)
     check_sampler(model, options)
     return options
@@ -241,21 +242,42 @@ def check_sampler(model: Any, options: GenerationOptions) -> None:
     config, sampler, name = model.config, options.sampler_config, type(options.sampler_config).__name__
     check_family(model, sampler, options.block_length, options.cache)
     if options.sampler_kind != "rule":
+        _check_order(config, sampler)
         if not options.do_sample and sampler is not None:
             has_rules = "confidence" in FAMILY_SAMPLERS[config.model_type].names
             advice = "use ConfidenceSamplerConfig()" if has_rules else "leave sampler_config out"
             raise ValueError(f"do_sample=False draws nothing, but {name} acts at random; {advice}")
         return
     if sampler.unit == "stage" and not config.stage_digits:
-        raise ValueError(f"{name}(unit='stage') needs a model of the nested order; use unit='token' or unit='digit'")
+        raise ValueError(f"{name}(unit='stage') needs a model with stages; use unit='token' or unit='digit'")
     if sampler.unit == "digit" and config.subtoken_embedding == "ancestors":
         raise ValueError(
             f"{name}(unit='digit') shows any digits, but this model has vectors for leading digits only; use "
             f"unit='stage' or unit='token'"
         )
-    if sampler.stage_passes is not None and len(sampler.stage_passes) != len(config.stage_digits):
+    _check_stage_passes(config, sampler)
+
+
+def _check_order(config: Any, sampler: Any) -> None:
+    """ValueError for a random sampler, or an option of it, that the model's reveal order has not."""
+    name, order = type(sampler).__name__, getattr(config, "reveal_order", None)
+    if getattr(sampler, "kind", None) == "remasking" and order in ("coarse_first", "windows"):
         raise ValueError(
-            f"{name}: stage_passes has {len(sampler.stage_passes)} shares, but the model has "
+            f"{name} hides any unit again, but reveal_order={order!r} never shows a later stage before an earlier "
+            f"one's time; use AncestralSamplerConfig() or a rule with unit='stage'"
+        )
+    if getattr(sampler, "stage_passes", None) is not None and order != "coarse_first":
+        raise ValueError(
+            f"{name}: stage_passes is for models with reveal_order='coarse_first', not {order!r}; leave it out"
+        )
+    _check_stage_passes(config, sampler)
+
+
+def _check_stage_passes(config: Any, sampler: Any) -> None:
+    shares = getattr(sampler, "stage_passes", None)
+    if shares is not None and len(shares) != len(config.stage_digits):
+        raise ValueError(
+            f"{type(sampler).__name__}: stage_passes has {len(shares)} shares, but the model has "
             f"{len(config.stage_digits)} stages"
         )
 

@@ -24,6 +24,7 @@ from .generation_process_prime_v2 import Blocks, Canvas, DraftStream, PrimeV2Gen
 from .generation_remasking_prime_v2 import RemaskingProcess
 from .generation_rules_prime_v2 import RuleProcess
 from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, most_confident, propose
+from .greedy_stages_prime_v2 import greedy_stages
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import as_tensor, token_inputs
 
@@ -93,7 +94,13 @@ class PrimeV2GenerationMixin(PrimeV2GreedyMixin):
         return kinds[options.sampler_kind](self, options, canvas, processors)
 
     def reveal_targets(self: Any, ids: Tensor, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """The most confident target of each row: whether it is right, which it is, and its one pass."""
+        """The most confident target of each row: whether it is right, which it is, and its one pass.
+
+        Where stages are revealed in phases, all targets, and as many passes as they took.
+        """
+        if self.config.reveal_order == "coarse_first":
+            right, passes = greedy_stages(self, ids, hidden, real)
+            return right, hidden, passes
         states = self.encode(ids.masked_fill(hidden, self.config.mask_token_id))
         hidden_states = self.model(states, attention_mask=None if real.all() else real.long()).last_hidden_state
         proposed, confidence = torch.zeros_like(ids), torch.full_like(ids, -1.0, dtype=torch.double)
@@ -141,15 +148,19 @@ class Schedule:
     num_passes: list[int]
 
 
-def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, blocks: Blocks) -> Schedule:
+def draw_schedule(
+    keys: Tensor, canvas: Canvas, order: RevealOrder, blocks: Blocks, shares: tuple[float, ...] | None = None
+) -> Schedule:
     """Draw the reveal steps, uniform over those of the block: row keys (B,) int64 to a Schedule, a function of them.
 
-    The stages of a nested token are revealed first to last, so their iid draws are as good as sorted.
+    Stages have their own steps of the block (`stage_steps`). Those of a token are revealed first to last, so their
+    independent draws are as good as sorted.
     """
     units = torch.arange(order.units_per_token, device=keys.device)
     draws = uniforms(keys[:, None, None], Stream.REVEAL, canvas.position_ids.unsqueeze(-1), units)  # (B, T, U)
     starts, ends = (each.gather(1, blocks.of).unsqueeze(-1) for each in (blocks.starts, blocks.ends))
-    steps = (starts + (draws * (ends - starts)).long()).minimum(ends - 1)
+    first, last = stage_steps(order, ends - starts, shares)
+    steps = (starts + (first + draws * (last - first)).long()).minimum(ends - 1)
     steps = steps.masked_fill(~canvas.fillable.unsqueeze(-1), int(blocks.ends.max())).flatten(1)
     ordered, index = steps.sort(1)
     ranks = (ordered.diff(dim=1, prepend=ordered.new_full((len(keys), 1), -1)) != 0).cumsum(1) - 1
@@ -160,6 +171,25 @@ def draw_schedule(keys: Tensor, canvas: Canvas, order: RevealOrder, blocks: Bloc
     return Schedule(passes, table[:, : max(num_passes)], num_passes)
 
 
+def stage_steps(
+    order: RevealOrder, num_steps: Tensor, shares: tuple[float, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where the steps of each unit begin and end among `num_steps` (..., 1) int64 of a block, (..., U) float64.
+
+    Coarse-first: the stages' shares (by default equal ones), rounded so that each stage has a step of its own where
+    there are enough; with fewer steps than stages the later ones share the last step. Others: the unit's window.
+    """
+    units, device = order.units_per_token, num_steps.device
+    if order.kind != "coarse_first":
+        windows = torch.tensor(order.stage_windows or [(0, 1)] * units, dtype=torch.double, device=device)
+        return windows[:, 0] * num_steps, windows[:, 1] * num_steps
+    given = torch.tensor(shares or (1.0,) * units, dtype=torch.double, device=device)
+    upto, numbers = given.cumsum(0) / given.sum(), torch.arange(1, units + 1, device=device)
+    ends = (upto * num_steps + 1e-9).floor().maximum(numbers)  # rounding of the sum
+    ends = ends.minimum((num_steps - units + numbers).clamp(min=1))
+    return torch.cat([torch.zeros_like(ends[..., :1]), ends[..., :-1]], dim=-1), ends
+
+
 class AncestralProcess(MaskedProcess):
     """Sampling: pass m serves the m-th non-empty step of every row that has one (`generate`)."""
 
@@ -168,7 +198,8 @@ class AncestralProcess(MaskedProcess):
     ):
         super().__init__(model, options, canvas, processors, keys)
         self.order = RevealOrder.from_config(model.config)
-        self.schedule = draw_schedule(self.keys, canvas, self.order, self.blocks)
+        shares = getattr(options.sampler_config, "stage_passes", None)
+        self.schedule = draw_schedule(self.keys, canvas, self.order, self.blocks, shares)
         self.passes_left = list(self.schedule.num_passes)
 
     def run_pass(self, rows: list[int]) -> None:

@@ -141,8 +141,11 @@ def log_likelihood(
       masked diffusion
         "subtoken"      bound, digits hidden one by one: E_k n/k sum of -log m_ij; `num_samples` stratified samples.
         "token"         bound, whole tokens hidden; `num_samples` samples.
-        "nested"        bound, stages of digits hidden (configs with stage_digits); `num_samples` samples.
-        "chain"         exact for decoding left to right, one pass per scored token, no sampling.
+        "nested", "coarse_first", "windows"
+                        bounds, stages of digits hidden (configs with stage_digits), in one of three orders;
+                        `num_samples` samples.
+        "chain"         exact for decoding left to right, one pass per scored token, no sampling. Of a model with
+                        reveal_order="coarse_first": all first stages left to right, then all second ones, ...
         "orders"        bound, -log mean of exp(log p) over `num_samples` random orders of the config's reveal_order,
                         one pass per scored unit and order; tightens as num_samples grows.
         "sampler"       of what `generate` writes with `generation_config`: exact for samplers whose positions follow

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diffusion_prime_v2 import Noise, RevealOrder, draw_noise, is_bound
+from .diffusion_prime_v2 import STAGED, Noise, RevealOrder, draw_noise, is_bound
 from .likelihood_frame_prime_v2 import Likelihood
 from .likelihood_output_prime_v2 import jackknifed
 from .likelihood_rows_prime_v2 import ROWS_PER_PIECE, Rows
-from .random_prime_v2 import Stream, uniforms
+from .random_prime_v2 import Stream, hash64, uniforms
 
 # method: (reveal order of the noise, objective)
 SAMPLED_METHODS = {
     "subtoken": ("digit", "marginal"),
     "token": ("token", "marginal"),
-    "nested": ("nested", "marginal"),
+    **{kind: (kind, "marginal") for kind in STAGED},
     "paper_loss": ("digit", "joint"),
 }
 METHODS = (*SAMPLED_METHODS, "chain", "orders")
@@ -34,6 +34,8 @@ class PrimeV2Likelihood(Likelihood):
 
     def __init__(self, config: Any, method: str, num_samples: int, exhaustive: bool, round_number: int):
         kind, self.objective = {"chain": ("token", "joint"), **SAMPLED_METHODS}.get(method, (None, "marginal"))
+        if method == "chain" and config.reveal_order == "coarse_first":  # whose network sees no whole tokens at first
+            kind, self.objective = "coarse_first", "marginal"
         self.order = RevealOrder.from_config(config, kind)
         if method in METHODS and method not in self.methods_of(config):
             raise ValueError(
@@ -48,11 +50,13 @@ class PrimeV2Likelihood(Likelihood):
 
     @classmethod
     def methods_of(cls, config: Any) -> tuple[str, ...]:
-        """ "nested" only with stages; digits in any order only if their states have vectors.
+        """Stages only where there are some; digits in any order only if their states have vectors.
 
         The last, "sampler", runs no rows of this class: see `PrimeV2ForMaskedDiffusion.log_likelihood`.
         """
-        missing = [] if config.stage_digits else ["nested"]
+        missing = [] if config.stage_digits else list(STAGED)
+        if not config.stage_windows:
+            missing.append("windows")
         if config.subtoken_embedding == "ancestors":
             missing += [method for method, (order, _) in SAMPLED_METHODS.items() if order == "digit"]
         return (*(method for method in METHODS if method not in missing), "sampler")
@@ -63,10 +67,9 @@ class PrimeV2Likelihood(Likelihood):
         return BOUND_OF_ORDER[config.reveal_order]
 
     def is_enumerated(self, num_tokens: int) -> bool:
-        units = num_tokens * self.order.units_per_token
-        if self.is_exact or units > 62:
+        if self.is_exact or num_tokens * self.order.units_per_token > 62 or self.order.kind == "windows":
             return self.is_exact
-        number = math.factorial(units) if self.method == "orders" else num_masks(num_tokens, self.order)
+        number = num_orders(num_tokens, self.order) if self.method == "orders" else num_masks(num_tokens, self.order)
         return number <= self.most_rows
 
     def rows(self, ids: Tensor, scored: Tensor, key: Tensor) -> Iterator[Rows]:
@@ -77,20 +80,21 @@ class PrimeV2Likelihood(Likelihood):
                 "hidden_count": noise.hidden_count,
                 "maskable": noise.maskable,
             }
-            if noise.target_digits is not None:
-                inputs["target_digits"] = noise.target_digits
+            for name in ("target_digits", "eligible_count"):
+                if getattr(noise, name) is not None:
+                    inputs[name] = getattr(noise, name)
             yield Rows(inputs, factor)
 
     def _noise(self, scored: Tensor, key: Tensor) -> Iterator[tuple[Noise, Tensor]]:
         """(noise of R rows, factor (R,) float64 of their nats) of one sequence, scored (L,), in pieces."""
         num_tokens = int(scored.sum())
         if self.method == "chain":
-            yield from chain_noise(scored)
+            yield from chain_noise(scored, self.order)
         elif self.method == "orders":
-            units = num_tokens * self.order.units_per_token
-            orders = (
-                all_orders(units) if self.is_enumerated(num_tokens) else random_orders(units, self.num_samples, key)
-            )
+            if self.is_enumerated(num_tokens):
+                orders = all_orders(num_tokens, self.order)
+            else:
+                orders = random_orders(num_tokens, self.order, self.num_samples, key)
             yield from order_noise(scored, self.order, orders)
         elif self.is_enumerated(num_tokens):
             yield from all_mask_noise(scored, self.order)
@@ -105,7 +109,8 @@ class PrimeV2Likelihood(Likelihood):
         states = torch.where(visible, model.encode(ids), model.config.base)
         hidden_states = model.model(states, attention_mask).last_hidden_state
         weight = torch.ones(len(ids), dtype=torch.double, device=ids.device)
-        noise = Noise(visible, inputs["hidden_count"], weight, inputs["maskable"], inputs.get("target_digits"))
+        some = (inputs.get(name) for name in ("target_digits", "eligible_count"))
+        noise = Noise(visible, inputs["hidden_count"], weight, inputs["maskable"], *some)
         return model.sequence_nll(hidden_states, ids, noise, self.order, self.objective, weight)[1]
 
     def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -120,6 +125,8 @@ class PrimeV2Likelihood(Likelihood):
 
 def num_masks(num_tokens: int, order: RevealOrder) -> int:
     """States of the noise in which something is hidden, for `num_tokens` scored tokens."""
+    if order.kind == "coarse_first":
+        return order.units_per_token * (2**num_tokens - 1)
     states = order.units_per_token + 1 if order.kind == "nested" else 2**order.units_per_token
     return states**num_tokens - 1
 
@@ -128,29 +135,55 @@ def all_mask_noise(scored: Tensor, order: RevealOrder) -> Iterator[tuple[Noise, 
     """Every state of `num_masks` once; the factors make the sum over rows the expectation of the count form.
 
     A state that hides k of n units has probability 1 / (n C(n, k)) and weight n / k. Of "nested", which sees only how
-    many of a token's J stages are hidden, a state stands for the product of C(J, hidden) sets.
+    many of a token's J stages are hidden, a state stands for the product of C(J, hidden) sets. Of "coarse_first" a
+    state hides stage j of k of N tokens: probability 1 / (J N C(N, k)), weight J N / k.
     """
     units, num_tokens = order.units_per_token, int(scored.sum())
+    states = coarse_first_states(units, num_tokens) if order.kind == "coarse_first" else free_states(order, num_tokens)
+    while piece := list(itertools.islice(states, ROWS_PER_PIECE)):
+        hidden = torch.zeros(len(piece), len(scored), units, dtype=torch.bool)
+        hidden[:, scored.cpu()] = torch.tensor([state for state, _ in piece])
+        hidden = hidden.to(scored.device)
+        factor = torch.tensor([each for _, each in piece], dtype=torch.double, device=scored.device)
+        maskable, hidden_count = scored.expand(len(piece), -1), hidden.sum(-1)
+        noise = Noise(order.visible_digits(hidden), hidden_count, torch.ones_like(factor), maskable)
+        if order.kind == "coarse_first":
+            most = hidden_count.amax(1, keepdim=True)  # the tokens that lack the first stage that any lacks
+            noise.eligible_count = (maskable & (hidden_count == most)).long()
+        yield noise, factor
+
+
+def free_states(order: RevealOrder, num_tokens: int) -> Iterator[tuple[tuple, float]]:
+    """(hidden units of each token, factor) of every state of an order that has no phases."""
+    units, n = order.units_per_token, num_tokens * order.units_per_token
     each: list[tuple[int, tuple[bool, ...]]] = [
         (1, tuple(bool(bits >> unit & 1) for unit in range(units))) for bits in range(2**units)
     ]
     if order.kind == "nested":
         each = [(math.comb(units, h), tuple(unit >= units - h for unit in range(units))) for h in range(units + 1)]
-    states = itertools.islice(itertools.product(each, repeat=num_tokens), 1, None)  # the first hides nothing
-    n = num_tokens * units
-    while piece := list(itertools.islice(states, ROWS_PER_PIECE)):
-        hidden = torch.zeros(len(piece), len(scored), units, dtype=torch.bool)
-        hidden[:, scored.cpu()] = torch.tensor([[token for _, token in state] for state in piece])
-        counts = hidden.sum((1, 2)).tolist()
-        sets = [math.prod(count for count, _ in state) for state in piece]
-        factors = [m / (k * math.comb(n, k)) for m, k in zip(sets, counts, strict=True)]
-        hidden, factor = hidden.to(scored.device), torch.tensor(factors, dtype=torch.double, device=scored.device)
-        maskable = scored.expand(len(piece), -1)
-        yield Noise(order.visible_digits(hidden), hidden.sum(-1), torch.ones_like(factor), maskable), factor
+    for state in itertools.islice(itertools.product(each, repeat=num_tokens), 1, None):  # the first hides nothing
+        hidden = tuple(token for _, token in state)
+        k = sum(map(sum, hidden))
+        yield hidden, math.prod(count for count, _ in state) / (k * math.comb(n, k))
 
 
-def chain_noise(scored: Tensor) -> Iterator[tuple[Noise, Tensor]]:
-    """A row for each scored token, left to right: that token is predicted, it and the later ones are hidden."""
+def coarse_first_states(stages: int, num_tokens: int) -> Iterator[tuple[tuple, float]]:
+    """(hidden stages of each token, factor) of every state of every phase."""
+    for phase in range(stages):
+        for subset in itertools.islice(itertools.product((False, True), repeat=num_tokens), 1, None):
+            hidden = tuple(tuple(stage > phase - lacks for stage in range(stages)) for lacks in subset)
+            k = sum(subset)
+            yield hidden, 1 / (k * math.comb(num_tokens, k))
+
+
+def chain_noise(scored: Tensor, order: RevealOrder) -> Iterator[tuple[Noise, Tensor]]:
+    """A row for each scored token, left to right: that token is predicted, it and the later ones are hidden.
+
+    Of "coarse_first" a row for each stage of each token: all first stages left to right, then all second ones, ...
+    """
+    if order.kind == "coarse_first":
+        yield from order_noise(scored, order, itertools.islice(all_orders(int(scored.sum()), order), 1))
+        return
     positions = torch.arange(len(scored), device=scored.device)
     for targets in scored.nonzero().squeeze(1).split(ROWS_PER_PIECE):  # (R,)
         hidden = scored & (positions >= targets.unsqueeze(1))  # (R, L)
@@ -180,14 +213,28 @@ def order_noise(scored: Tensor, order: RevealOrder, orders: Iterable[Tensor]) ->
             yield Noise(visible, target_tokens.long(), ones, target_tokens, target_digits), ones
 
 
-def random_orders(num_units: int, num_orders: int, key: Tensor) -> Iterator[Tensor]:
-    """Ranks (n,) of `num_orders` random orders."""
-    numbers = torch.arange(num_units, device=key.device)
+def random_orders(num_tokens: int, order: RevealOrder, num_orders: int, key: Tensor) -> Iterator[Tensor]:
+    """Ranks (n,) of `num_orders` random orders of the n = tokens x units, drawn as the reveal order has them."""
+    numbers = torch.arange(num_tokens * order.units_per_token, device=key.device)
     for number in range(num_orders):
-        yield uniforms(key, Stream.ORDER, number, numbers).argsort(stable=True).argsort()
+        times = uniforms(key, Stream.ORDER, number, numbers)
+        if order.num_segments > 1:
+            times = times + order.segments(hash64(key, Stream.ORDER, number), numbers)
+        yield times.argsort(stable=True).argsort()
 
 
-def all_orders(num_units: int) -> Iterator[Tensor]:
-    """Ranks (n,) of each of the n! orders."""
-    for ranks in itertools.permutations(range(num_units)):
-        yield torch.tensor(ranks)
+def num_orders(num_tokens: int, order: RevealOrder) -> int:
+    """How many orders `all_orders` gives."""
+    if order.kind == "coarse_first":
+        return math.factorial(num_tokens) ** order.units_per_token
+    return math.factorial(num_tokens * order.units_per_token)
+
+
+def all_orders(num_tokens: int, order: RevealOrder) -> Iterator[Tensor]:
+    """Ranks (n,) of each order of the units, the first one from left to right; not of "windows"."""
+    units = order.units_per_token
+    if order.kind != "coarse_first":
+        yield from map(torch.tensor, itertools.permutations(range(num_tokens * units)))
+        return
+    for phases in itertools.product(itertools.permutations(range(num_tokens)), repeat=units):
+        yield (torch.tensor(phases) + num_tokens * torch.arange(units).unsqueeze(1)).T.flatten()

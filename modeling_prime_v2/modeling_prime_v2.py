@@ -11,7 +11,7 @@ from .backbone_prime_v2 import PrimeV2Backbone
 from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_prime_v2 import PrimeV2Config
-from .diffusion_prime_v2 import RevealOrder, draw_noise, is_bound
+from .diffusion_prime_v2 import STAGED, RevealOrder, draw_noise, is_bound
 from .generation_config_prime_v2 import PrimeV2GenerationConfig
 from .generation_prime_v2 import PrimeV2GenerationMixin
 from .head_prime_v2 import PrimeV2HeadModel
@@ -184,12 +184,13 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         noise = draw_noise(scored, order, keys, levels, config.noise_form, config.whole_token_above)
         states = torch.where(noise.visible, self.code_table.encode(ids), config.base)
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
-        weight = torch.ones_like(noise.weight) if config.loss_weight == "low_variance" else noise.weight
+        weight = noise.weight_of(config.objective)
+        weight = torch.ones_like(weight) if config.loss_weight == "low_variance" else weight
         total, nats = self.sequence_nll(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
         return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
     def sequence_nll(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
-        """Weighted nats of the tokens that have a hidden unit (the others have none).
+        """Weighted nats of the tokens that have a hidden unit, for "marginal" an eligible one (the others have none).
 
         Without carry-over the paper's loss has a term for each token, those with every digit visible included.
 
@@ -198,7 +199,10 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         "marginal".
         """
         one_of(f"objective={objective!r}", objective, ("joint", "marginal"))
-        target_mask = noise.hidden_count > 0
+        eligible = noise.hidden_count
+        if objective == "marginal" and noise.eligible_count is not None:
+            eligible = noise.eligible_count
+        target_mask = eligible > 0
         splits_tokens = self.config.num_subtokens > 1 and order.kind != "token"
         if objective == "joint" and splits_tokens and not self.config.carry_over:
             target_mask = noise.maskable
@@ -208,9 +212,9 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
             kind, target_digits = "prefix", noise.target_digits[rows, columns]
         elif objective == "marginal" and order.kind == "digit" and self.config.num_subtokens > 1:
             kind = "digits"
-        elif objective == "marginal" and order.kind == "nested":
-            multiplicity = noise.hidden_count[rows, columns]
-            kind, target_digits = "prefix", order.next_visible(multiplicity)
+        elif objective == "marginal" and order.kind in STAGED:
+            multiplicity = eligible[rows, columns]
+            kind, target_digits = "prefix", order.next_visible(noise.hidden_count[rows, columns])
         tokens = HiddenTokens(
             ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, target_digits
         )

@@ -24,11 +24,12 @@ class Stream(IntEnum):
     """
 
     # Forward process of masked diffusion: level of a training sample, rotation of a step's strata, which units are
-    # hidden, and which whole tokens.
+    # hidden, and which whole tokens; the segment of time in which a stage is revealed.
     LEVEL = 1
     ROTATION = 2
     UNITS = 3
     WHOLE = 4
+    SEGMENT = 5
     # Likelihoods: key of a sequence, levels, random orders, further rounds, paths of a sampler.
     SEQUENCE = 11
     DRAW = 12

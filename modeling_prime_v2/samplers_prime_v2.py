@@ -1,6 +1,6 @@
 """Samplers: which hidden units a pass of `generate` reveals, as a function of the state and the network's output.
 
-A *unit* is a whole token, a digit of one, or the next stage of the nested order. Each rule scores every hidden unit by
+A *unit* is a whole token, a digit of one, or its next stage. Each rule scores every hidden unit by
 the network's distribution of it (after the carry-over filter and logits processors, before temperature and top_p) and
 reveals the best ones: at least as many as spread the hidden units evenly over the passes that are left. So there are
 at most `max_denoising_steps` passes, or one for each block and stage where these are more. Equal scores are decided by
@@ -50,14 +50,23 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class AncestralSamplerConfig(SamplerConfig):
-    """The reverse process: units are revealed at random times, drawn before the first pass."""
+    """The reverse process: units are revealed at random times, drawn before the first pass.
+
+    stage_passes: of a model with reveal_order="coarse_first", the share of the steps that each stage gets, e.g. (0.75,
+        0.25); None is equal shares.
+    """
+
+    stage_passes: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stage_passes", checked_shares(type(self).__name__, self.stage_passes))
 
 
 @dataclass(frozen=True)
 class RuleSamplerConfig(SamplerConfig):
     """A sampler whose positions are a function of the network's output.
 
-    unit: "token", "digit" (any digit of any token) or "stage" (all first stages of the nested order, then all second
+    unit: "token", "digit" (any digit of any token) or "stage" (of models with stages: all first ones, then all second
         ones, ...). stage_passes: for "stage", the share of the passes that each stage gets, e.g. (0.75, 0.25); None is
         equal shares.
     """
@@ -74,13 +83,7 @@ class RuleSamplerConfig(SamplerConfig):
             return
         if self.unit != "stage":
             raise ValueError(f"{name}: stage_passes belongs to unit='stage', not {self.unit!r}; leave it out")
-        shares = self.stage_passes
-        numbers = isinstance(shares, (list, tuple)) and all(_is_number(each) and each > 0 for each in shares)
-        if not numbers or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(
-                f"{name}: stage_passes={shown(shares)} must be shares above 0 that add up to 1; use (0.75, 0.25)"
-            )
-        object.__setattr__(self, "stage_passes", tuple(float(each) for each in shares))
+        object.__setattr__(self, "stage_passes", checked_shares(name, self.stage_passes))
 
     @property
     def score(self) -> str:
@@ -200,6 +203,18 @@ def _check_window(sampler: Any, use: str) -> None:
             f"{type(sampler).__name__}: t_on={shown(t_on)} and t_off={shown(t_off)} must be 0 <= t_off < t_on <= 1; "
             f"use {use}"
         )
+
+
+def checked_shares(name: str, shares: Any) -> tuple[float, ...] | None:
+    """`stage_passes` of the config `name`, floats, or None; ValueError unless positive shares that add up to 1."""
+    if shares is None:
+        return None
+    numbers = isinstance(shares, (list, tuple)) and all(_is_number(each) and each > 0 for each in shares)
+    if not numbers or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(
+            f"{name}: stage_passes={shown(shares)} must be shares above 0 that add up to 1; use (0.75, 0.25)"
+        )
+    return tuple(float(each) for each in shares)
 
 
 def _is_number(value: Any) -> bool:

@@ -35,6 +35,8 @@ ORDERS: dict[str, dict] = {
     "digit": {},
     "token": {"reveal_order": "token"},
     "nested": {"reveal_order": "nested", "stage_digits": [1, 2]},
+    "coarse first": {"reveal_order": "coarse_first", "stage_digits": [1, 2]},
+    "windows": {"reveal_order": "windows", "stage_digits": [1, 2], "stage_windows": [[0, 0.75], [0.25, 1]]},
 }
 
 
@@ -92,6 +94,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "digits in base 3, tied": ("prime", {"base": 3, "tie_word_embeddings": True, "carry_over": False}),
     "tokens": ("prime", {"reveal_order": "token"}),
     "stages": ("prime", {**STAGES, "subtoken_embedding": "ancestors"}),
+    "coarse first": ("prime", {**STAGES, "reveal_order": "coarse_first", "objective": "marginal"}),
     "MDM": ("prime", {"num_subtokens": 1, "qk_norm": True}),
     "ARM": ("arm", {"bos_token_id": START}),
     "ARM over digits": ("arm", {"bos_token_id": START, "num_subtokens": 4, "base": 2}),

@@ -30,6 +30,7 @@ FIELDS["prime, nested"] = {
     "subtoken_embedding": "ancestors",
     "head_ancestors": True,
 }
+FIELDS["prime, coarse-first"] = {"num_subtokens": 5, "reveal_order": "coarse_first", "stage_digits": [2, 5]}
 UNTIED = [case for case in FIELDS if "tied" not in case]
 
 

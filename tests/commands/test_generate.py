@@ -199,7 +199,7 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
         (["--unit", "digit"], "unit is an option of the samplers confidence, threshold, entropy-bound; name one"),
         (["--sampler", "confidence", "--threshold", 0.5], "threshold is an option of the sampler threshold, but"),
         (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
-        (["--sampler", "confidence", "--unit", "stage"], "needs a model of the nested order"),
+        (["--sampler", "confidence", "--unit", "stage"], "needs a model with stages"),
         (["--cache", "most"], "is not one of none, prefix, dual"),
         (["--sampler", "remasking", "--greedy"], "acts at random; use ConfidenceSamplerConfig()"),
     ],

@@ -68,7 +68,7 @@ def test_without_a_name_the_model_s_own_sampler_counts():
         ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence, .* but ancestral has no options"),
         ("margin", {"treshold": 0.9}, "treshold is no option of a sampler; did you mean threshold?"),
         ("margin", {"unit": "word"}, "unit='word' is not one of token, digit, stage"),
-        ("margin", {"unit": "stage"}, r"unit='stage'\) needs a model of the nested order"),
+        ("margin", {"unit": "stage"}, r"unit='stage'\) needs a model with stages"),
         ("threshold", {"threshold": 1.0}, r"threshold=1.0 is outside \(0, 1\); use 0.9"),
         ("margin", {"steps": 0}, "max_denoising_steps=0 must be an integer of at least 1"),
         ("margin", {"cache": "all"}, "cache='all' is not one of none, prefix, dual"),

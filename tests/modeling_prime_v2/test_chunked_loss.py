@@ -12,6 +12,7 @@ from prime_v2.code_table_prime_v2 import PrimeV2CodeTable
 from prime_v2.diffusion_prime_v2 import RevealOrder, draw_noise
 
 KINDS = ["token", "digits", "prefix"]
+WINDOWS = {"reveal_order": "windows", "stage_digits": [1, 4], "stage_windows": [[0, 0.75], [0.25, 1]]}
 TABLES = [
     {"vocab_size": 11, "base": 2, "num_subtokens": 4},
     {"vocab_size": 11, "base": 2, "num_subtokens": 6},
@@ -216,11 +217,16 @@ def naive_loss(model, ids, noise_keys, noise_levels):
     noise = draw_noise(torch.ones_like(ids, dtype=torch.bool), order, noise_keys, noise_levels, config.noise_form)
     states = torch.where(noise.visible, model.encode(ids), config.base)
     hidden_states = model.model(states).last_hidden_state
-    kind = {"joint": "token", "marginal": {"digit": "digits", "token": "token", "nested": "prefix"}[order.kind]}
+    kind = {"joint": "token", "marginal": {"digit": "digits", "token": "token"}.get(order.kind, "prefix")}
     total = 0.0
     # Without carry-over the paper's loss has a term for the tokens that are seen whole too.
     everywhere = config.objective == "joint" and order.kind == "digit" and not config.carry_over
-    asked = torch.ones_like(ids) if everywhere else noise.hidden_count
+    asked, staged, weight = torch.ones_like(ids) if everywhere else noise.hidden_count, bool(order.stage_digits), None
+    if order.kind in ("coarse_first", "windows"):
+        eligible, hidden = noise.eligible_count, noise.hidden_count
+        asked = eligible if config.objective == "marginal" else hidden
+        units = ids.shape[1] * order.units_per_token
+        weight = [units / int(each) for each in asked.sum(1)]  # the count form: n / e, for the joint n / k
     for row, column in asked.nonzero().tolist():
         hidden = noise.hidden_count[row, column]
         nats = naive_nats(
@@ -231,11 +237,11 @@ def naive_loss(model, ids, noise_keys, noise_levels):
             noise.visible[row, column][None],
             kind[config.objective],
             config.carry_over,
-            order.next_visible(hidden[None]) if order.kind == "nested" else None,
+            order.next_visible(hidden[None]) if staged else None,
         )
-        if order.kind == "nested" and config.objective == "marginal":
-            nats = nats * hidden
-        total = total + nats * (noise.weight[row] if config.loss_weight == "elbo" else 1)
+        if staged and config.objective == "marginal":
+            nats = nats * asked[row, column]
+        total = total + nats * ((weight or noise.weight)[row] if config.loss_weight == "elbo" else 1)
     return total.squeeze() / ids.numel()
 
 
@@ -249,6 +255,11 @@ def naive_loss(model, ids, noise_keys, noise_levels):
         {"objective": "joint", "carry_over": False},
         {"objective": "joint", "reveal_order": "token", "carry_over": False},
         {"objective": "marginal", "reveal_order": "nested", "stage_digits": [1, 3, 4]},
+        {"objective": "marginal", "reveal_order": "coarse_first", "stage_digits": [1, 3, 4]},
+        {"objective": "joint", "reveal_order": "coarse_first", "stage_digits": [1, 3, 4]},
+        {"objective": "joint", "reveal_order": "coarse_first", "stage_digits": [2, 4], "loss_weight": "low_variance"},
+        {"objective": "marginal", **WINDOWS},
+        {"objective": "joint", **WINDOWS, "subtoken_embedding": "ancestors"},
         {"objective": "marginal", "tie_word_embeddings": True, "noise_form": "time"},
         {"objective": "joint", "tie_word_embeddings": True, "subtoken_embedding": "concat"},
         {"objective": "marginal", "vocab_size": 7, "base": 7},

@@ -55,7 +55,7 @@ REFUSED = [
     ({"objective": "nll"}, "objective='nll' is not one of joint, marginal"),
     ({"loss_weight": "one"}, "loss_weight='one' is not one of elbo, low_variance"),
     ({"noise_form": "both"}, "noise_form='both' is not one of count, time"),
-    ({"reveal_order": "word"}, "reveal_order='word' is not one of digit, token, nested"),
+    ({"reveal_order": "word"}, "reveal_order='word' is not one of digit, token, nested, coarse_first, windows"),
     ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
     ({"vocab_size": -5, "num_subtokens": 2}, "vocab_size=-5 must be at least 1"),
     ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
@@ -91,6 +91,26 @@ REFUSED = [
     ({"subtoken_embedding": "concat", "base": 3}, "hidden_size=16 to be a multiple .*=3; use hidden_size=18 or 'sum'"),
     ({"mask_token_id": 3}, "mask_token_id=3 must be vocab_size=11, the first id outside the vocabulary; leave it out"),
     ({"reveal_order": "nested"}, r"'nested' with stage_digits=None: .* stage_digits=\[2, 4\]"),
+    (
+        {"reveal_order": "coarse_first"},
+        r"stage_digits=None: .* use e.g. reveal_order='coarse_first' and stage_digits=\[2, 4\]",
+    ),
+    (
+        {"reveal_order": "windows", "stage_digits": [2, 4]},
+        r"'windows' with stage_windows=None: .* use e.g. .*and stage_windows=\[\[0, 1\], \[0, 1\]\]",
+    ),
+    (
+        {"reveal_order": "nested", "stage_digits": [2, 4], "stage_windows": [[0, 1], [0, 1]]},
+        r"'nested' with stage_windows=\[\[0, 1\], \[0, 1\]\]: 'windows' needs them, the others take none",
+    ),
+    (
+        {"reveal_order": "windows", "stage_digits": [2, 4], "stage_windows": [[0, 1], [0.5, 0.5]]},
+        r"stage_windows=.*0.5, 0.5.* must have a pair \[a, b\] with 0 <= a < b <= 1 for each of 2 stages",
+    ),
+    (
+        {"reveal_order": "windows", "stage_digits": [2, 4], "stage_windows": [[0, 1]]},
+        r"for each of 2 stages; use e.g. \[\[0, 1\], \[0, 1\]\]",
+    ),
     ({"stage_digits": [2, 4]}, r"reveal_order='digit' with stage_digits=\[2, 4\]"),
     (
         {"reveal_order": "nested", "stage_digits": [2, 2, 4]},
@@ -135,6 +155,8 @@ def test_a_shuffle_of_the_vocabulary_alone_may_have_many_unused_codes():
     [
         {},
         {"reveal_order": "nested", "stage_digits": [1, 3, 4], "objective": "marginal", "shuffle_ratio": 0.25},
+        {"reveal_order": "coarse_first", "stage_digits": [1, 4]},
+        {"reveal_order": "windows", "stage_digits": [1, 4], "stage_windows": [[0, 0.75], [0.25, 1]]},
         {"num_subtokens": 1, "eos_token_id": [1, 2], "pad_token_id": 0, "rope_parameters": {"rope_theta": 500.0}},
         {"whole_token_above": 0.5, "qk_norm": True, "tie_word_embeddings": True, "num_key_value_heads": 1},
     ],

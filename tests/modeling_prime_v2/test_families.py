@@ -41,6 +41,12 @@ RUNS = {
         "sub-tokens, nested order",
         "nested",
     ),
+    "coarse_first": (
+        ["--codes", "similarity"],
+        ["base=2", "reveal_order=coarse_first", "stage_digits=[4,9]", "subtoken_embedding=ancestors"],
+        "sub-tokens, coarse-first order",
+        "coarse_first",
+    ),
 }  # fmt: skip
 
 

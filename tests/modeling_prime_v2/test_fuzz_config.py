@@ -96,7 +96,7 @@ PRIME = {
     "carry_over": [True, False],
     "objective": ["joint", "marginal"],
     "noise_form": ["count", "time"],
-    "reveal_order": ["digit", "token", "nested"],
+    "reveal_order": ["digit", "token", "nested", "coarse_first", "windows"],
     "stage_digits": [None, [1], [1, 2], [2, 4], [4], [1, 2, 3, 4]],
     "tree_levels": [None, [1, 4], [4], [1, 2, 3, 4]],
     "head_ancestors": [False, True],

@@ -11,11 +11,22 @@ from torch import nn
 
 
 def unit_digits(config) -> list[list[int]]:
-    """The digits of each unit of a token, for "digit" and "token" as they are, for "nested" stage by stage."""
+    """The digits of each unit of a token, for "digit" and "token" as they are, for others stage by stage."""
     if config.reveal_order == "digit":
         return [[j] for j in range(config.num_subtokens)]
     ends = [config.num_subtokens] if config.reveal_order == "token" else config.stage_digits
     return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def step_chances(config, num_steps: int) -> list[list[float]]:
+    """The chance that each unit of a token is revealed in each of 1 or 3 steps."""
+    if config.reveal_order == "coarse_first" and num_steps == 3:
+        return [[1, 0, 0], [0, 1 / 2, 1 / 2]]  # half of three steps, rounded down, for each of two stages
+    if config.reveal_order == "windows" and num_steps == 3:  # [0, 3/4] and [1/4, 1] cut at 1/3 and 2/3
+        return [[4 / 9, 4 / 9, 1 / 9], [1 / 9, 4 / 9, 4 / 9]]
+    if config.reveal_order in ("coarse_first", "windows"):
+        assert num_steps == 1
+    return [[1 / num_steps] * num_steps for _ in unit_digits(config)]
 
 
 def posteriors(model, state: tuple, cache: dict) -> list[list[float]]:
@@ -39,10 +50,14 @@ def exact_distribution(model, given: list[int], num_steps: int) -> dict[tuple, f
     config, codes = model.config, model.code_table.codes.tolist()
     masked = [i for i, each in enumerate(given) if each == config.mask_token_id]
     units = [(i, digits) for i in masked for digits in unit_digits(config)]
+    chances = step_chances(config, num_steps)
     start, cache, total = tuple(tuple(codes[each]) for each in given), {}, {}
     for assigned in itertools.product(range(num_steps), repeat=len(units)):
-        if config.reveal_order == "nested":
-            each = len(unit_digits(config))
+        each = len(chances)
+        weight = math.prod(chances[number % each][step] for number, step in enumerate(assigned))
+        if not weight:
+            continue
+        if config.stage_digits:
             assigned = [step for i in range(len(masked)) for step in sorted(assigned[i * each : (i + 1) * each])]
         beliefs = {start: 1.0}
         for step in sorted(set(assigned)):
@@ -64,7 +79,7 @@ def exact_distribution(model, given: list[int], num_steps: int) -> dict[tuple, f
             beliefs = {state: p for state, p in following.items() if p > 0}
         for state, p in beliefs.items():
             ids = tuple(codes.index(list(each)) for each in state)
-            total[ids] = total.get(ids, 0.0) + p / num_steps ** len(units)
+            total[ids] = total.get(ids, 0.0) + p * weight
     assert math.isclose(sum(total.values()), 1.0, rel_tol=1e-9)
     return total
 
@@ -74,12 +89,16 @@ def all_steps_sampler(model, given: torch.Tensor, num_steps: int, seed: int) -> 
     config, generator = model.config, torch.Generator().manual_seed(seed)
     states, units = model.encode(given), unit_digits(config)
     hidden = (given == config.mask_token_id).unsqueeze(-1).repeat(1, 1, len(units))
+    waiting = hidden  # units by their own times; a token's stages are shown first to last, whichever is drawn
+    chances = torch.tensor(step_chances(config, num_steps))  # (U, N)
     for step in range(num_steps):
         with torch.no_grad():
             probabilities = model(subtoken_ids=states).logits.double().softmax(-1)
         ids = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(given.shape)
-        revealed = hidden & (torch.rand(hidden.shape, generator=generator) < 1 / (num_steps - step))
-        if config.reveal_order == "nested":  # as many stages as drawn, the first of the hidden ones
+        share = chances[:, step] / chances[:, step:].sum(1).clamp(min=1e-9)
+        revealed = waiting & (torch.rand(hidden.shape, generator=generator) < share)
+        waiting = waiting & ~revealed
+        if config.stage_digits:  # as many stages as drawn, the first of the hidden ones
             revealed = hidden & (hidden.cumsum(-1) <= revealed.sum(-1, keepdim=True))
         hidden = hidden & ~revealed
         for u, digits in enumerate(units):
@@ -104,7 +123,10 @@ def test_the_enumerated_distributions_differ_enough_for_the_test_to_tell_them_ap
     """A distance of 0.02 adds at least 4 * ROWS * 0.02**2 = 32 to the chi-square statistic."""
     digit = exact_distribution(one_layer(3), [3, 3], 3)
     others = [exact_distribution(one_layer(3), [3, 3], 1)]
-    others += [exact_distribution(one_layer(3, **ORDERS[order]), [3, 3], 3) for order in ("token", "nested")]
+    others += [
+        exact_distribution(one_layer(3, **ORDERS[order]), [3, 3], 3)
+        for order in ("token", "nested", "coarse first", "windows")
+    ]
     for other in others:
         assert distance(digit, other) > 0.02
 

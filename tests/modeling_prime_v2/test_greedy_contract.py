@@ -46,9 +46,7 @@ def test_greedy_matches_is_the_decode_and_a_comparison(model):
         before = ids.clone()
         for tokens_per_pass in (1, 20, 8192):
             seen = []
-            hook = model.model.register_forward_hook(
-                lambda module, args, output, seen=seen: seen.append(len(output.last_hidden_state))
-            )
+            hook = model.model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(args[0])))
             found = model.greedy_matches(ids, mask, target, tokens_per_pass=tokens_per_pass)
             hook.remove()
             assert found.matches.dtype == torch.bool and found.matches.tolist() == expected

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, NoRepeatNGramLogitsProcessor
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.greedy_matches_prime_v2 import most_confident, proposals
 
+COARSE_FIRST = {"reveal_order": "coarse_first", "stage_digits": [2, 6]}
 MASK = 50  # the mask token of the networks here, which have 50 tokens
 NETWORKS = {
     "digit": {},
@@ -78,6 +79,43 @@ def rows_to_fill() -> list[list[int]]:
 
 
 # The decode
+
+
+def naive_stages(model, ids: list[int]) -> tuple[list[int], int]:
+    """(ids, passes) of a coarse-first model: in each phase one stage a pass, the surest first."""
+    codes, base = model.code_table.codes[:-1], model.config.base
+    state, passes = model.encode(torch.tensor([ids])), 0
+    while (state == base).any():
+        shown = (state[0] != base).sum(1)
+        with torch.no_grad():
+            q = model(subtoken_ids=state).logits[0].double().softmax(-1)
+        end = min(end for end in model.config.stage_digits if end > int(shown.min()))
+        best = None
+        for column in (i for i in range(len(ids)) if shown[i] == shown.min()):
+            sums: dict[tuple, float] = {}
+            for v, code in enumerate(codes.tolist()):
+                sums[tuple(code[:end])] = sums.get(tuple(code[:end]), 0) + float(q[column, v])
+            if best is None or max(sums.values()) > best[0]:
+                best = max(sums.values()), column, codes[int(q[column].argmax()), :end]
+        state[0, best[1], :end] = best[2]  # the digits of the likeliest token
+        passes += 1
+    return model.decode(state)[0].tolist(), passes
+
+
+def test_a_coarse_first_model_decodes_stage_by_stage_and_is_compared_so():
+    model = one_layer(**COARSE_FIRST).double()
+    for row in rows_to_fill()[1:]:
+        given = [*row, MASK, MASK]
+        expected, passes = naive_stages(model, given)
+        out = model.generate(torch.tensor([row]), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        assert out.sequences[0].tolist() == expected and out.num_forward.item() == passes == 2 * given.count(MASK)
+        hidden = torch.tensor([[each == MASK for each in given]])
+        found = model.greedy_matches(torch.tensor([expected]), None, hidden)
+        assert found.matches.item() and found.num_forward.item() == passes
+        last = int(hidden.nonzero()[-1, 1])
+        wrong = [(each + 1) % MASK if i == last else each for i, each in enumerate(expected)]
+        found = model.greedy_matches(torch.tensor([wrong]), None, hidden)
+        assert not found.matches.item() and found.num_forward.item() <= passes
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 300])

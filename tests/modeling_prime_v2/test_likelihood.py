@@ -13,6 +13,8 @@ from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS, PrimeV2Likelihood
 # float32 network: rows of different length and batches of different shape round differently, 1e-6 a logit, times n/k.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
 NESTED = {"reveal_order": "nested", "stage_digits": [1, 3]}
+# Those of phases and windows are in test_stage_orders.py.
+ANY_ORDER = [method for method in SAMPLED_METHODS if method not in ("coarse_first", "windows")]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def ids():
 # Values
 
 
-@pytest.mark.parametrize("method", SAMPLED_METHODS)
+@pytest.mark.parametrize("method", ANY_ORDER)
 def test_monte_carlo_agrees_with_the_enumerated_expectation(model, ids, method):
     """4 standard errors, 16 comparisons: a false alarm for one choice of the seed in 1,000; the seed is fixed."""
     kind, objective = SAMPLED_METHODS[method]
@@ -111,7 +113,7 @@ def test_two_lots_together_estimate_the_same_value(model, ids):
         model.log_likelihood(ids, method="subtoken", num_samples=3, round_number=2)
 
 
-@pytest.mark.parametrize("method", SAMPLED_METHODS)
+@pytest.mark.parametrize("method", ANY_ORDER)
 def test_the_prompt_is_given_and_not_scored(model, method):
     """Monte Carlo with a prompt in the middle against masks of the scored tokens alone."""
     ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
@@ -159,7 +161,7 @@ def test_chain_with_a_prompt_scores_the_rest_given_all_of_it(model):
 # Every mask instead of draws
 
 
-@pytest.mark.parametrize("method", SAMPLED_METHODS)
+@pytest.mark.parametrize("method", ANY_ORDER)
 def test_few_units_are_summed_over_and_not_drawn(model, ids, method):
     kind, objective = SAMPLED_METHODS[method]
     order = RevealOrder.from_config(model.config, kind)

@@ -12,9 +12,11 @@ from scipy.stats import chi2_contingency
 
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from prime_v2.generation_process_prime_v2 import make_canvas
+from prime_v2.generation_prime_v2 import draw_schedule
+from prime_v2.generation_process_prime_v2 import Blocks, make_canvas
 from prime_v2.generation_rules_prime_v2 import RuleProcess
 from prime_v2.samplers_prime_v2 import (
+    AncestralSamplerConfig,
     ConfidenceSamplerConfig,
     EntropyBoundSamplerConfig,
     RemaskingSamplerConfig,
@@ -29,6 +31,7 @@ RULES = {
     "threshold": (ThresholdSamplerConfig, {"threshold": 0.5}),
     "entropy bound": (EntropyBoundSamplerConfig, {"entropy_bound": 0.8}),
 }
+COARSE_FIRST = STAGES | {"reveal_order": "coarse_first"}
 UNITS = {"token": {}, "digit": {}, "stage": STAGES}
 CASES = [(rule, unit) for rule in RULES for unit in UNITS]
 
@@ -58,6 +61,66 @@ def test_the_probabilities_of_all_texts_add_up_to_1(rule, unit):
             assert float(found.value.exp().sum()) == pytest.approx(1, abs=1e-9)
             phases = math.ceil(3 / (block or 3)) * (2 if unit == "stage" else 1)
             assert int(found.num_forward.max()) <= max(steps, phases)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_stages_of_a_coarse_first_model_are_revealed_as_those_of_a_nested_one(rule):
+    """The rules read states only; the two models have the same weights."""
+    options = {"sampler_config": sampler_of(rule, "stage", stage_passes=(0.75, 0.25)), "max_denoising_steps": 4}
+    found = [law(small_model(seed=3, vocab_size=4, **each).double(), 3, **options) for each in (STAGES, COARSE_FIRST)]
+    assert float(found[1].value.exp().sum()) == pytest.approx(1, abs=1e-9)
+    assert torch.equal(found[0].value, found[1].value)
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps", "first"),
+    [(None, 4, 2), ((0.75, 0.25), 4, 3), ((0.9, 0.1), 4, 3), ((0.1, 0.9), 4, 1), ((0.75, 0.25), 16, 12), (None, 1, 1)],
+)
+def test_ancestral_stages_get_their_share_of_the_steps(shares, steps, first):
+    """Each stage has a step at least, if there are enough; nothing of a later stage is shown before."""
+    model, order = small_model(seed=3, vocab_size=4, **COARSE_FIRST), RevealOrder("coarse_first", 2, (1, 2))
+    options = merge_options(model, None, {"max_new_tokens": 20, "max_denoising_steps": steps, "seed": 0})
+    canvas = make_canvas(model, torch.empty(50, 0, dtype=torch.long), None, None, options)
+    blocks = Blocks.make(canvas, None, steps)
+    schedule = draw_schedule(torch.arange(50), canvas, order, blocks, shares)
+    drawn = schedule.steps.gather(1, schedule.passes.flatten(1)).view_as(schedule.passes)  # (B, T, U)
+    assert set(drawn[..., 0].unique().tolist()) == set(range(first))
+    assert set(drawn[..., 1].unique().tolist()) == set(range(first, steps) if steps > 1 else [0])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("shares", [None, (0.75, 0.25)])
+def test_the_ancestral_law_of_a_coarse_first_model_adds_up_to_1(shares, steps):
+    """One pass has one path, so that its law is exact; with more, 2,000 drawn paths come near it."""
+    model = small_model(seed=3, vocab_size=4, **COARSE_FIRST).double()
+    options = {"sampler_config": AncestralSamplerConfig(stage_passes=shares), "max_denoising_steps": steps}
+    config = PrimeV2GenerationConfig(**options)
+    texts = all_sequences(4, 2)
+    found = model.log_likelihood(texts, method="sampler", generation_config=config, num_samples=2000)
+    total, error = float(found.value.exp().sum()), float((found.value.exp() * found.stderr).square().sum().sqrt())
+    assert abs(total - 1) < 5 * error + 1e-9  # false alarm 6e-7, for a fresh seed
+    samples = model.generate(torch.empty(ROWS, 0, dtype=torch.long), max_new_tokens=2, seed=1, **options)
+    if steps == 1:
+        assert_follows(samples, pairs(found.value.exp()))
+
+
+def test_samplers_that_a_model_in_phases_has_not_are_refused():
+    model = small_model(reveal_order="coarse_first", stage_digits=[1, 4])
+    windows = small_model(reveal_order="windows", stage_digits=[1, 4], stage_windows=[[0, 0.75], [0.25, 1]])
+    for each in (model, windows):
+        with pytest.raises(ValueError, match="hides any unit again, but reveal_order='.*' never shows a later stage"):
+            each.generate(max_new_tokens=2, sampler_config=RemaskingSamplerConfig())
+    shares = AncestralSamplerConfig(stage_passes=(0.75, 0.25))
+    for each, kind in ((small_model(), "digit"), (windows, "windows")):
+        message = f"stage_passes is for models with reveal_order='coarse_first', not '{kind}'; leave it out"
+        with pytest.raises(ValueError, match=message):
+            each.generate(max_new_tokens=2, sampler_config=shares)
+    with pytest.raises(
+        ValueError, match="AncestralSamplerConfig: stage_passes has 3 shares, but the model has 2 stages"
+    ):
+        model.generate(max_new_tokens=2, sampler_config=AncestralSamplerConfig(stage_passes=(0.5, 0.25, 0.25)))
+    with pytest.raises(ValueError, match="AncestralSamplerConfig: stage_passes=.* must be shares above 0"):
+        AncestralSamplerConfig(stage_passes=(0.9, 0.9))
 
 
 def pairs(probabilities: torch.Tensor) -> dict[tuple, float]:

@@ -77,7 +77,7 @@ def test_a_model_with_it_trains_samples_and_bounds():
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert model.model.embed_subtokens.table.weight.grad.abs().sum() > 0
-    assert set(model.likelihood_methods) == {"nested", "token", "chain", "orders", "sampler"}
+    assert set(model.likelihood_methods) == {"nested", "coarse_first", "token", "chain", "orders", "sampler"}
     assert model.log_likelihood(ids, method=model.bound_method, num_samples=4).is_bound
     out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, max_denoising_steps=8, seed=0)
     assert out.shape == (1, 6)
