@@ -159,18 +159,18 @@ def ppl(
     scoring = Scoring(method, device, dtype, options | {"window": window, "stride": stride}, of_sampler)
     if isinstance(text, TextSource) and len(models) == 1:
         results = _score_one(model, text, scoring)
-        scores = [results["evaluation"]]
+        rows = [results["evaluation"]]
     else:
         results = _score_table(models, text, scoring)
-        scores = results["rows"]
+        rows = results["rows"]
     if as_json:  # the tables say it themselves
-        for score in scores:
-            if "tokenizer_loss" in score:
-                print(f"no bits per byte: {_lossy(score)}", file=sys.stderr)
+        for row in rows:
+            if "tokenizer_loss" in row:
+                print(f"no bits per byte: {_lossy(row)}", file=sys.stderr)
     if "rows" in results:
         finish("ppl_table", results, lambda: render_table(results), as_json, output, seed=seed)
     else:
-        finish("ppl", results, lambda: render_score(scores[0]), as_json, output, seed=seed)
+        finish("ppl", results, lambda: render_score(rows[0]), as_json, output, seed=seed)
 
 
 @dataclass
