@@ -8,6 +8,10 @@ network on the whole batch, draw a token for every position by `torch.distributi
 hidden digit with probability (alpha_s - alpha_t) / (1 - alpha_t). `generate` draws all reveal times first, runs the
 network at the steps at which a sequence reveals something, and computes last feed-forward network, head and softmax
 only for the tokens of that step. Calls alternate.
+
+In the same run: blocks with a cache of keys and values against none at equal steps, with the deviation of the exact
+nats a token beside it (random weights; a trained model's is another); and the share of the time that `generate` spends
+outside network and head, for each sampler and unit at V = 50,257.
 """
 
 import argparse
@@ -17,11 +21,16 @@ from typing import Any
 import torch
 from timing import HEAD_DIM, add_sizes, by_turns, ratio
 
-from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
+from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2GenerationConfig
+from prime_v2.eval.samplers import named_sampler
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import make_record
 
 CASES = ((2048, 11, 128), (50257, 16, 32), (2048, 11, 16))  # V, S, new tokens
+
+CACHES = ("none", "prefix", "dual")
+UNITS = {"ancestral": ("digit",), "remasking": ("digit",)}  # of the others token, digit and stage
+SAMPLERS = ("ancestral", "remasking", "probability", "margin", "entropy", "threshold", "entropy-bound")
 
 
 @torch.no_grad()
@@ -39,17 +48,7 @@ def published(model: PrimeV2ForMaskedDiffusion, batch: int, length: int, steps: 
 
 def measure(vocab_size: int, num_subtokens: int, new: int, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
-    config = PrimeV2Config(
-        vocab_size=vocab_size,
-        num_subtokens=num_subtokens,
-        hidden_size=options.hidden_size,
-        intermediate_size=4 * options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // HEAD_DIM,
-        max_position_embeddings=new + 1,
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = PrimeV2ForMaskedDiffusion(config).to(device).eval()
+    model = network(vocab_size, num_subtokens, new + 1, options.hidden_size, options.layers)
     start = torch.zeros(options.batch, 1, dtype=torch.long)
     outputs = []
 
@@ -82,9 +81,99 @@ def measure(vocab_size: int, num_subtokens: int, new: int, options: argparse.Nam
     }
 
 
+def network(vocab_size: int, num_subtokens: int, length: int, hidden_size: int, layers: int, **more: Any) -> Any:
+    config = PrimeV2Config(
+        vocab_size=vocab_size,
+        num_subtokens=num_subtokens,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // HEAD_DIM,
+        max_position_embeddings=length,
+        **more,
+    )
+    return PrimeV2ForMaskedDiffusion(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def measure_blocks(prompt: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s of each cache behind a prompt of so many tokens, and the deviation of exact nats a token from none."""
+    torch.manual_seed(options.seed)
+    length, new = options.block_tokens, options.block_tokens - prompt
+    model = network(2048, 11, length, options.hidden_size, options.layers)
+    ids = torch.randint(2048, (options.block_batch, prompt))
+    same = {"sampler_config": named_sampler("margin"), "block_length": options.block, "max_denoising_steps": new // 4}
+    configs = {cache: PrimeV2GenerationConfig(**same, cache=cache) for cache in CACHES}
+    written: dict[str, Any] = {}
+
+    def way(cache: str) -> Any:
+        def run() -> None:
+            written[cache] = model.generate(
+                ids, generation_config=configs[cache], max_new_tokens=new, seed=0, eos_token_id=None
+            )
+
+        return run
+
+    seconds = by_turns({cache: way(cache) for cache in CACHES}, options.repeats, warm_up=1)
+    given = (torch.arange(length) < prompt).long().expand(options.block_batch, -1)
+    nats = {
+        cache: -model.log_likelihood(
+            written["none"], prompt_mask=given, method="sampler", generation_config=config
+        ).value.mean()
+        / new
+        for cache, config in configs.items()
+    }
+    speedups = {cache: ratio(seconds, "none", cache) for cache in CACHES[1:]}
+    return {
+        "prompt": prompt,
+        "new_tokens": new,
+        "block": options.block,
+        "steps": new // 4,
+        "seconds": seconds,
+        "tokens_per_second": {
+            cache: options.block_batch * new / statistics.median(each) for cache, each in seconds.items()
+        },
+        "speedup": {cache: each["median"] for cache, each in speedups.items()},
+        "speedup_range": {cache: each["range"] for cache, each in speedups.items()},
+        "nats_per_token": {cache: float(each) for cache, each in nats.items()},
+    }
+
+
+def measure_shares(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The share of `generate` outside network and head, for each sampler and unit, the median of the repeats."""
+    rows = []
+    shape = (options.share_vocab, 16, options.share_tokens + 1, options.share_hidden_size, options.share_layers)
+    torch.manual_seed(options.seed)
+    models = {"digit": network(*shape)}
+    models |= {"token": models["digit"], "stage": network(*shape, reveal_order="nested", stage_digits=[8, 16])}
+    start = torch.zeros(options.share_batch, 1, dtype=torch.long)
+    for sampler in SAMPLERS:
+        for unit in UNITS.get(sampler, ("token", "digit", "stage")):
+            config = named_sampler(sampler, models[unit], unit=None if sampler in UNITS else unit)
+            outputs = [
+                models[unit].generate(
+                    start,
+                    max_new_tokens=options.share_tokens,
+                    max_denoising_steps=max(1, options.share_tokens // 2),
+                    sampler_config=config,
+                    seed=seed,
+                    eos_token_id=None,
+                    return_dict_in_generate=True,
+                )
+                for seed in range(options.repeats + 1)
+            ][1:]
+            shares = [each.sampling_seconds / (each.sampling_seconds + each.network_seconds) for each in outputs]
+            row = {"sampler": sampler, "unit": unit, "share": statistics.median(shares)}
+            row["share_range"] = [min(shares), max(shares)]
+            rows.append({**row, "network_seconds": statistics.median(each.network_seconds for each in outputs)})
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, hidden_size=256, layers=4, batch=8, steps=64, repeats=3, seed=0)
+    # Blocks: L = 512, half of it a prompt or none of it. Shares: the shape of GPT-2, whose vocabulary it is.
+    add_sizes(parser, block_tokens=512, block=32, block_batch=2)
+    add_sizes(parser, share_vocab=50257, share_hidden_size=768, share_layers=12, share_batch=4, share_tokens=32)
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     rows = []
@@ -99,9 +188,25 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['passes_per_sequence']:.1f} passes a sequence",
             flush=True,
         )
+    blocks = [measure_blocks(prompt, options) for prompt in (0, options.block_tokens // 2)]
+    for row in blocks:
+        for cache in CACHES[1:]:
+            low, high = row["speedup_range"][cache]
+            deviation = row["nats_per_token"][cache] - row["nats_per_token"]["none"]
+            print(
+                f"prompt {row['prompt']}, blocks of {row['block']}, cache {cache}: "
+                f"{row['tokens_per_second'][cache]:,.0f} tokens/s, {row['speedup'][cache]:.2f}x ({low:.2f} to "
+                f"{high:.2f}) of no cache; nats/token {deviation:+.4f}",
+                flush=True,
+            )
+    shares = measure_shares(options)
+    for row in shares:
+        print(f"{row['sampler']}, {row['unit']}: {row['share']:.1%} outside network and head", flush=True)
     if options.output:
         shape = {key: value for key, value in vars(options).items() if key != "output"}
-        record = make_record("generation", {"shape": shape, "rows": rows}, seed=options.seed)
+        record = make_record(
+            "generation", {"shape": shape, "rows": rows, "blocks": blocks, "shares": shares}, seed=options.seed
+        )
         print(f"record: {write_json(options.output, record)}")
 
 

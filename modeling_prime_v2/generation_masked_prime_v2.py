@@ -7,7 +7,14 @@ from torch import Tensor
 
 from .generation_cache_prime_v2 import CachedPasses
 from .generation_config_prime_v2 import GenerationOptions
-from .generation_process_prime_v2 import Blocks, Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
+from .generation_process_prime_v2 import (
+    Blocks,
+    Canvas,
+    DenoisingProcess,
+    draw_by_inverse_cdf,
+    draw_from_logits,
+    row_keys,
+)
 from .random_prime_v2 import Stream, uniforms
 
 
@@ -59,6 +66,8 @@ class MaskedProcess(DenoisingProcess):
     def values(self, rows: Tensor, columns: Tensor, logits: Tensor, steps: Tensor, digits: Tensor) -> Tensor:
         """Token ids (M,) at rows and columns (M,), of which `digits` (M, S) are revealed in step `steps` (M,)."""
         draws = uniforms(self.keys[rows], Stream.TOKEN, self.canvas.position_ids[rows, columns], steps)
+        if self.options.top_p == 1 and self.options.temperature > torch.finfo(logits.dtype).tiny:
+            return draw_from_logits(logits, draws, self.options.temperature)
         return draw_by_inverse_cdf(self.probabilities(logits), draws)
 
     def reveal(self, rows: Tensor, columns: Tensor, logits: Tensor, steps: Tensor, digits: Tensor) -> None:

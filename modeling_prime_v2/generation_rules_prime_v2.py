@@ -68,7 +68,7 @@ class RuleProcess(MaskedProcess):
         kept = []
         for part, logits in self.pieces(hidden_states, picked[at], columns):
             states = self.states[picked[at[part]], columns[part]]
-            found = self.units.scores(logits.double(), states, self.sampler.score)
+            found = self.units.scores(logits, states, self.sampler.score).double()
             if not found[self.units.hidden(states)].isfinite().all():
                 raise ValueError(NO_TOKEN)
             scores[at[part], columns[part]] = found

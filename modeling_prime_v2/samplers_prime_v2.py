@@ -22,6 +22,7 @@ from torch import Tensor
 from .validation_inputs_prime_v2 import whole_number
 from .validation_keywords_prime_v2 import did_you_mean, shown
 
+SCORED_ELEMENTS = 2**19  # logits that are scored at once: 2 MiB of float32
 UNITS = ("token", "digit", "stage")
 SCORES = ("probability", "margin", "entropy")
 # Scores that differ by less, relative to the larger, are equal: a float32 network rounds by 1e-7 to 1e-6 differently
@@ -333,19 +334,40 @@ class Units:
         numbers = torch.arange(self.table.num_subtokens, device=states.device)
         return chosen & (numbers < upto) & (states == self.table.base)
 
-    def distributions(self, logits: Tensor, states: Tensor) -> Tensor:
-        """Logits (M, V) and states (M, S) of M tokens to log-probabilities (M, U, C) of the values of their units."""
-        log_q = logits.log_softmax(-1)
+    def scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
+        """Scores (M, U), the surer the higher, of the units of M tokens with logits (M, V) and states (M, S).
+
+        In the logits' type, a few tokens at a time: what is computed of them then stays in a processor's cache.
+        """
+        found = logits.new_empty(len(logits), self.per_token)
+        rows = max(1, SCORED_ELEMENTS // logits.shape[1])
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            found[part] = self._scores(logits[part], states[part], score)
+        return found
+
+    def _scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
         if self.kind == "token":
-            return log_q.unsqueeze(1)
+            return confidence(logits, score).unsqueeze(1)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
         if self.kind == "digit":
-            return self.table.digit_marginals(log_q.exp()).log()
-        stages, nodes = self.stages_visible(states), self.nodes
-        sums = log_q.new_zeros(len(log_q), int(nodes.max()) + 1)
+            sums = weights @ self.one_hot.to(weights.dtype)
+            return confidence(sums.log().unflatten(-1, (self.per_token, self.table.base)), score)
+        found, stages = logits.new_empty(len(logits), 1), self.stages_visible(states)
         for stage in range(len(self.stage_ends)):
             rows = stages == stage
-            sums[rows] = sums[rows].index_add_(1, nodes[stage], log_q[rows].exp())
-        return sums.log().unsqueeze(1)
+            if self.stage_ends[stage] == self.table.num_subtokens:  # a node is a token
+                found[rows, 0] = confidence(logits[rows], score)
+                continue
+            nodes = self.nodes[stage]
+            sums = weights.new_zeros(int(rows.sum()), int(nodes.max()) + 1).index_add_(1, nodes, weights[rows])
+            found[rows, 0] = confidence(sums.log(), score)
+        return found
+
+    @cached_property
+    def one_hot(self) -> Tensor:
+        """The tokens' digits one-hot, (V, S * base) float32: `PrimeV2CodeTable.one_hot`."""
+        return self.table.one_hot()
 
     @cached_property
     def nodes(self) -> Tensor:
@@ -353,15 +375,18 @@ class Units:
         codes = self.table.codes[: self.table.vocab_size]
         return torch.stack([codes[:, :end].unique(dim=0, return_inverse=True)[1] for end in self.stage_ends])
 
-    def scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
-        """Scores (M, U), the surer the higher: probability of the likeliest value, margin, or minus entropy (nats)."""
-        log_p = self.distributions(logits, states)
-        if score == "entropy":
-            return (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-        if score == "margin":
-            two = log_p.topk(min(2, log_p.shape[-1]), dim=-1).values.exp()
-            return two[..., 0] - (two[..., 1] if two.shape[-1] > 1 else 0)
-        return log_p.amax(-1).exp()
+
+def confidence(logits: Tensor, score: str) -> Tensor:
+    """Logits (..., C) of C values to (...): probability of the likeliest, margin, or minus the entropy (nats)."""
+    total = logits.logsumexp(-1)
+    if score == "entropy":
+        log_p = logits - total.unsqueeze(-1)
+        return (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    if score == "probability":
+        return (logits.amax(-1) - total).exp()
+    best, index = logits.max(-1, keepdim=True)
+    second = logits.scatter(-1, index, -torch.inf).amax(-1)
+    return (best.squeeze(-1) - total).exp() - (second - total).exp()
 
 
 def choose(sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: Tensor) -> Tensor:

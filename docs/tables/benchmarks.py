@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin, with_origin
@@ -70,7 +71,29 @@ def generation_table(results: Path) -> str:
             ]
         )
     heads = ["V", "tokens", "steps", "tokens/s", "published algorithm", "times as fast [range]", "passes a sequence"]
-    return with_origin(heads, rows, record)
+    parts = [markdown(heads, rows)]
+    if blocks := record["results"].get("blocks"):
+        heads = ["prompt + new tokens, block", "steps", "cache", "tokens/s", "times as fast as none [range]",
+                 "nats/token less those of none"]  # fmt: skip
+        parts.append(markdown(heads, [_block_row(row, cache) for row in blocks for cache in row["seconds"]]))
+    if shares := record["results"].get("shares"):
+        heads = ["sampler", "unit", "outside network and head [range]"]
+        rows = [
+            [row["sampler"], row["unit"], "{:.1%} [{:.1%}, {:.1%}]".format(row["share"], *row["share_range"])]
+            for row in shares
+        ]
+        parts.append(markdown(heads, rows))
+    return "\n".join(parts) + f"\n{origin(record)}"
+
+
+def _block_row(row: dict[str, Any], cache: str) -> list[str]:
+    cells = [f"{row['prompt']} + {row['new_tokens']}, {row['block']}", f"{row['steps']}", cache]
+    cells.append(f"{row['tokens_per_second'][cache]:,.0f}")
+    if cache == "none":
+        return [*cells, "1", "0"]
+    low, high = row["speedup_range"][cache]
+    deviation = row["nats_per_token"][cache] - row["nats_per_token"]["none"]
+    return [*cells, f"{row['speedup'][cache]:.2f} [{low:.2f}, {high:.2f}]", f"{deviation:+.4f}"]
 
 
 def end_to_end_table(results: Path) -> str:

@@ -1,0 +1,27 @@
+"""The benchmark of `generate` in a tiny form: its record, and the table made of it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+from docs.tables.benchmarks import generation_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_record_holds_speed_blocks_and_shares_and_makes_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    main = runpy.run_path(str(ROOT / "benchmarks" / "generation.py"))["main"]
+    main.__globals__["CASES"] = ((64, 6, 4),)
+    sizes = "--hidden-size 64 --layers 1 --batch 2 --steps 2 --repeats 1 --block-tokens 16 --block 4 --block-batch 1"
+    shares = "--share-vocab 300 --share-hidden-size 64 --share-layers 1 --share-batch 1 --share-tokens 4"
+    main([*sizes.split(), *shares.split(), "--output", str(tmp_path / "generation.json")])
+    results = json.loads((tmp_path / "generation.json").read_text())["results"]
+    assert [(row["prompt"], row["new_tokens"]) for row in results["blocks"]] == [(0, 16), (8, 8)]
+    assert all(row["nats_per_token"]["none"] > 0 for row in results["blocks"])
+    assert len(results["shares"]) == 2 + 5 * 3
+    assert all(0 < row["share"] < 1 for row in results["shares"])
+    table = generation_table(tmp_path)
+    assert table.count("| prefix |") == table.count("| dual |") == 2
+    assert "| entropy-bound | stage |" in table
