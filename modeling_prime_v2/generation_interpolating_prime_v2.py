@@ -20,8 +20,9 @@ from transformers import DynamicCache
 from .diffusion_interpolating_prime_v2 import NEVER_SEEN, ScoredTexts, leading_columns, sequential_inputs
 from .diffusion_prime_v2 import RevealOrder
 from .generation_config_prime_v2 import GenerationOptions
+from .generation_draws_prime_v2 import draw_by_inverse_cdf
 from .generation_prime_v2 import PrimeV2GenerationMixin, draw_schedule
-from .generation_process_prime_v2 import Blocks, Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
+from .generation_process_prime_v2 import Blocks, Canvas, DenoisingProcess, row_keys
 from .greedy_matches_prime_v2 import proposals, propose
 from .random_prime_v2 import Stream, uniforms
 from .validation_inputs_prime_v2 import check_length

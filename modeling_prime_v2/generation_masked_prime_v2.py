@@ -7,14 +7,8 @@ from torch import Tensor
 
 from .generation_cache_prime_v2 import CachedPasses
 from .generation_config_prime_v2 import GenerationOptions
-from .generation_process_prime_v2 import (
-    Blocks,
-    Canvas,
-    DenoisingProcess,
-    draw_by_inverse_cdf,
-    draw_from_logits,
-    row_keys,
-)
+from .generation_draws_prime_v2 import draw_by_inverse_cdf, draw_from_logits
+from .generation_process_prime_v2 import Blocks, Canvas, DenoisingProcess, row_keys
 from .random_prime_v2 import Stream, uniforms
 
 

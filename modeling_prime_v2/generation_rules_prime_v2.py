@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .generation_config_prime_v2 import GenerationOptions
+from .generation_draws_prime_v2 import NO_TOKEN
 from .generation_masked_prime_v2 import MaskedProcess
-from .generation_process_prime_v2 import NO_TOKEN, Blocks, Canvas
+from .generation_process_prime_v2 import Blocks, Canvas
 from .samplers_prime_v2 import RuleSamplerConfig, Units, choose
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .diffusion_uniform_prime_v2 import reverse_step
 from .generation_config_prime_v2 import GenerationOptions
-from .generation_process_prime_v2 import Canvas, DenoisingProcess, draw_by_inverse_cdf, row_keys
+from .generation_draws_prime_v2 import draw_by_inverse_cdf
+from .generation_process_prime_v2 import Canvas, DenoisingProcess, row_keys
 from .greedy_matches_prime_v2 import most_confident
 from .random_prime_v2 import Stream, uniforms
 from .samplers_prime_v2 import PredictorCorrectorSamplerConfig

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .backbone_prime_v2 import evaluating
 from .code_table_prime_v2 import check_ids
-from .generation_process_prime_v2 import DRAW_ELEMENTS, to_probabilities
+from .generation_draws_prime_v2 import to_probabilities
+from .generation_process_prime_v2 import DRAW_ELEMENTS
 from .likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from .samplers_prime_v2 import best_first
 from .validation_inputs_prime_v2 import scoring_inputs

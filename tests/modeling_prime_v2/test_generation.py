@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
-from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput, draw_by_inverse_cdf, to_probabilities
+from prime_v2.generation_draws_prime_v2 import draw_by_inverse_cdf, to_probabilities
+from prime_v2.generation_process_prime_v2 import PrimeV2GenerationOutput
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 # Draws

@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import small_model
 
-from prime_v2.generation_process_prime_v2 import DRAW_BLOCK, draw_by_inverse_cdf, draw_from_logits, to_probabilities
+from prime_v2.generation_draws_prime_v2 import DRAW_BLOCK, draw_by_inverse_cdf, draw_from_logits, to_probabilities
 from prime_v2.samplers_prime_v2 import SCORES, Units
 
 
