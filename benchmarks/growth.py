@@ -45,7 +45,7 @@ def measure(axis: str, options: argparse.Namespace, device: torch.device) -> dic
                 compile=False,
             )
             case = Case(at["vocab_size"], (at["vocab_size"] - 1).bit_length(), "marginal")
-            steppers[str(size)] = Stepper(kind, case, shape, device)
+            steppers[str(size)] = Stepper.of_case(kind, case, shape, device)
             memory.append(memory_in_fresh_process(kind, case, shape))
         seconds = by_turns({name: each.step for name, each in steppers.items()}, options.repeats)
         medians = [statistics.median(each) for each in seconds.values()]

@@ -91,16 +91,20 @@ def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module
 
 
 class Stepper:
-    """One model with its optimizer and a fixed batch."""
+    """One model with its optimizer and a fixed batch of ids (B, L), all on one device."""
 
-    def __init__(self, kind: str, case: Case, options: argparse.Namespace, device: torch.device):
-        torch.manual_seed(options.seed)
-        self.device = device
-        self.model = build(kind, case, options).to(device).train()
-        if options.compile:
-            self.model.model.compile()
+    def __init__(self, model: torch.nn.Module, ids: torch.Tensor):
+        self.model, self.ids, self.device = model.train(), ids, ids.device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.ids = torch.randint(case.vocab_size, (options.batch, options.length), device=device)
+
+    @classmethod
+    def of_case(cls, kind: str, case: Case, options: argparse.Namespace, device: torch.device) -> "Stepper":
+        """Of a model made here, whose Transformer is compiled where the options ask for it."""
+        torch.manual_seed(options.seed)
+        model = build(kind, case, options).to(device)
+        if options.compile:
+            model.model.compile()
+        return cls(model, torch.randint(case.vocab_size, (options.batch, options.length), device=device))
 
     def loss(self) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
@@ -124,7 +128,7 @@ def peak_mib(device: torch.device) -> float:
 
 def measure_memory(kind: str, options: argparse.Namespace, device: torch.device) -> None:
     before = peak_mib(device)
-    stepper = Stepper(kind, options.cases[0], options, device)
+    stepper = Stepper.of_case(kind, options.cases[0], options, device)
     for _ in range(2):
         stepper.step()
     print(json.dumps(peak_mib(device) - before))
@@ -146,12 +150,16 @@ def memory_in_fresh_process(kind: str, case: Case, options: argparse.Namespace) 
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def beside_products(stepper: Stepper, flops: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """FLOP/s of products by themselves, which take turns with the steps, and the share of them that a step reaches."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
-    alone = {name: products_alone(*each, flops // 10, device, dtype) for name, each in sides.items()}
-    seconds = by_turns({"step": stepper.step} | {name: run for name, (run, _) in alone.items()}, options.steps)
+def beside_products(
+    stepper: Stepper, flops: int, sides: dict[str, tuple[int, int, int]], repeats: int
+) -> dict[str, Any]:
+    """FLOP/s of products by themselves, which take turns with the steps, and the share of them that a step reaches.
+
+    sides: M, K and N of each product.
+    """
+    dtype = torch.float32 if stepper.device.type == "cpu" else torch.bfloat16
+    alone = {name: products_alone(*each, flops // 10, stepper.device, dtype) for name, each in sides.items()}
+    seconds = by_turns({"step": stepper.step} | {name: run for name, (run, _) in alone.items()}, repeats)
     return {
         "seconds_beside_products": seconds,
         "matrix_rate": {name: done / statistics.median(seconds[name]) for name, (_, done) in alone.items()},
@@ -163,12 +171,13 @@ def beside_products(stepper: Stepper, flops: int, options: argparse.Namespace, d
 
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A row of the record."""
-    steppers = {kind: Stepper(kind, case, options, device) for kind in KINDS}
+    steppers = {kind: Stepper.of_case(kind, case, options, device) for kind in KINDS}
     flops = measure_flops(steppers["prime"].loss)
     steppers["prime"].optimizer.zero_grad(set_to_none=True)
     seconds = by_turns({kind: stepper.step for kind, stepper in steppers.items()}, options.steps)
     del steppers["causal"]
-    beside = beside_products(steppers["prime"], flops, options, device)
+    sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
+    beside = beside_products(steppers["prime"], flops, sides, options.steps)
     del steppers
     memory = {kind: memory_in_fresh_process(kind, case, options) for kind in KINDS}
     medians, peak = {kind: statistics.median(values) for kind, values in seconds.items()}, peak_flops(device)

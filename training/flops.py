@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-# Dense matrix rates of accelerators in bf16, FLOP/s, from their data sheets (without sparsity).
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Dense matrix rates of accelerators in bf16, FLOP/s, by what their names contain. From NVIDIA's data sheets, which
+# give those of the H100 and H200 with sparsity: half of it here. "H100 80GB HBM3" is the SXM card; others are slower.
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Arithmetic counts against those worked out by hand."""
 
+import pytest
 import torch
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
@@ -36,3 +37,18 @@ def test_measured_flops_are_those_of_the_matrix_products():
 
 def test_the_peak_of_an_unknown_device_is_unknown():
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),  # slower than the SXM card
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_device_goes_by_its_name(name, rate, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == rate
