@@ -15,6 +15,7 @@ from typing import Any
 from docs.tables.benchmarks import TABLES as BENCHMARK_TABLES
 from docs.tables.compare import TABLES as COMPARE_TABLES
 from docs.tables.files import TABLES as FILE_TABLES
+from docs.tables.quality import TABLES as QUALITY_TABLES
 from docs.tables.scaling import TABLES as SCALING_TABLES
 from prime_v2.commands.demo import report
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
@@ -266,6 +267,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **BENCHMARK_TABLES,
     **FILE_TABLES,
     **COMPARE_TABLES,
+    **QUALITY_TABLES,
     **SCALING_TABLES,
 }
 

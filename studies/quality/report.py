@@ -125,11 +125,17 @@ def digit_rows(results: dict[str, Any]) -> Rows:
 def notes(results: dict[str, Any]) -> list[str]:
     """What must be known to read the tables."""
     text = results["text"]
-    lines = [
+    real = f"windows of {text['source']}, in {text['num_clusters']} clusters of {text['over']}"
+    about = (
         f"{results['samples']} texts of {results['length']} tokens a set, none left out, EOS a token like any other; "
-        f"as many windows of {text['source']}, in {text['num_clusters']} clusters of {text['over']}.",
-        "= exact, ≤ a bound; [ ] 95% intervals: of real text over clusters of documents (Student's t, differences "
-        "paired), of samples over samples (bootstrap; distinct-n by jackknife).",
+        f"as many {real}."
+    )
+    if results["judge"] is None:
+        about = f"{results['samples']} {real}, of {results['length']} tokens."
+    lines = [
+        about,
+        "= exact, ≤ a bound; [ ] and ± 95% intervals: of real text over clusters of documents (Student's t, "
+        "differences paired), of samples over samples (bootstrap; distinct-n by jackknife).",
     ]
     judge = results["judge"]
     if judge is not None:

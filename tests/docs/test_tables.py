@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = (
     "architecture",
     "paper_loss",
+    "quality",
     "lm_eval",
     "scaling",
     "compare",

@@ -1,0 +1,46 @@
+"""Tables of docs/quality.md, from the records of `prime-v2 quality`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prime_v2.output.records import read_record
+from prime_v2.output.tables import markdown, origin
+from prime_v2.studies.quality.report import about_models, notes, with_ends
+
+
+def samplers_table(results: Path) -> str:
+    """Samplers of one model by passes, with paired differences to the best of a column; then passes of digits."""
+    record = read_record(results / "quality_samplers.json")
+    found = record["results"]
+    passes = list(dict.fromkeys(cell["passes"] for cell in found["cells"]))
+    differences = {(row["passes"], row["sampler"]): row for row in found["best"]}
+    rows: dict[str, list[str]] = {}
+    for cell in found["cells"]:
+        law, row = cell["law"], differences.get((cell["passes"], cell["sampler"]))
+        text = f"{'=' if law['is_exact'] else '≤'} {law['nats_per_token']:.3f}"
+        if row is not None:
+            half = (row["interval_95"][1] - row["interval_95"][0]) / 2
+            text += f" ({row['difference']:+.3f} ± {half:.3f})"
+        rows.setdefault(cell["sampler"], []).append(text)
+    heads = [f"{each} passes" for each in passes]
+    laws = markdown(["sampler", *heads], [[name, *cells] for name, cells in rows.items()])
+    shares: dict[str, dict[int, str]] = {}
+    for each in found["digits"]:
+        shares.setdefault(each["rule"], {})[round(each["passes"])] = _share(each)
+    lines = [[name, *(cells.get(each, "–") for each in passes)] for name, cells in shares.items()]
+    return (
+        f"{about_models(found, markdown)}\nNats per token of held-out text, in brackets what a sampler is above the "
+        f"best of its column:\n\n{laws}\nDigit-wise passes over the token-wise passes whose nats per token they "
+        f"reach:\n\n{markdown(['rule', *heads], lines)}\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"
+    )
+
+
+def _share(each: dict[str, Any]) -> str:
+    if each["share"] is None:
+        return "not reached"
+    share = with_ends(each["share"], each["interval_95"], "{:.2f}".format)
+    return f"at most {share}" if each["reached"] == "at once" else share
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"quality_samplers": samplers_table}
