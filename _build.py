@@ -1,6 +1,6 @@
 """PEP 517 and 660 build backend: setuptools, with one file more in the wheels, `prime_v2_lm_eval.pth`.
 
-lm-eval up to 0.4.13 knows its own models alone, so `lm_eval --model prime_v2` needs something of ours to run in its
+lm-eval up to 0.4.13 knows only its own models, so `lm_eval --model prime_v2` needs something of ours to run in its
 process. Python runs the line of a .pth file in site-packages when it starts; this one does nothing unless the command
 line names lm-eval. docs/lm_eval.md says what it costs and how to switch it off. setuptools puts no such file into an
 editable wheel, so it is added to the finished wheel, as the wheel format describes.

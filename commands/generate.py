@@ -53,10 +53,12 @@ def generate(
     max_denoising_steps: Steps = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the samples repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the draws: the same seed gives the same text.")
+    ] = None,
     greedy: Annotated[
         bool | None,
-        typer.Option("--greedy/--sample", help="Draw nothing: reveal the most probable tokens first, whole."),
+        typer.Option("--greedy/--sample", help="Deterministic: the likeliest tokens, the most confident first."),
     ] = None,
     sampler: Sampler = None,
     unit: Unit = None,
@@ -156,8 +158,8 @@ def generate(
     texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     if as_json:
         completions = tokenizer.batch_decode(output.sequences[:, new], skip_special_tokens=True)
-        asked = {"model": model, "prompt": prompt, "suffix": suffix, "options": options}
-        print(json.dumps({**asked, **_as_json(texts, completions, output)}, ensure_ascii=False))
+        request = {"model": model, "prompt": prompt, "suffix": suffix, "options": options}
+        print(json.dumps({**request, **_as_json(texts, completions, output)}, ensure_ascii=False))
     else:
         _print_texts(texts, options)
     if picture is not None:

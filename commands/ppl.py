@@ -231,8 +231,8 @@ def _score_table(models: list[str], text: TextSource | SuiteSource, scoring: Sco
     from prime_v2.eval.windows import window_and_stride
 
     labels, methods = short_names(models), _methods(models, scoring.method)
-    asked = (scoring.options["window"], scoring.options["stride"])
-    window, stride = window_and_stride([load_config(each) for each in models], *asked)
+    requested = (scoring.options["window"], scoring.options["stride"])
+    window, stride = window_and_stride([load_config(each) for each in models], *requested)
     sets, skipped = _read_sets(text, models[0])
     rows, about = [], []
     for name, label, method in zip(models, labels, methods, strict=True):

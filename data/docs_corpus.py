@@ -168,7 +168,7 @@ class _Novelty:
     def add(self, paragraph: str) -> bool:
         """Whether a paragraph is new: not equal to an earlier one, and at most a tenth of its runs seen. Remembers it.
 
-        Of two equal paragraphs the second is thus refused, and so is one that only renames things in an earlier one.
+        The second of two equal paragraphs is thus refused, and so is one that only renames things in an earlier one.
         """
         words = [
             self._word_numbers.setdefault(word, len(self._word_numbers))

@@ -384,7 +384,7 @@ class PrimeV2LM(HFLM):
 
         An empty context is the BOS token, or EOS where there is none. ValueError for more new tokens than fit.
         """
-        lots: dict[int, list[int]] = {}
+        batches: dict[int, list[int]] = {}  # by how often the same request came before
         seen: dict[str, int] = {}
         prepared = []
         for number, request in enumerate(requests):
@@ -399,12 +399,12 @@ class PrimeV2LM(HFLM):
                 context = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
             self._report.add_context(len(self.tok_encode(context)) > self.max_length - int(new_tokens))
             place = f"{context} {options}"
-            lots.setdefault(seen.get(place, 0), []).append(number)
+            batches.setdefault(seen.get(place, 0), []).append(number)
             seen[place] = seen.get(place, 0) + 1
             prepared.append(dataclasses.replace(request, arguments=(context, options)))
         texts = [""] * len(requests)
-        for lot, numbers in lots.items():
-            self._seed_of_lot = self.seed if lot == 0 else int(hash64(self.seed, Stream.REPEAT, lot))
+        for repeat, numbers in batches.items():
+            self._seed_of_batch = self.seed if repeat == 0 else int(hash64(self.seed, Stream.REPEAT, repeat))
             found = super().generate_until([prepared[number] for number in numbers], disable_tqdm=disable_tqdm)
             for number, text in zip(numbers, found, strict=True):
                 texts[number] = text
@@ -419,7 +419,7 @@ class PrimeV2LM(HFLM):
                 options.pop(name, None)
             options["do_sample"] = False
         else:
-            options.setdefault("seed", self._seed_of_lot)
+            options.setdefault("seed", self._seed_of_batch)
             if self.scoring.law is not None:
                 options["generation_config"] = self.scoring.answers.generation_config
                 options.setdefault("max_denoising_steps", self.scoring.law["steps"])

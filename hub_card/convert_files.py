@@ -20,8 +20,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name: .safetensors, or what torch.save wrote, mapped into memory.
 
-    Of a training checkpoint, what is under "model" or "state_dict". Raises ValueError for a file that is neither or
-    that holds anything which could run code, and for values that are no floating-point tensors.
+    A training checkpoint gives what is under its "model" or "state_dict". Raises ValueError for a file that is neither
+    or that holds anything which could run code, and for values that are no floating-point tensors.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give the checkpoint, e.g. model.pth or model.safetensors")

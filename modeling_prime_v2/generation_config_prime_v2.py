@@ -192,7 +192,7 @@ class GenerationOptions:
 def idle_options() -> dict[str, Any]:
     """The options of autoregressive generation that this package's `generate` has not, each with what changes nothing.
 
-    Transformers' own default, None for those that have none, but for `IDLE`.
+    The value is Transformers' own default, None for those that have none, except for those of `IDLE`.
     """
     names = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params() | IDLE
     return {name: value for name, value in names.items() if name not in (*OPTIONS, *METADATA)}

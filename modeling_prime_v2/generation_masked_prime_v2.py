@@ -1,4 +1,4 @@
-"""A process of masked diffusion: states of digits, their logits and how they are revealed, whatever the sampler."""
+"""What all samplers of masked diffusion share: the states of the digits, their logits, and how a draw reveals them."""
 
 from typing import Any, cast
 
@@ -13,12 +13,12 @@ from .random_prime_v2 import Stream, uniforms
 
 
 class MaskedProcess(DenoisingProcess):
-    """A process of masked diffusion; states (B, T, S) int64, base = masked."""
+    """The base class of samplers of masked diffusion; states (B, T, S) int64, base = masked."""
 
     def __init__(
         self, model: Any, options: GenerationOptions, canvas: Canvas, processors: Any, keys: Tensor | None = None
     ):
-        """keys (B,) int64: of each row's draws, by default a hash of the seed and the row (`row_keys`)."""
+        """keys (B,) int64: the key of each row's draws, by default a hash of the seed and the row (`row_keys`)."""
         super().__init__(model, options, canvas, processors)
         self.states = model.encode(canvas.ids)
         self.keys = row_keys(canvas, options.seed) if keys is None else keys
@@ -36,14 +36,14 @@ class MaskedProcess(DenoisingProcess):
         ).last_hidden_state
 
     def shown(self, picked: Tensor) -> Tensor:
-        """All hidden tokens, unless a cache runs the network on those of a block only."""
+        """The tokens whose logits a streamer gets: all hidden ones, or those of the block where there is a cache."""
         return self.hidden()[picked] if self.cached is None else super().shown(picked)
 
     def digits(self) -> Tensor:
         return self.states if self.states.shape[2] > 1 else super().digits()
 
     def logits(self, hidden_states: Tensor, rows: Tensor, columns: Tensor, context: Tensor | None) -> Tensor:
-        """After the carry-over filter too: what it or a processor excludes is -inf (see `generate`)."""
+        """Logits (M, V) after the carry-over filter and the processors, -inf for excluded tokens (see `generate`)."""
         states, table = self.states[rows, columns], self.model.code_table  # (M, S)
         logits = self.model.token_logits(hidden_states, states)
         self._tick("network")
@@ -58,14 +58,14 @@ class MaskedProcess(DenoisingProcess):
         return torch.where(overruled.unsqueeze(1), logits, scores)
 
     def values(self, rows: Tensor, columns: Tensor, logits: Tensor, steps: Tensor, digits: Tensor) -> Tensor:
-        """Token ids (M,) at rows and columns (M,), of which `digits` (M, S) are revealed in step `steps` (M,)."""
+        """Token ids (M,) drawn at rows and columns (M,) in steps (M,); `digits` (M, S) are those to be revealed."""
         draws = uniforms(self.keys[rows], Stream.TOKEN, self.canvas.position_ids[rows, columns], steps)
         if self.options.top_p == 1 and self.options.temperature > torch.finfo(logits.dtype).tiny:
             return draw_from_logits(logits, draws, self.options.temperature)
         return draw_by_inverse_cdf(self.probabilities(logits), draws)
 
     def reveal(self, rows: Tensor, columns: Tensor, logits: Tensor, steps: Tensor, digits: Tensor) -> None:
-        """Draw the tokens at rows and columns (M,) and show those of `digits` (M, S) that are hidden."""
+        """Draw the tokens at rows and columns (M,) and reveal the hidden ones among `digits` (M, S)."""
         table, states = self.model.code_table, self.states[rows, columns]
         digits = digits & (states == table.base)
         ids = self.values(rows, columns, logits, steps, digits)

@@ -5,8 +5,8 @@ with equal probability (MDLM, arXiv:2406.07524, sec. 3; on sub-tokens MDM-Prime,
 units are drawn first. A step that reveals nothing leaves the state, hence the network's output, as it was: each
 sequence runs the network only at its own non-empty steps, the same distribution with fewer passes.
 
-What else reveals units is in generation_rules_ (confidence, threshold, entropy bound; the deterministic decode,
-do_sample=False, is confidence with the likeliest values) and generation_remasking_.
+The other samplers are in generation_rules_ (confidence, threshold and entropy bound; do_sample=False, the
+deterministic decode, is the confidence sampler with the likeliest values) and generation_remasking_.
 """
 
 from dataclasses import dataclass

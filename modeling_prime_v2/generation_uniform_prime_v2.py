@@ -15,7 +15,7 @@ from .random_prime_v2 import Stream
 
 
 class PrimeV2UniformGenerationMixin(PrimeV2GenerationMixin):
-    """`generate` of `PrimeV2ForUniformDiffusion`: as that of masked diffusion, but for this.
+    """`generate` of `PrimeV2ForUniformDiffusion`: the generate of masked diffusion, except for the following.
 
     temperature and top_p act on the network's estimate p.
     logits_processor: one row for each position that is generated, in every pass; `ids` is the position's sequence

@@ -53,8 +53,8 @@ class Stream(IntEnum):
     REPEAT = 51
     # Analysis: noise of a window.
     ANALYSIS = 61
-    # Uniform-state diffusion: when a token is replaced, by what, further lots of draws; sampling: start, tokens, start
-    # of the deterministic decode, tokens of a corrector step.
+    # Uniform-state diffusion: when a token is replaced, by what, further rounds; sampling: start, tokens, start of the
+    # deterministic decode, tokens of a corrector step.
     REPLACED_AT = 81
     REPLACED_BY = 82
     UNIFORM_ROUND = 83
@@ -62,8 +62,8 @@ class Stream(IntEnum):
     UNIFORM_TOKEN = 86
     GREEDY_START = 87
     CORRECTED = 88
-    # Interpolating diffusion: order of the tokens, further lots of draws; sampling: which tokens come first, their
-    # order within a step, tokens.
+    # Interpolating diffusion: order of the tokens, further rounds; sampling: which tokens come first, their order
+    # within a step, tokens.
     INTERPOLATING_ORDER = 91
     INTERPOLATING_ROUND = 92
     PHASE = 93

@@ -92,7 +92,7 @@ class RuleSamplerConfig(SamplerConfig):
         raise NotImplementedError
 
     def count(self, scores: Tensor) -> Tensor:
-        """How many units the rule asks for, whatever the schedule: scores (R, N), best first, to (R,) int64.
+        """How many units the rule itself reveals, without the quota: scores (R, N), best first, to (R,) int64.
 
         Scores of units that are not eligible are -inf.
         """
@@ -135,7 +135,7 @@ class ThresholdSamplerConfig(RuleSamplerConfig):
 
 @dataclass(frozen=True)
 class EntropyBoundSamplerConfig(RuleSamplerConfig):
-    """Units in ascending entropy while sum H - max H <= `entropy_bound` nats, above 0; at least one."""
+    """The units of lowest entropy, while sum H - max H <= `entropy_bound` nats, above 0; at least one."""
 
     entropy_bound: float = 0.1
 

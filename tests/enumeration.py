@@ -113,7 +113,7 @@ def gauss_legendre(num_points: int) -> tuple[Tensor, Tensor]:
 class AnyOrder:
     """The law that a network defines when units are revealed one at a time in a random order, by recursion.
 
-    A state is the tuple of each token's visible digits. Uses the model's logits and plain sums alone: neither the
+    A state is the tuple of each token's visible digits. Uses only the model's logits and plain sums: neither the
     chunked head nor `RevealOrder`'s methods.
     """
 

@@ -90,7 +90,7 @@ def draws(run: RunOptions, training: TrainingArguments, model_options: dict[str,
 
 
 def is_new(folder: Path) -> bool:
-    """Whether there is nothing in the folder, but for its lock and what a kill leaves while run.json is written."""
+    """Whether there is nothing in the folder except its lock and what a kill leaves while run.json is written."""
     return not folder.exists() or all(
         each.name == LOCK or each.name.startswith(f".{RUN}.") for each in folder.iterdir()
     )

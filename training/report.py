@@ -142,7 +142,7 @@ def _digits(config) -> str:
 def generate_samples(model, tokenizer, run: Any, test: PackedBlocks | Examples, seed: int) -> list[str]:
     """Documents from their start: the prompt is the EOS that ends the document before, as in the training blocks.
 
-    Of questions with answers: answers to the first questions of the test split.
+    Where the test split holds questions with answers: answers to its first questions.
     """
     if isinstance(test, Examples):
         return answers(model, tokenizer, test, run.num_generated, seed)

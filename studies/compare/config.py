@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {"num_generated": 0}
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `options`: of train.py, but for those that follow from the number of steps.
+    """One training run. `options`: those of train.py, except the ones that follow from the number of steps.
 
     budget: FLOPs; shape: the name of the network's size, "" where there is only one size.
     """

@@ -224,7 +224,7 @@ def state_of(planned: PlannedRun) -> str:
 
 
 def check_out(out: Path, comparison: Comparison) -> None:
-    """ValueError unless the output folder is new, empty but for the lock, or of this comparison; only looks."""
+    """ValueError unless the output folder is new, empty except for the lock, or of this comparison; only looks."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder; give a new one")
     if not out.is_dir() or all(each.name == LOCK for each in out.iterdir()):

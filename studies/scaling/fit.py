@@ -116,9 +116,9 @@ def percentile_interval(values: np.ndarray) -> list[float | None]:
 class _Objective:
     """Huber loss of log L - log L(N, D), in units of HUBER_DELTA squared, and its gradient.
 
-    Of x = (log E, log of the N term, log of the D term, a, b), the terms taken at the geometric mean of the points' N
-    and D: there they hardly depend on the exponents, which keeps the problem well conditioned. log L(N, D) is the
-    log-sum-exp of log E, log A - a log N and log B - b log D.
+    The variables are x = (log E, log of the N term, log of the D term, a, b), the terms taken at the geometric mean of
+    the points' N and D: there they hardly depend on the exponents, which keeps the problem well conditioned.
+    log L(N, D) is the log-sum-exp of log E, log A - a log N and log B - b log D.
     """
 
     def __init__(self, parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray):

@@ -220,7 +220,7 @@ def test_the_folder_loads_by_auto_classes_and_has_what_was_published(files, tmp_
 
 
 def test_the_published_sizes_give_the_configuration_of_the_published_run():
-    """Of the 1.1B model alone, without its weights: shapes as its code makes them."""
+    """Only the 1.1B model, without its weights: shapes as its code makes them."""
     tall = {"D": 1792, "F": 7168, "Q": 3 * 1792, "P": 32000, "E": 45}
     shapes = {"transformer.wte.weight": "ED", "transformer.ln_f.weight": "D", "lm_head.weight": "PD"}
     layer = {"norm_1": "D", "norm_2": "D", "attn.attn": "QD", "attn.proj": "DD"}

@@ -111,7 +111,7 @@ def test_common_masks_make_the_lead_surer(model):
 
 
 def test_draws_in_rounds_are_stratified_as_if_drawn_at_once(model):
-    """Two equal choices never decide, so all rounds run; their union has the error of one lot of as many draws."""
+    """Two equal choices never decide, so all rounds run; their union has the error of one round of as many draws."""
     questions = [[Choice((1, 2, 3, number, 5, 6, 7), 1)] * 2 for number in range(11)]
     stderrs = []
     for adaptive in (None, 3.0):

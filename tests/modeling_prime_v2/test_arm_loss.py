@@ -95,7 +95,7 @@ def test_the_loss_is_a_bound_and_comes_without_logits(model):
 
 
 def test_given_positions_go_with_their_tokens(model):
-    """Rotary attention sees differences of positions alone; twice the distance is another network."""
+    """Rotary attention sees only differences of positions; twice the distance is another network."""
     rows = [some_ids(1, length, seed=length)[0] for length in (5, 3)]
     ids, mask = padded(rows, "left", 6)
     plain = model(ids, mask, labels=ids).loss

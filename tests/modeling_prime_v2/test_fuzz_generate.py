@@ -54,7 +54,7 @@ def calls(draw, fills_in):
     real = None
     if draw(st.booleans()):
         real = [[draw(st.integers(0, 2)) > 0 for _ in row] for row in prompt]
-        for row in real:  # a row of padding alone is refused, which has its own tests
+        for row in real:  # a row of only padding is refused, which has its own tests
             row[-1:] = [True] * len(row[-1:])
     chosen, right = draw(options(GOOD, BAD))
     excluded = draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=8, unique=True))

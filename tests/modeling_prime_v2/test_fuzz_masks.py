@@ -184,7 +184,7 @@ def test_a_mask_of_another_convention_is_refused_and_one_of_zeros_and_ones_means
     )
     def check(drawn, value, place, dtype, where, is_wrong):
         real = torch.tensor(drawn).view(2, 3)
-        real[:, -1] = True  # no row of padding alone, and something to score
+        real[:, -1] = True  # no row of only padding, and something to score
         last = torch.arange(3) == 2  # the targets of an ARM are the last tokens
         mask = {"prompt_mask": ~real, "target_mask": last.expand(2, 3)}.get(where, real)
         labels = ids.masked_fill(~real, -100)

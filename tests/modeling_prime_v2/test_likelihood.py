@@ -77,18 +77,18 @@ def test_draws_are_stratified_over_the_number_of_hidden_units(model):
 
 
 @pytest.mark.parametrize("first", [1, 3, 8])
-def test_further_lots_of_draws_fill_the_other_halves_of_the_strata(first):
+def test_further_rounds_fill_the_other_halves_of_the_strata(first):
     for seed in range(20):
         key, levels = torch.tensor(seed), likelihood_rows_prime_v2.draw_levels(torch.tensor(seed), first)
-        for lot in range(1, 5):
-            new = likelihood_rows_prime_v2.draw_levels(key, first * 2 ** (lot - 1), lot)
+        for number in range(1, 5):
+            new = likelihood_rows_prime_v2.draw_levels(key, first * 2 ** (number - 1), number)
             assert len(new) == len(levels)
             levels = torch.cat([levels, new]).sort().values
             assert (levels * len(levels)).floor().tolist() == list(range(len(levels)))
 
 
-def test_each_lot_of_draws_is_uniform():
-    """Kolmogorov-Smirnov distance of 4,000 levels of the second lot; above 0.031 one time in 1,000, seeds fixed."""
+def test_each_round_of_levels_is_uniform():
+    """Kolmogorov-Smirnov distance of 4,000 levels of round 2; above 0.031 one time in 1,000, seeds fixed."""
     levels = (
         torch.cat([likelihood_rows_prime_v2.draw_levels(torch.tensor(seed), 4, 2) for seed in range(1000)])
         .sort()
@@ -97,7 +97,7 @@ def test_each_lot_of_draws_is_uniform():
     assert (levels - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.031
 
 
-def test_two_lots_together_estimate_the_same_value(model, ids):
+def test_two_rounds_together_estimate_the_same_value(model, ids):
     order = RevealOrder.from_config(model.config, "digit")
     exact = -count_form(*nats_of_all_masks(model, ids, order, "marginal"))
     keys, options = torch.arange(4), {"exhaustive": False, "return_samples": True}
@@ -115,7 +115,7 @@ def test_two_lots_together_estimate_the_same_value(model, ids):
 
 @pytest.mark.parametrize("method", ANY_ORDER)
 def test_the_prompt_is_given_and_not_scored(model, method):
-    """Monte Carlo with a prompt in the middle against masks of the scored tokens alone."""
+    """Monte Carlo with a prompt in the middle against masks of the scored tokens only."""
     ids, prompt = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 0]])
     kind, objective = SAMPLED_METHODS[method]
     order = RevealOrder.from_config(model.config, kind)

@@ -72,7 +72,7 @@ def test_two_lots_together_estimate_the_same_value(model, ids):
 
 
 def test_further_lots_of_few_tokens_are_all_states(model, ids):
-    """As many rows as the draws of both lots together are enough for all 20 states."""
+    """As many rows as both rounds draw together are enough for all 20 states."""
     first = model.log_likelihood(ids, num_samples=10)
     assert (first.stderr > 0).all()
     second = model.log_likelihood(ids, num_samples=10, round_number=1, return_samples=True)
@@ -115,7 +115,7 @@ def test_chain_is_one_row_and_the_product_from_left_to_right(model):
 
 
 def test_equal_keys_share_their_draws():
-    """Two texts that differ in the last token alone: their draws move together, the difference is far surer."""
+    """Two texts that differ in the last token only: their draws move together, the difference is far surer."""
     ids = torch.randint(11, (1, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     ids[1, -1] = (ids[0, -1] + 3) % 11
     model = small_interpolating(seed=2, scale=0.2)

@@ -71,7 +71,7 @@ def test_intervals_hold_the_exact_value_as_often_as_they_say(vocab_size, length,
 
 
 def test_the_prompt_is_given_clean_and_not_scored(model):
-    """With a prompt in the middle, against noise on the scored tokens alone."""
+    """With a prompt in the middle, against noise on the scored tokens only."""
     ids, prompt = torch.tensor([[3, 1, 2]]), torch.tensor([[0, 1, 0]])
     exact = -exact_bound(small_uniform(seed=2, vocab_size=4).double(), ids, scored=~prompt[0].bool())
     result = model.log_likelihood(ids, prompt_mask=prompt, num_samples=4000)
@@ -90,7 +90,7 @@ def test_two_lots_of_draws_together_estimate_the_same_value(model, ids, exact):
 
 
 def test_lots_of_draws_have_noise_of_their_own():
-    """Of two lots of 4 draws of one token, 4 draws replace it: by 4 of a million tokens, no two of them equal."""
+    """Two rounds of 4 draws of one token replace it 4 times: by 4 of a million tokens, no two of them equal."""
     ids, scored, config = torch.tensor([7]), torch.tensor([True]), PrimeV2UniformConfig(vocab_size=10**6)
     for seed in range(20):
         rounds = [PrimeV2UniformLikelihood(config, "uniform", 4, True, number) for number in (0, 1)]

@@ -184,7 +184,7 @@ def test_a_mask_of_ones_is_no_mask(ones):
 
 
 def test_positions_can_be_given():
-    """Rotary attention sees differences of positions alone."""
+    """Rotary attention sees only differences of positions."""
     model, ids = small_model(), some_ids()
     moved = model(ids, position_ids=torch.arange(7)[None] + 9).logits
     torch.testing.assert_close(moved, model(ids).logits, rtol=1e-4, atol=1e-4)  # float32 angles of up to 16 radians

@@ -19,6 +19,7 @@ from prime_v2.samplers_prime_v2 import (
     AncestralSamplerConfig,
     ConfidenceSamplerConfig,
     EntropyBoundSamplerConfig,
+    PredictorCorrectorSamplerConfig,
     RemaskingSamplerConfig,
     ThresholdSamplerConfig,
     best_first,
@@ -171,8 +172,7 @@ def test_the_choice_is_that_of_a_plain_loop(rule):
             assert set(found[row].nonzero().flatten().tolist()) == expected
 
 
-@pytest.mark.parametrize("unit", ["token", "digit"])
-def test_one_unit_a_pass_in_blocks_of_one_token_is_left_to_right(unit):
+def test_whole_tokens_in_blocks_of_one_token_are_left_to_right():
     """Blocks of one token leave one token to choose, so the law is that of the left-to-right chain."""
     model = small_model(seed=4, vocab_size=4).double()
     found = law(model, 3, sampler_config=ConfidenceSamplerConfig(), max_denoising_steps=3, block_length=1)
@@ -205,11 +205,53 @@ def test_a_config_comes_back_from_its_file(tmp_path):
         ),
         (lambda: PrimeV2GenerationConfig(sampler_config="margin"), "sampler_config='margin' is none of"),
         (lambda: PrimeV2GenerationConfig(block_length=0), "block_length=0"),
+        (lambda: PrimeV2GenerationConfig(cache="both"), "cache='both' is not one of none, prefix, dual"),
+        (lambda: RemaskingSamplerConfig(eta=1.5), r"eta=1.5 is outside \[0, 1\]; use 0.02"),
+        (
+            lambda: RemaskingSamplerConfig(t_on=0.1, t_off=0.5),
+            "t_on=0.1 and t_off=0.5 must be 0 <= t_off < t_on <= 1; use 0.55 and 0.05",
+        ),
+        (
+            lambda: PredictorCorrectorSamplerConfig(corrector_share=0),
+            r"corrector_share=0 is outside \(0, 1\]; use 0.1",
+        ),
+        (
+            lambda: PrimeV2GenerationConfig(sampler_config={"_cls_name": "RemaskingSamplerConfig", "etta": 0.5}),
+            "RemaskingSamplerConfig has no option etta; did you mean eta",
+        ),
     ],
 )
 def test_what_a_sampler_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+ANCESTORS = {"reveal_order": "nested", "stage_digits": [1, 2], "subtoken_embedding": "ancestors"}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "form", "more", "message"),
+    [
+        (ConfidenceSamplerConfig(unit="stage"), {}, {}, "needs a model of the nested order; use unit='token'"),
+        (ThresholdSamplerConfig(unit="digit"), ANCESTORS, {}, "has vectors for leading digits only; use unit='stage'"),
+        (
+            ConfidenceSamplerConfig(unit="stage", stage_passes=(0.5, 0.25, 0.25)),
+            STAGES,
+            {},
+            "stage_passes has 3 shares, but the model has 2 stages",
+        ),
+        (
+            RemaskingSamplerConfig(),
+            {},
+            {"do_sample": False},
+            "do_sample=False draws nothing, but RemaskingSamplerConfig acts at random; use ConfidenceSamplerConfig",
+        ),
+    ],
+    ids=["stage", "digit", "shares", "greedy"],
+)
+def test_a_sampler_that_does_not_suit_the_model_or_the_call_is_refused(sampler, form, more, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(vocab_size=4, **form).generate(max_new_tokens=2, sampler_config=sampler, **more)
 
 
 def remasking_by_steps(model, num_steps: int, sampler, seed: int) -> torch.Tensor:
@@ -311,21 +353,6 @@ def test_stopping_at_eos_changes_no_text(name, block_length):
         assert int(stopped.num_forward.sum()) < int(free.num_forward.sum())
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_row_of_a_batch_is_what_it_is_by_itself(name):
-    """Prompts of different lengths, padded left, with blocks: rows are at different blocks and passes."""
-    model = small_model(seed=6).double()
-    options = {"max_new_tokens": 6, "block_length": 2, "max_denoising_steps": 7, "sampler_config": SAMPLERS[name]}
-    rows = [[3, 1, 4, 1], [5], [9, 2]]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    batch = model.generate(ids, mask, seed=4, **options)
-    for row, found in zip(rows, batch, strict=True):
-        single = model.generate(torch.tensor([row]), seed=4, **options)
-        assert found[width:].tolist() == single[0, len(row) :].tolist()
-
-
 CACHED = [("prefix", 2), ("dual", 2), ("prefix", None), ("dual", 1)]
 
 
@@ -375,9 +402,10 @@ def test_a_cached_pass_is_that_of_a_plain_loop(cache):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_with_a_cache_too_a_row_of_a_batch_is_what_it_is_by_itself(name, cache):
+def test_a_row_of_a_batch_is_what_it_is_by_itself(name, cache):
+    """Prompts of different lengths, padded left, with blocks: rows are at different blocks and passes."""
     model = small_model(seed=6).double()
     options = {"max_new_tokens": 6, "block_length": 2, "max_denoising_steps": 7, "sampler_config": SAMPLERS[name]}
     rows = [[3, 1, 4, 1], [5], [9, 2]]

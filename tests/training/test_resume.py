@@ -385,7 +385,7 @@ def test_a_stopped_stream_goes_on_to_the_same_weights_and_tokenises_only_what_is
 
 @pytest.mark.slow
 def test_two_processes_resume_a_stream_and_stop_together_at_a_loss_of_one(text, tmp_path):
-    """A loss of NaN on the second process alone: the first one tells its samples, and both stop."""
+    """A loss of NaN on the second process only: the first one tells its samples, and both stop."""
     base = train_bpe(read_documents(text), 300)
     PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|endoftext|>").save_pretrained(tmp_path / "base")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType
 
 start = AcceleratorState.__init__
 
-def shard_on_cpus(self, *args, fsdp_plugin=None, **kwargs):  # Accelerate takes FSDP for accelerators alone
+def shard_on_cpus(self, *args, fsdp_plugin=None, **kwargs):  # Accelerate takes FSDP for accelerators only
     start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None:
         PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP

@@ -111,7 +111,7 @@ def test_data_order_and_noise_do_not_depend_on_the_accumulation_split(train, tex
 
 
 def test_two_processes_train_as_one_and_report_to_a_tracker(text, finished, tmp_path):
-    """Through torchrun and gloo (accelerate launch starts several CPU processes by mpirun alone): the losses and the
+    """Through torchrun and gloo (accelerate launch starts several CPU processes by mpirun only): the losses and the
     bound of one process; TensorBoard's file is written."""
     folder = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -64,7 +64,7 @@ class Fork:
 
 
 def use_forks(patch: pytest.MonkeyPatch, popen) -> None:
-    """In the module of the children alone: others run git."""
+    """Only in the module of the children: others run git."""
     fake = SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
     patch.setattr(compare_children, "subprocess", fake)
 
