@@ -232,7 +232,7 @@ ANCESTORS = {"reveal_order": "nested", "stage_digits": [1, 2], "subtoken_embeddi
 @pytest.mark.parametrize(
     ("sampler", "form", "more", "message"),
     [
-        (ConfidenceSamplerConfig(unit="stage"), {}, {}, "needs a model of the nested order; use unit='token'"),
+        (ConfidenceSamplerConfig(unit="stage"), {}, {}, "unit=.stage.. needs a model .*use unit=.token."),
         (ThresholdSamplerConfig(unit="digit"), ANCESTORS, {}, "has vectors for leading digits only; use unit='stage'"),
         (
             ConfidenceSamplerConfig(unit="stage", stage_passes=(0.5, 0.25, 0.25)),
