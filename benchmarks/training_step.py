@@ -2,11 +2,15 @@
 
     python benchmarks/training_step.py                          # V = 50,257, S = 16, D = 512, 8 layers, L = 512
     python benchmarks/training_step.py --output results/training_step.json \\
-        --cases 50257:16:joint 50257:16:marginal 50257:8:joint 50257:1:joint 32000:15:joint 2048:8:marginal
+        --cases 50257:16:joint 50257:16:stages 50257:16:marginal 50257:8:joint 50257:1:joint 32000:15:joint \\
+        2048:8:marginal
     python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
         --cases 32000:15:joint --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
-A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the two models
+`stages` is the nested order in two stages of digits with a tree embedding and a head for each stage; it is also held
+against "mdm", whole tokens with a head over all of them.
+
+A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the models
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
 steps. Peak memory is measured in a fresh process for each model, above what the process holds before the model is
 built. The arithmetic rate counts the matrix products of forward and backward (PyTorch's counter) over the whole step.
@@ -42,7 +46,7 @@ KINDS = ("prime", "causal")
 
 @dataclass(frozen=True)
 class Case:
-    """V, S and the objective."""
+    """V, S and the objective, or "stages"."""
 
     vocab_size: int
     num_subtokens: int
@@ -50,10 +54,19 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(joint|marginal)", text)
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(joint|marginal|stages)", text)
         if not found:
-            raise argparse.ArgumentTypeError(f"{text} is not V:S:joint or V:S:marginal, e.g. 50257:16:joint")
+            raise argparse.ArgumentTypeError(
+                f"{text} is not V:S:joint, V:S:marginal or V:S:stages, e.g. 50257:16:joint"
+            )
+        if found[3] == "stages" and found[2] == "1":
+            raise argparse.ArgumentTypeError(f"{text} has one digit and no stages; use e.g. {found[1]}:16:stages")
         return cls(int(found[1]), int(found[2]), found[3])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The models that take turns; the first is compared with each of the others."""
+        return (*KINDS, "mdm") if self.objective == "stages" else KINDS
 
     def __str__(self) -> str:
         return f"{self.vocab_size}:{self.num_subtokens}:{self.objective}"
@@ -66,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=cases, metavar="V:S:OBJECTIVE")
     parser.add_argument("--compile", action="store_true", help="compile the Transformer of both by torch.compile")
     parser.add_argument("--output", help="write the record here (JSON)")
-    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(*KINDS, "mdm"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     width, heads = options.hidden_size, options.heads
     if width % (2 * heads):
@@ -85,8 +98,15 @@ def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module
     }
     if kind == "causal":
         return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
+    if kind == "mdm":
+        return PrimeV2ForMaskedDiffusion(PrimeV2Config(**shape, num_subtokens=1))
     base = next(base for base in range(2, case.vocab_size + 1) if base**case.num_subtokens >= case.vocab_size)
-    config = PrimeV2Config(**shape, base=base, num_subtokens=case.num_subtokens, objective=case.objective)
+    digits: dict[str, Any] = {"base": base, "num_subtokens": case.num_subtokens, "objective": case.objective}
+    if case.objective == "stages":
+        ends = [(case.num_subtokens + 1) // 2, case.num_subtokens]
+        digits |= {"objective": "joint", "reveal_order": "nested", "stage_digits": ends}
+        digits |= {"subtoken_embedding": "ancestors", "head": "stages"}
+    config = PrimeV2Config(**shape, **digits)
     return PrimeV2ForMaskedDiffusion(config)
 
 
@@ -171,28 +191,31 @@ def beside_products(
 
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A row of the record."""
-    steppers = {kind: Stepper.of_case(kind, case, options, device) for kind in KINDS}
+    steppers = {kind: Stepper.of_case(kind, case, options, device) for kind in case.kinds}
     flops = measure_flops(steppers["prime"].loss)
     steppers["prime"].optimizer.zero_grad(set_to_none=True)
     seconds = by_turns({kind: stepper.step for kind, stepper in steppers.items()}, options.steps)
-    del steppers["causal"]
+    for kind in case.kinds[1:]:
+        del steppers[kind]
     sides = {"width": (2048, options.hidden_size, 4 * options.hidden_size), "square": (2048, 2048, 2048)}
     beside = beside_products(steppers["prime"], flops, sides, options.steps)
     del steppers
-    memory = {kind: memory_in_fresh_process(kind, case, options) for kind in KINDS}
+    memory = {kind: memory_in_fresh_process(kind, case, options) for kind in case.kinds}
     medians, peak = {kind: statistics.median(values) for kind, values in seconds.items()}, peak_flops(device)
-    times = ratio(seconds, "prime", "causal")
+    times = {kind: ratio(seconds, "prime", kind) for kind in case.kinds[1:]}
     return {
         "vocab_size": case.vocab_size,
         "num_subtokens": case.num_subtokens,
         "objective": case.objective,
         "seconds_median": medians,
         "seconds": seconds,
-        "tokens_per_second": {kind: options.batch * options.length / medians[kind] for kind in KINDS},
+        "tokens_per_second": {kind: options.batch * options.length / medians[kind] for kind in case.kinds},
         "peak_mib": memory,
-        "time_ratio": times["median"],
-        "time_ratio_range": times["range"],
+        "time_ratio": times["causal"]["median"],
+        "time_ratio_range": times["causal"]["range"],
         "memory_ratio": memory["prime"] / memory["causal"],
+        **{f"time_ratio_{kind}": each["median"] for kind, each in times.items() if kind != "causal"},
+        **{f"time_ratio_{kind}_range": each["range"] for kind, each in times.items() if kind != "causal"},
         "flops": flops,
         **beside,
         "mfu": None if peak is None else flops / medians["prime"] / peak,
@@ -224,6 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{share:.0%} of {row['matrix_rate'][name] / 1e9:,.0f} GFLOP/s ({name})"
                 for name, share in row["share_of_matrix_rate"].items()
             )
+            + (f"; time ratio to MDM {row['time_ratio_mdm']:.3f}" if "time_ratio_mdm" in row else "")
             + ("" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"),
             flush=True,
         )

@@ -28,6 +28,7 @@ SHAPE = (
     "shuffle_domain",
     "objective",
     "reveal_order",
+    "head",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",

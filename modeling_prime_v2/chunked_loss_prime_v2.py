@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .linear_prime_v2 import HeadCall, product
+from .linear_prime_v2 import HeadCall, add_product, product
+from .stage_head_prime_v2 import stage_nll
 
 # Elements of a chunk's logits: 24 MiB of float32 on a CPU (near its caches; allocators keep blocks below 32 MiB).
 CHUNK_ELEMENTS_CPU = 3 * 2**21
@@ -50,12 +51,20 @@ class HiddenTokens:
 def hidden_nll(hidden_states, head, table, tokens: HiddenTokens, kind: str, carry_over: bool = True):
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached.
 
-    hidden_states (N, D); head: a weight (V, D) or a HeadCall; table a PrimeV2CodeTable; kind "token", "digits" or
-    "prefix".
+    hidden_states (N, D); head: a weight (V, D), a HeadCall or a StageHead; table a PrimeV2CodeTable; kind "token",
+    "digits" or "prefix". Of a StageHead only the stages that are predicted are computed: what is visible, and what is
+    after a "prefix", must end where its stages do; those of "digits" need all tokens' probabilities.
     Under autocast the products run in its dtype; sums, softmax and the head's gradient are float32.
     """
     if kind not in ("token", "digits", "prefix"):
         raise ValueError(f'kind={kind!r} is not one of "token", "digits", "prefix"')
+    if kind != "digits" and getattr(head, "tree", None) is not None and head.weight is not None:
+        first = torch.zeros_like(tokens.ids) if tokens.visible is None else tokens.visible.sum(-1)
+        last = torch.full_like(tokens.ids, head.num_subtokens)
+        if kind == "prefix":
+            last = tokens.target_digits.sum(-1)
+        chunk = chunk_elements(hidden_states.device)
+        return stage_nll(hidden_states, head, tokens.ids, first, last, tokens.weights, chunk)
     return chunked_loss(hidden_states, head, tokens, partial(_Chunk, table, kind, carry_over))
 
 
@@ -151,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if need_inputs:
                 grad_inputs[part] = product(gradient, head.t())
             if need_head:
-                _add_product(grad_head, gradient.T, inputs[part])
+                add_product(grad_head, gradient.T, inputs[part])
         ctx.gradients, ctx.head_dtype = (grad_inputs, grad_head), head_weight.dtype
         ctx.mark_non_differentiable(nats)
         return (nats * tokens.weights.to(exact)).sum(), nats
@@ -168,14 +177,6 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_head is not None:
             grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
         return grad_inputs, grad_head, None, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a second tensor of its size where the dtypes allow it."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)  # not addmm_, which the FLOP counter does not see
-    else:
-        total.add_(left @ right)
 
 
 class _Chunk:

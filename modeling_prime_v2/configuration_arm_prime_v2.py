@@ -16,7 +16,8 @@ class PrimeV2ArmConfig(PrimeV2CodedConfig):
     Args:
         num_subtokens: S, the digits whose vectors make up the embedding of an input token; the head predicts whole
             tokens for every S. 1, the default, leaves tokens whole: the network is Llama's, and `base`, the shuffle
-            and `subtoken_embedding` change nothing. None means ceil(log_base V).
+            and `subtoken_embedding` change nothing. None means ceil(log_base V). With
+            subtoken_embedding "ancestors" at its default levels tokens are whole too, and codes are for the head.
         use_cache: whether `forward` without labels returns keys and values by default, as in Transformers.
         bos_token_id, eos_token_id: the first of them that is there starts every text (`start_token_id`).
         The other fields are those of `PrimeV2CodedConfig` and `PrimeV2BackboneConfig`.
@@ -39,6 +40,22 @@ class PrimeV2ArmConfig(PrimeV2CodedConfig):
                 "AutoModelForCausalLM": MODEL_CLASS,
             }
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation, see `PrimeV2CodedConfig`; also what needs codes."""
+        super().validate_architecture()
+        ancestors = self.subtoken_embedding == "ancestors"
+        for name, given in (("head='stages'", self.head == "stages"), ("subtoken_embedding='ancestors'", ancestors)):
+            if given and self.num_subtokens == 1:
+                raise ValueError(
+                    f"{name} needs codes, but num_subtokens=1 leaves tokens whole; use num_subtokens=None"
+                )
+        if self.tree_levels is not None and not ancestors:
+            raise ValueError(f"tree_levels={self.tree_levels} is for subtoken_embedding='ancestors'; leave it out")
+        self.check_ends("tree_levels")
+        if ancestors:
+            self.check_nodes("subtoken_embedding='ancestors'", (0, *self.levels))
+        self.check_head()
 
 
 # So that save_pretrained copies this file and those it imports into the folder.

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, digits_needed
+from .code_table_prime_v2 import MAX_DIGITS, MAX_SHUFFLED_CODES, base_needed, digits_needed, num_nodes
 from .validation_config_prime_v2 import (
     VERSION,
     VERSION_FIELD,
@@ -22,7 +22,9 @@ from .validation_config_prime_v2 import (
 CODE_CHOICES = {
     "shuffle_domain": ("codes", "vocab"),
     "code_source": ("shuffle", "data"),
+    "head": ("full", "stages"),
 }
+MAX_STATES = 2**24  # nodes of the code tree that have vectors
 # Sizes with the most that is taken: far more than any language model has, and little enough that a network of a
 # damaged configuration is refused before anything is made for it.
 MAX_VOCABULARY = 2**24
@@ -258,11 +260,18 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
             `code_table.set_codes` is called.
         shuffle_seed, shuffle_ratio, shuffle_domain: the index shuffle, see `build_code_table`.
         subtoken_embedding: "sum" of S tables of width D, "concat" of S tables of width D / S, or "concat_shared", one
-            table of width D / S used for every digit.
+            table of width D / S used for every digit; or "ancestors", a vector for each node of the code tree at
+            `tree_levels`, and of a token the sum of those from the root to it.
+        tree_levels: digit counts, rising to S, at which "ancestors" has vectors; None is the ends of the reveal
+            order's stages, by default only S: whole tokens.
+        head: "full", a softmax over all tokens; or "stages", one over the next digits for each stage of leading
+            digits (`stage_head_prime_v2`), of which a hidden token takes the children of its visible node.
+        head_digits: digit counts, rising to S, at which the head's stages end; None is the ends of the reveal
+            order's stages, by default half of the digits, then all.
         The other fields are those of `PrimeV2BackboneConfig`.
     """
 
-    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared")  # values of subtoken_embedding
+    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "ancestors")  # of subtoken_embedding
 
     base: int | None = None
     num_subtokens: int | None = None
@@ -271,6 +280,9 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
     shuffle_ratio: int | float = 1.0
     shuffle_domain: str = "codes"
     subtoken_embedding: str = "sum"
+    tree_levels: list[int] | None = None
+    head: str = "full"
+    head_digits: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         vocab_size = min(max(1, self.vocab_size), MAX_VOCABULARY)  # what is outside is refused below
@@ -286,6 +298,54 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
         self._check_sizes()
         self._check_codes()
         self._check_mask_token()
+
+    @property
+    def order_ends(self) -> tuple[int, ...]:
+        """Digit counts at which the reveal order has its stages; none where it has no stages."""
+        return ()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Digit counts, rising to S, at which nodes of the code tree have vectors."""
+        return tuple(self.tree_levels or self.order_ends or (self.num_subtokens,))
+
+    @property
+    def head_ends(self) -> tuple[int, ...]:
+        """Digit counts, rising to S, at which the stages of a head in stages end."""
+        halves = sorted({(self.num_subtokens + 1) // 2, self.num_subtokens})
+        return tuple(self.head_digits or self.order_ends or halves)
+
+    def check_ends(self, name: str) -> None:
+        """ValueError unless the digit counts of this field, if any, rise to S and hold the order's stages."""
+        counts, ends = getattr(self, name), sorted(set(self.order_ends or [self.num_subtokens]))
+        if counts is None:
+            return
+        rising = all(a < b for a, b in zip([0, *counts], counts, strict=False))
+        if not rising or counts[-1:] != [self.num_subtokens] or not set(ends) <= set(counts):
+            raise ValueError(
+                f"{name}={counts} must rise from at least 1 to num_subtokens={self.num_subtokens} and hold the "
+                f"stages' ends {ends}; use e.g. {ends}"
+            )
+
+    def check_nodes(self, what: str, ends: tuple[int, ...]) -> None:
+        """ValueError where the code tree has too many nodes at these digit counts."""
+        rows = num_nodes(self.base or 2, ends)
+        if rows > MAX_STATES:
+            raise ValueError(f"{what} would need {rows} rows, more than {MAX_STATES}; use fewer digits")
+
+    def check_head(self) -> None:
+        """ValueError for a head in stages that cannot be, once the other fields are right."""
+        if self.head == "full":
+            if self.head_digits is not None:
+                raise ValueError(f"head_digits={self.head_digits} is for head='stages', not 'full'; leave it out")
+            return
+        self.check_ends("head_digits")
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "head='stages' with tie_word_embeddings=True: the head has rows of nodes, not those of the "
+                "embedding; use tie_word_embeddings=False"
+            )
+        self.check_nodes("head='stages'", self.head_ends)
 
     def _check_codes(self):
         for name, choices in {**CODE_CHOICES, "subtoken_embedding": self.embeddings}.items():

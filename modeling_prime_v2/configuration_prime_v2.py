@@ -1,14 +1,12 @@
 """Configuration of an MDM-Prime-v2 network."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from .code_table_prime_v2 import num_nodes
 from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 from .diffusion_prime_v2 import KINDS, STAGED
 
-MAX_STATES = 2**24  # rows of the embedding of states
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
     "objective": ("joint", "marginal"),
@@ -47,8 +45,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
     """
 
     model_type = "prime_v2"
-    embeddings: ClassVar[tuple[str, ...]] = ("sum", "concat", "concat_shared", "ancestors")
-
     carry_over: bool = True
     objective: str = "joint"
     loss_weight: str = "elbo"
@@ -56,7 +52,6 @@ class PrimeV2Config(PrimeV2CodedConfig):
     reveal_order: str = "digit"
     stage_digits: list[int] | None = None
     stage_windows: list[list[int | float]] | None = None
-    tree_levels: list[int] | None = None
     head_ancestors: bool = False
     whole_token_above: int | float | None = None
     mask_token_id: int | None = None
@@ -87,6 +82,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
         self._check_objective()
         self._check_stages()
         self._check_embedding()
+        self.check_head()
 
     def _check_objective(self):
         if self.whole_token_above is not None:
@@ -132,21 +128,13 @@ class PrimeV2Config(PrimeV2CodedConfig):
             )
 
     @property
-    def levels(self) -> tuple[int, ...]:
-        """Digit counts, rising to S, at which nodes of the code tree have vectors."""
-        return tuple(self.tree_levels or self.stage_digits or (self.num_subtokens,))
+    def order_ends(self) -> tuple[int, ...]:
+        return tuple(self.stage_digits or ())
 
     def _check_embedding(self):
         form = self.subtoken_embedding
         if self.tree_levels is not None:
-            levels = [0, *self.tree_levels]
-            rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
-            ends = set(self.stage_digits or [self.num_subtokens])
-            if not rising or levels[-1] != self.num_subtokens or not ends <= set(levels):
-                raise ValueError(
-                    f"tree_levels={self.tree_levels} must rise from at least 1 to num_subtokens={self.num_subtokens} "
-                    f"and hold the stages' ends {sorted(ends)}; use e.g. {sorted(ends)}"
-                )
+            self.check_ends("tree_levels")
             if form != "ancestors" and not self.head_ancestors:
                 raise ValueError(
                     f"tree_levels={self.tree_levels} is for subtoken_embedding='ancestors' and head_ancestors=true; "
@@ -168,11 +156,23 @@ class PrimeV2Config(PrimeV2CodedConfig):
                 "subtoken_embedding='ancestors' has vectors for leading digits only, but reveal_order='digit' shows "
                 "any digits; use reveal_order='nested' or 'token', or subtoken_embedding='sum'"
             )
-        rows = num_nodes(self.base, (0, *self.levels))
-        if rows > MAX_STATES:
+        self.check_nodes("subtoken_embedding='ancestors'", (0, *self.levels))
+
+    def check_head(self):
+        super().check_head()
+        if self.head == "full":
+            return
+        if self.reveal_order == "digit" and self.num_subtokens > 1:
             raise ValueError(
-                f"subtoken_embedding='ancestors' would need {rows} rows, more than {MAX_STATES}; use fewer digits"
+                "head='stages' predicts leading digits first, but reveal_order='digit' shows any digits; use "
+                "reveal_order='nested' or 'token', or head='full'"
             )
+        if self.head_ancestors:
+            raise ValueError(
+                "head='stages' with head_ancestors=True: a stage has its own row for each node; leave it out"
+            )
+        if not self.carry_over:
+            raise ValueError("head='stages' with carry_over=False: it predicts within what is visible; use True")
 
 
 # So that save_pretrained copies this file and those it imports into the folder.

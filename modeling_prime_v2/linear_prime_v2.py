@@ -73,6 +73,14 @@ def apply_head(hidden_states: Tensor, head: Tensor | HeadCall) -> Tensor:
     return product(hidden_states, head) if isinstance(head, Tensor) else head.call(hidden_states)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second tensor of its size where the dtypes allow it."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)  # not addmm_, which the FLOP counter does not see
+    else:
+        total.add_(left @ right)
+
+
 def all_vectors(table: Any, count: int) -> Tensor:
     """The first `count` vectors of a table, (count, D), differentiable: what ties a head to its embedding.
 

@@ -22,6 +22,7 @@ from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_arm_prime_v2 import PrimeV2ArmLikelihood, next_tokens, start_token_id
 from .linear_prime_v2 import all_vectors, apply_head
 from .loss_prime_v2 import divisor, refuse_lost_labels, scored_tokens
+from .tree_embedding_prime_v2 import make_embedding
 from .validation_inputs_prime_v2 import (
     as_tensor,
     check_embeds,
@@ -56,7 +57,10 @@ class PrimeV2ArmModel(PrimeV2Backbone):
         super().__init__(config)
         whole = config.num_subtokens == 1
         self.code_table = None if whole else PrimeV2CodeTable(config)
-        self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.vocab_size if whole else config.base)
+        if config.subtoken_embedding == "ancestors":
+            self.embed_subtokens = make_embedding(config)
+        else:
+            self.embed_subtokens = PrimeV2SubtokenEmbedding(config, config.vocab_size if whole else config.base)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

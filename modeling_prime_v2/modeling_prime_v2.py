@@ -1,5 +1,7 @@
 """MDM-Prime-v2 network in Transformers: a bidirectional Llama over sub-tokens, and its masked diffusion loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -18,8 +20,9 @@ from .head_prime_v2 import PrimeV2HeadModel
 from .likelihood_output_prime_v2 import PrimeV2LogLikelihood
 from .likelihood_prime_v2 import PrimeV2Likelihood
 from .likelihood_sampler_prime_v2 import sampler_log_likelihood
-from .linear_prime_v2 import HeadCall, head_of
+from .linear_prime_v2 import HeadCall
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
+from .stage_head_prime_v2 import StageHead
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import as_tensor, check_length, scoring_inputs, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords, one_of
@@ -104,12 +107,11 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         self.head_nodes = PrimeV2HeadNodes(config) if config.head_ancestors else None
         self.post_init()
 
-    def head(self) -> Tensor | HeadCall:
-        """The head (V, D), or how to call it; tied, it is the embedding of each token's code, of rank <= S b + 1."""
-        if self.config.tie_word_embeddings:
-            return self.model.all_embeddings()
-        shared = None if self.head_nodes is None else self.head_nodes(self.code_table.codes[:-1])
-        return head_of(self.lm_head, self.config.vocab_size, shared)
+    def head(self, shared: Tensor | None = None) -> Tensor | HeadCall | StageHead:
+        """As of all families; tied, it is the embedding of each token's code, of rank <= S b + 1."""
+        if self.head_nodes is not None:
+            shared = self.head_nodes(self.code_table.codes[:-1])
+        return super().head(shared)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) in [0, V], V = masked, to digits (B, L, S)."""
@@ -218,8 +220,11 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         tokens = HiddenTokens(
             ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, target_digits
         )
+        head: Any = self.head()
+        if self.is_staged and order.kind == "digit":  # which may be visible in any order
+            head = HeadCall(head.call, head.vocab_size)
         total, nats = hidden_nll(
-            hidden_states[rows, columns], self.head(), self.code_table, tokens, kind, self.config.carry_over
+            hidden_states[rows, columns], head, self.code_table, tokens, kind, self.config.carry_over
         )
         return total, sum_by_row(nats.double() * multiplicity, rows, len(ids))
 

@@ -98,6 +98,22 @@ KINDS: dict[str, tuple[str, dict]] = {
     "MDM": ("prime", {"num_subtokens": 1, "qk_norm": True}),
     "ARM": ("arm", {"bos_token_id": START}),
     "ARM over digits": ("arm", {"bos_token_id": START, "num_subtokens": 4, "base": 2}),
+    "tokens, head in stages": (
+        "prime",
+        {"reveal_order": "token", "subtoken_embedding": "ancestors", "head": "stages"},
+    ),
+    "stages, head in stages": ("prime", {**STAGES, "subtoken_embedding": "ancestors", "head": "stages"}),
+    "ARM, head in stages": (
+        "arm",
+        {
+            "bos_token_id": START,
+            "num_subtokens": 4,
+            "base": 2,
+            "subtoken_embedding": "ancestors",
+            "head": "stages",
+            "head_digits": [1, 3, 4],
+        },
+    ),
     "uniform": ("uniform", {"time_embedding_size": 8}),
     "interpolating": ("interpolating", {"alpha_0": 0.5}),
 }

@@ -64,6 +64,13 @@ def set_vectors(model: Any, vectors: Tensor) -> None:
         _fill_digits(network.embed_subtokens, vectors, codes, config.base)
     if config.tie_word_embeddings:
         return
+    if model.is_staged:
+        tree, above = model.head().tree, torch.zeros_like(vectors)
+        ends = config.head_ends[:-1]
+        parts = [node_vectors(vectors, codes, config.base, ends)] if ends else []
+        for rows in node_rows(codes, config.base, ends)[0].unbind(-1) if ends else ():
+            above = above + parts[0][rows]
+        vectors = torch.cat([*parts, (vectors - above)[tree.order]])
     nodes = getattr(model, "head_nodes", None)
     if nodes is not None:
         above = node_vectors(vectors, codes, config.base, nodes.ends)
