@@ -111,19 +111,27 @@ def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int
 def label_of(config: Any) -> str:
     """The name of a model's family as the field uses it, from its configuration or the dictionary of one."""
     values = config if isinstance(config, dict) else config.to_dict()
-    kind, digits = values["model_type"], values.get("num_subtokens", 1)
-    if kind == "prime_v2_arm":
-        return "ARM" if digits == 1 else "ARM over sub-tokens"
+    kind = values["model_type"]
     if kind == "prime_v2_uniform":
         return "uniform-state"
     if kind == "prime_v2_interpolating":
         return f"interpolating, alpha_0 = {values['alpha_0']:g}"
-    if digits == 1:
+    name = _label_of_codes(kind, values)
+    return f"{name}, head in stages" if values.get("head") == "stages" else name
+
+
+def _label_of_codes(kind: str, values: dict[str, Any]) -> str:
+    digits, order = values.get("num_subtokens", 1), values.get("reveal_order")
+    is_tree, levels = values.get("subtoken_embedding") == "ancestors", values.get("tree_levels")
+    whole = digits == 1 or (is_tree and (levels or [digits]) == [digits])  # a vector for each token
+    if kind == "prime_v2_arm":
+        return "ARM" if whole else "ARM, tree embedding" if is_tree else "ARM over sub-tokens"
+    if digits == 1 or (order == "token" and whole):
         return "MDM"
-    if values["reveal_order"] == "token":  # whole tokens are hidden: no digit diffuses
-        return f"MDM, {'tree' if values['subtoken_embedding'] == 'ancestors' else 'sub-token'} embedding"
-    if values["reveal_order"] == "windows":
+    if order == "token":  # whole tokens are hidden: no digit diffuses
+        return f"MDM, {'tree' if is_tree else 'sub-token'} embedding"
+    if order == "windows":
         return "sub-tokens, stages in windows"
-    if values["reveal_order"] != "digit":
-        return f"sub-tokens, {values['reveal_order'].replace('_', '-')} order"
+    if order != "digit":
+        return f"sub-tokens, {order.replace('_', '-')} order"
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"

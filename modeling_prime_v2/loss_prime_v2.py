@@ -3,8 +3,8 @@
 Values are checked where that makes no accelerator wait (`reads_values`): a training step on an accelerator reads none
 of its batch on the host for a check. The collator has checked them on the CPU (`check_batch`, which
 `prime_v2.data.packing.collate` calls), and a kernel refuses labels unlike the input. The host reads that remain are of
-shapes, such as how many tokens are hidden (`nonzero`), and whether a chunk of the loss has a rare digit
-(chunked_loss_prime_v2.py).
+shapes, such as how many tokens are hidden (`nonzero`) or have the same visible node (stage_head_prime_v2.py), and
+whether a chunk of the loss has a rare digit (chunked_loss_prime_v2.py).
 """
 
 from dataclasses import dataclass

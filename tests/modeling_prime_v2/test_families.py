@@ -93,6 +93,8 @@ def test_all_families_read_the_same_text(run, source):
     ("fields", "label"),
     [
         ({"subtoken_embedding": "ancestors", "tree_levels": [4, 9]}, "MDM, tree embedding"),
+        ({"subtoken_embedding": "ancestors"}, "MDM"),
+        ({"subtoken_embedding": "ancestors", "head": "stages"}, "MDM, head in stages"),
         ({}, "MDM, sub-token embedding"),
     ],
 )

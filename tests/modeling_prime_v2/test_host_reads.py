@@ -15,11 +15,12 @@ from prime_v2.code_table_prime_v2 import reads_values
 
 NESTED = {"reveal_order": "nested", "stage_digits": [2, 4]}
 # Reads of a value, and `nonzero`, which waits for how many there are. A loss of digits looks once a chunk for rare
-# ones; interpolating rows are as wide as the most queries of a row.
+# ones; a head in stages asks for those of each; interpolating rows are as wide as the most queries of a row.
 STEPS = {
     "joint": (lambda: small_model(), 0, 1),
     "marginal": (lambda: small_model(objective="marginal"), 1, 1),
     "nested": (lambda: small_model(objective="marginal", **NESTED), 1, 1),
+    "head in stages": (lambda: small_model(objective="marginal", head="stages", **NESTED), 0, 3),
     "arm": (small_arm, 0, 1),
     "uniform": (small_uniform, 0, 1),
     "interpolating": (small_interpolating, 1, 4),

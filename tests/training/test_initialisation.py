@@ -12,7 +12,6 @@ from tiny_runs import MODEL, TINY, write_text
 from prime_v2 import PrimeV2Tokenizer
 from prime_v2.data.packing import PackedBlocks, TrainingOrder
 from prime_v2.families import family_named
-from prime_v2.linear_prime_v2 import HeadCall
 from prime_v2.tokenization.codes import neighbour_vectors
 from prime_v2.training import run as training
 from prime_v2.training.initialisation import RMS, set_vectors
@@ -21,12 +20,15 @@ V, D, K = 13, 12, 8
 SIZES = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 WHOLE = {"num_subtokens": 1}
 TREE = {"num_subtokens": 4, "subtoken_embedding": "ancestors", "tree_levels": [2, 4], "reveal_order": "token"}
+TREE_OF_ARM = {"num_subtokens": 4, "base": 2, "subtoken_embedding": "ancestors", "tree_levels": [2, 4]}
 # Whose tokens' vectors are exactly the given ones, by family and form.
 EXACT = {
     "prime, whole": ("prime", WHOLE),
     "prime, tree": ("prime", TREE),
     "prime, nested": ("prime", TREE | {"reveal_order": "nested", "stage_digits": [2, 4]}),
     "prime, tree, shared rows": ("prime", TREE | {"head_ancestors": True}),
+    "prime, head in stages": ("prime", TREE | {"reveal_order": "nested", "stage_digits": [2, 4], "head": "stages"}),
+    "arm, tree": ("arm", TREE_OF_ARM),
     "prime, tied": ("prime", WHOLE | {"tie_word_embeddings": True}),
     "arm": ("arm", {}),
     "arm, tied": ("arm", {"tie_word_embeddings": True}),
@@ -54,19 +56,40 @@ def scaled(vectors: torch.Tensor) -> torch.Tensor:
     return (vectors * (RMS / occurring.square().mean().sqrt())).float()
 
 
+def rows_of_tokens(model) -> torch.Tensor:
+    """The head (V, D); of one in stages, the sum of a token's rows in all of them."""
+    if not model.is_staged:
+        return model.head()
+    levels = model.head().tree.levels
+    return sum(model.lm_head.weight[level.first + level.node] for level in levels)
+
+
 @pytest.mark.parametrize("form", EXACT)
 def test_the_vector_and_the_row_of_each_token_are_those_of_the_text(form, vectors):
     model = made(*EXACT[form])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     set_vectors(model, vectors)
-    expected, head = scaled(vectors), model.head()
-    assert not isinstance(head, HeadCall)
-    for found in (model.model.all_embeddings(), head):
+    expected = scaled(vectors)
+    for found in (model.model.all_embeddings(), rows_of_tokens(model)):
         torch.testing.assert_close(found[:, :K], expected)
     for name, weight in model.state_dict().items():  # dimensions beyond K, and the layers, as they were drawn
         vectors_of = ("embed" in name and "time" not in name) or name.startswith(("lm_head", "head_nodes"))
         kept = (weight[:, K:], before[name][:, K:]) if vectors_of else (weight, before[name])
         assert torch.equal(*kept), name
+
+
+@pytest.mark.parametrize("head_digits", [[2, 4], [1, 2, 4], [4]])
+def test_the_row_of_a_stage_is_the_mean_of_the_tokens_below_it_beside_its_parent_s(head_digits, vectors):
+    """Each node's row and those above it sum to the mean, so that a cluster is told from others as its mean is."""
+    fields = TREE | {"subtoken_embedding": "ancestors", "head": "stages", "head_digits": head_digits}
+    model = made("prime", fields)
+    set_vectors(model, vectors)
+    codes, expected, above = model.code_table.codes[:-1], scaled(vectors), torch.zeros(V, K)
+    for level, end in zip(model.head().tree.levels, head_digits, strict=True):
+        above = above + model.lm_head.weight[level.first + level.node, :K]
+        for token in range(V):
+            below = (codes[:, :end] == codes[token, :end]).all(1)
+            torch.testing.assert_close(above[token], expected[below].mean(0))
 
 
 @pytest.mark.parametrize("form", ["prime, whole", "prime, tree", "prime, nested"])
@@ -121,7 +144,7 @@ def options(folder: Path, text: Path, *more: str) -> list[str]:
 
 INIT = ("--embedding_init", "distributional")
 CODES = ("--codes", "similarity")
-NESTED = ("reveal_order=nested", "stage_digits=[4, 9]", "subtoken_embedding=ancestors")
+NESTED = ("reveal_order=nested", "stage_digits=[4, 9]", "subtoken_embedding=ancestors", "head=stages")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +200,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(text, finished, tmp_
     assert training.main(options(folder, text, *more)) == 0
     expected, found = (load_file(each / "model.safetensors") for each in (finished, folder))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_arm_has_codes_of_the_text_for_a_head_in_stages(text, tmp_path):
+    folder, codes = tmp_path / "run", ["num_subtokens=9", "base=2", "subtoken_embedding=ancestors", "head=stages"]
+    more = ["--family", "arm", *INIT, *CODES, "--max_steps", "1", *MODEL, *codes]
+    assert training.main(options(folder, text, *more)) == 0
+    record = json.loads((folder / "results" / "train.json").read_text())["results"]
+    assert record["family"] == "ARM, head in stages" and record["evaluation"]["bound"]["is_exact"]
+    tokenizer = PrimeV2Tokenizer.from_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["model.code_table.codes"][:-1], torch.from_numpy(tokenizer.code_table))
+    assert weights["lm_head.weight"].shape == (2**5 + 300, 32)
 
 
 def test_damaged_vectors_are_refused_by_the_name_of_the_file(text, tmp_path, capsys):
