@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .linear_prime_v2 import HeadCall, add_product, product
+from .linear_prime_v2 import CalledHead, add_product, product
 from .stage_head_prime_v2 import stage_nll
 
 # Elements of a chunk's logits: 24 MiB of float32 on a CPU (near its caches; allocators keep blocks below 32 MiB).
@@ -68,7 +68,7 @@ def hidden_nll(hidden_states, head, table, tokens: HiddenTokens, kind: str, carr
     return chunked_loss(hidden_states, head, tokens, partial(_Chunk, table, kind, carry_over))
 
 
-def chunked_loss(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
+def chunked_loss(hidden_states, head: Tensor | CalledHead, tokens, make_chunk: Callable) -> tuple[Tensor, Tensor]:
     """Weighted sum of nats (scalar, differentiable) and nats per token (N,), detached, of any loss of single tokens.
 
     hidden_states (N, D); head: a weight (V, D) or a HeadCall; tokens: anything with `weights` (N,).
@@ -87,7 +87,7 @@ def chunked_loss(hidden_states, head: Tensor | HeadCall, tokens, make_chunk: Cal
         return _ChunkedLoss.apply(hidden_states, head, tokens, make_chunk, dtype, need_gradient)
 
 
-def _loss_by_calls(hidden_states, head: HeadCall, tokens, chunk: Callable) -> tuple[Tensor, Tensor]:
+def _loss_by_calls(hidden_states, head: CalledHead, tokens, chunk: Callable) -> tuple[Tensor, Tensor]:
     """`chunked_loss` of a head that is called; autocast acts on the call as on any other."""
 
     def of_part(inputs: Tensor, part: slice) -> tuple[Tensor, Tensor]:

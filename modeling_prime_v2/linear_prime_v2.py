@@ -10,7 +10,7 @@ precisions; for the matrices of a Transformer oneDNN is the faster of the two on
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     if not _onednn_pays(inputs, weight):
         return nn.functional.linear(inputs, weight)
     return _Product.apply(inputs, weight) if torch.is_grad_enabled() else _by_onednn(inputs, weight)
+
+
+class CalledHead(Protocol):
+    """What a head that is no weight has: a call, hidden states (..., D) to logits (..., V), and V."""
+
+    def call(self, hidden_states: Tensor, /) -> Tensor: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class HeadCall(NamedTuple):
@@ -68,7 +77,7 @@ def head_of(layer: Any, vocab_size: int, shared: Tensor | None = None) -> Tensor
     return HeadCall(lambda hidden_states: layer(hidden_states) + product(hidden_states, shared), vocab_size)
 
 
-def apply_head(hidden_states: Tensor, head: Tensor | HeadCall) -> Tensor:
+def apply_head(hidden_states: Tensor, head: Tensor | CalledHead) -> Tensor:
     """Hidden states (..., D) to logits (..., V) by a weight (V, D) or a call."""
     return product(hidden_states, head) if isinstance(head, Tensor) else head.call(hidden_states)
 
