@@ -7,8 +7,8 @@
     python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
         --cases 32000:15:joint --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
-`stages` is the nested order in two stages of digits with a tree embedding and a head for each stage; it is also held
-against "mdm", whole tokens with a head over all of them.
+`stages` is the nested order in two stages of digits, summed as in the published form, with a head for each stage; it
+is also held against "mdm", whole tokens with a head over all of them.
 
 A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the models
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
@@ -104,8 +104,7 @@ def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module
     digits: dict[str, Any] = {"base": base, "num_subtokens": case.num_subtokens, "objective": case.objective}
     if case.objective == "stages":
         ends = [(case.num_subtokens + 1) // 2, case.num_subtokens]
-        digits |= {"objective": "joint", "reveal_order": "nested", "stage_digits": ends}
-        digits |= {"subtoken_embedding": "ancestors", "head": "stages"}
+        digits |= {"objective": "joint", "reveal_order": "nested", "stage_digits": ends, "head": "stages"}
     config = PrimeV2Config(**shape, **digits)
     return PrimeV2ForMaskedDiffusion(config)
 
