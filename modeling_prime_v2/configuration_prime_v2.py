@@ -165,7 +165,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
         if self.reveal_order == "digit" and self.num_subtokens > 1:
             raise ValueError(
                 "head='stages' predicts leading digits first, but reveal_order='digit' shows any digits; use "
-                "reveal_order='nested' or 'token', or head='full'"
+                "reveal_order='nested', 'coarse_first' or 'token', or head='full'"
             )
         if self.head_ancestors:
             raise ValueError(

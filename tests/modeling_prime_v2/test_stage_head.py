@@ -189,6 +189,17 @@ class StagedDenoiser(OptimalDenoiser):
         return BaseModelOutput(last_hidden_state=(tokens @ self.below).log().clamp(min=self.IMPOSSIBLE))
 
 
+def optimal_staged(order: dict) -> tuple[Any, torch.Tensor]:
+    """(a model whose head in stages gives the conditionals of a law on two of five tokens, the law)."""
+    law = correlated_law(5, 2)
+    model = small_model(vocab_size=5, base=2, num_subtokens=3, head="stages", **order).double()
+    rows = model.lm_head.out_features
+    model.lm_head = nn.Linear(rows, rows, bias=False).double()
+    model.lm_head.weight = nn.Parameter(torch.eye(rows, dtype=torch.double))
+    model.model = StagedDenoiser(law, model.code_table.codes[:-1], 2, 2, model.head())
+    return model, law
+
+
 ORDERS = [
     {"reveal_order": "nested", "stage_digits": [1, 3]},
     {"reveal_order": "nested", "stage_digits": [1, 3], "head_digits": [1, 2, 3]},
@@ -200,16 +211,19 @@ ORDERS = [
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_the_bound_of_an_optimal_head_equals_the_entropy(order):
     """Tokens and digits that are dependent."""
-    law, length = correlated_law(5, 2), 2
-    model = small_model(vocab_size=5, base=2, num_subtokens=3, head="stages", **order).double()
-    rows = model.lm_head.out_features
-    model.lm_head = nn.Linear(rows, rows, bias=False).double()
-    model.lm_head.weight = nn.Parameter(torch.eye(rows, dtype=torch.double))
-    model.model = StagedDenoiser(law, model.code_table.codes[:-1], length, 2, model.head())
-    ids = all_sequences(5, length)
-    nats, counts = nats_of_all_masks(model, ids, RevealOrder.from_config(model.config), "marginal")
-    found = float((law * count_form(nats, counts)).sum())
-    assert found == pytest.approx(entropy(law), abs=1e-10)  # sums in float64
+    model, law = optimal_staged(order)
+    nats, counts = nats_of_all_masks(model, all_sequences(5, 2), RevealOrder.from_config(model.config), "marginal")
+    assert float((law * count_form(nats, counts)).sum()) == pytest.approx(entropy(law), abs=1e-10)  # sums in float64
+
+
+@pytest.mark.parametrize("more", [{}, {"head_digits": [1, 2, 3]}], ids=str)
+def test_coarse_first_too_has_the_entropy_as_bound_and_the_law_left_to_right(more):
+    model, law = optimal_staged({"reveal_order": "coarse_first", "stage_digits": [1, 3], **more})
+    found = model.log_likelihood(all_sequences(5, 2), num_samples=100)
+    assert found.stderr.eq(0).all() and found.is_bound
+    assert -float((law * found.value).sum()) == pytest.approx(entropy(law), abs=1e-10)
+    chain = model.log_likelihood(all_sequences(5, 2), method="chain")
+    torch.testing.assert_close(chain.value, law.log(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -249,7 +263,10 @@ def test_bfloat16_autocast_is_close_to_float32():
 
 
 BAD = [
-    ({"head": "stages"}, "reveal_order='digit' shows any digits; use reveal_order='nested' or 'token'"),
+    (
+        {"head": "stages"},
+        "reveal_order='digit' shows any digits; use reveal_order='nested', 'coarse_first' or 'token'",
+    ),
     ({"head": "classes"}, "head='classes' is not one of full, stages"),
     ({"reveal_order": "token", "head_digits": [2, 4]}, r"head_digits=\[2, 4\] is for head='stages', not 'full'"),
     ({"reveal_order": "token", "head": "stages", "head_digits": [2, 3]}, r"head_digits=\[2, 3\] must rise"),

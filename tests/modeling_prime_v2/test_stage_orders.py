@@ -122,7 +122,14 @@ def test_along_windows_too_the_bound_of_the_optimal_denoiser_is_the_entropy(wind
 
 
 @pytest.mark.parametrize(
-    "given", [*(fields(cut) for cut in CUTS), windowed(OVERLAPPING), fields([1, 3], carry_over=False)], ids=str
+    "given",
+    [
+        *(fields(cut) for cut in CUTS),
+        windowed(OVERLAPPING),
+        fields([1, 3], carry_over=False),
+        fields([1, 3], head="stages"),
+    ],
+    ids=str,
 )
 def test_the_bound_of_a_random_network_is_that_of_all_orders_and_above_its_exact_value(given):
     model, ids = small_model(seed=3, **given).double(), all_sequences(5, 2)
