@@ -152,6 +152,9 @@ def measure(setting: Setting, part: str, measurements: list[Measurement], output
             try:
                 row |= each.work(setting)
                 json.dumps(row, allow_nan=False)
+            except Stopped as stopped:  # by the process of all parts, which waits for this one to end
+                put(output, part, {"name": each.name, "failed": str(stopped)})
+                raise
             except Exception as error:
                 row = {"name": each.name, "failed": sentence(error)}
         put(output, part, row)

@@ -196,8 +196,10 @@ class _Sizes:
 
 
 def _nested(setting: Setting, **fields: Any) -> dict[str, Any]:
+    """Two stages of digits, with a tree embedding."""
     digits = setting.head_shape[-1]
-    return {"num_subtokens": digits, "reveal_order": "nested", "stage_digits": [digits // 2, digits], **fields}
+    stages = {"reveal_order": "nested", "stage_digits": [digits // 2, digits], "subtoken_embedding": "ancestors"}
+    return {"num_subtokens": digits, **stages, **fields}
 
 
 # --- generation
@@ -330,10 +332,11 @@ def arm(setting: Setting, comparison: Comparison, run: Run) -> dict[str, Any]:
     out = setting.out / "study"
     try:
         [(_, record)] = run_comparison(dataclasses.replace(comparison, runs=(run,)), out, Running())
-    except Stopped:
+    except Stopped as stopped:
         log = out / "logs" / f"{run.folder}.txt"
         reached = progress_of(log) if log.exists() else "the preparation of its text"
-        raise RuntimeError(f"stopped at {reached}; the same command goes on from its last checkpoint") from None
+        stopped.args = (f"stopped at {reached}; the same command goes on from its last checkpoint",)
+        raise
     training, bound = record["results"]["training"], record["results"]["evaluation"]["bound"]
     peak, rate = peak_flops(setting.device), training["flops_measured"] / training["seconds"]
     kept = ("parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +99,22 @@ def test_a_failure_is_a_sentence_and_the_next_measurement_is_made(benchmark, opt
     assert [each.name for each in benchmark.missing(options.output, "step", measurements)] == [
         "no package", "too large", "long", "not a number",
     ]  # fmt: skip
+
+
+def test_a_signal_ends_a_part_after_the_run_of_the_study_has_saved(benchmark, options, setting, monkeypatch):
+    import accelerator_parts
+
+    def stopped(comparison, out, running):
+        raise benchmark.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(accelerator_parts, "run_comparison", stopped)
+    benchmark.begin(options)
+    with pytest.raises(benchmark.Stopped):
+        benchmark.measure(setting, "study", benchmark.parts(setting)["study"], options.output, time.time() + 60)
+    (row,) = benchmark.rows_of(options.output, "study")
+    assert row["failed"] == (
+        "stopped at the preparation of its text; the same command goes on from its last checkpoint"
+    )
 
 
 def test_each_row_is_in_the_record_before_the_next_one_begins(benchmark, options, setting):
