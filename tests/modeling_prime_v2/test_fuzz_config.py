@@ -79,7 +79,10 @@ CODED = {
     "shuffle_seed": [0, -1, 2**70],
     "shuffle_ratio": [0, 0.5, 1.0],
     "shuffle_domain": ["codes", "vocab"],
-    "subtoken_embedding": ["sum", "concat", "concat_shared"],
+    "subtoken_embedding": ["sum", "concat", "concat_shared", "ancestors"],
+    "tree_levels": [None, [1, 4], [4], [1, 2, 3, 4]],
+    "head": ["full", "stages"],
+    "head_digits": [None, [1, 4], [4], [1, 2, 3, 4]],
 }
 BAD_CODED = {
     "base": [0, 1, -2, 2**40, 10**400, 2.0, "2", [2], True],
@@ -88,7 +91,10 @@ BAD_CODED = {
     "shuffle_seed": [None, 0.5, "0", [0]],
     "shuffle_ratio": NO_SHARES,
     "shuffle_domain": ["", "tokens", None],
-    "subtoken_embedding": ["", "mean", None, "ancestors"],
+    "subtoken_embedding": ["", "mean", None],
+    "tree_levels": [[], [0, 4], [4, 1], [-4], [10**9], ["4"], 4],
+    "head": ["", "classes", None, True],
+    "head_digits": [[], [0, 4], [4, 1], [-4], [10**9], ["4"], 4],
 }
 LOSS = {"loss_weight": ["elbo", "low_variance"]}
 BAD_LOSS = {"loss_weight": ["", "one", None, 1]}
@@ -98,10 +104,8 @@ PRIME = {
     "noise_form": ["count", "time"],
     "reveal_order": ["digit", "token", "nested", "coarse_first", "windows"],
     "stage_digits": [None, [1], [1, 2], [2, 4], [4], [1, 2, 3, 4]],
-    "tree_levels": [None, [1, 4], [4], [1, 2, 3, 4]],
     "head_ancestors": [False, True],
     "whole_token_above": [None, 0.5],
-    "subtoken_embedding": ["sum", "ancestors"],
 }
 BAD_PRIME = {
     "carry_over": ["yes", None],
@@ -109,7 +113,6 @@ BAD_PRIME = {
     "noise_form": ["both", None],
     "reveal_order": ["word", None],
     "stage_digits": [[], [0], [4, 4], [4, 2], [-1, 4], [10**9], ["a"], [2.5], 3, "4"],
-    "tree_levels": [[], [0, 4], [4, 1], [-4], [10**9], ["4"], 4],
     "whole_token_above": [-0.5, 1.5, NAN, INF, "1"],
 }
 FIELDS = {
