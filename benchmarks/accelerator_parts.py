@@ -372,6 +372,7 @@ def parts(setting: Setting) -> dict[str, list[Measurement]]:
             Measurement("step, causal twin, full logits", 10, partial(step_of_head, fields=None)),
             Measurement("step, MDM, chunked", 10, partial(step_of_head, fields={"num_subtokens": 1})),
             Measurement("step, nested, chunked", 10, partial(step_of_head, fields=_nested(setting))),
+            Measurement("step, nested, stages", 10, partial(step_of_head, fields=_nested(setting, head="stages"))),
         ],
         "generation": [
             Measurement("as published", 20, generation_as_published),
