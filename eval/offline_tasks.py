@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from prime_v2.validation_keywords_prime_v2 import did_you_mean
+
 SPLITS = ("train", "validation", "test")
 ALL_TASKS = "*"
 
@@ -174,7 +176,7 @@ def tasks_in(data: Path, splits: Mapping[str, str]) -> list[str]:
     ]
     if not found:
         folders = ", ".join(dict.fromkeys(source.folder for source in TASKS.values()))
-        raise ValueError(f"{data} holds no data of a known task; it must have folders such as {folders}")
+        raise ValueError(f"{data} holds no folder of a task; its folders must be named {folders}")
     return found
 
 
@@ -194,8 +196,9 @@ def write_tasks(
         raise ValueError(f"no task was named; give some of {', '.join(TASKS)}, e.g. --tasks sciq,boolq")
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:
-        what = "--split has no other split" if data is None else "--data has no form"
-        raise ValueError(f"{what} of the task {unknown[0]}; the tasks are {', '.join(TASKS)}")
+        what = "scored on another split" if data is None else "read from local files"
+        hint = did_you_mean(unknown[0], TASKS)
+        raise ValueError(f"the task {unknown[0]} cannot be {what}; those that can are {', '.join(TASKS)}{hint}")
     strays = [name for name in splits if name != ALL_TASKS and name not in tasks]
     if strays:
         raise ValueError(f"--split names {strays[0]}, which is not among the tasks {', '.join(tasks)}")
@@ -219,8 +222,8 @@ def _prepare(
     files = None if data is None else _files(source, upstream, data)
     available = list(names) if files is None else list(files)
     if files is not None and not files:
-        wanted = " and ".join(f"{name}.jsonl" for name in names.values())
-        raise ValueError(f"{source.name}: {data}/{source.folder} holds none of {wanted}")
+        wanted = ", ".join(f"{name}.jsonl" for name in names.values())
+        raise ValueError(f"{source.name}: {data}/{source.folder} holds none of {wanted}; give one of them")
     scored = asked or next((split for split in ("test", "validation") if split in available), None)
     if scored is None:
         raise ValueError(

@@ -14,6 +14,7 @@ CHOICES = {
     "noise_form": ("count", "time"),
     "reveal_order": KINDS,
 }
+# As output/records.py has them for records: neither imports the other.
 EARLIER_OBJECTIVES = {"token": "joint", "subtoken": "marginal"}
 
 

@@ -22,7 +22,16 @@ from .generation_states_prime_v2 import StatesOfStreamer, states_to_streamer
 from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, propose
 from .likelihood_arm_prime_v2 import next_tokens, start_token_id
 from .samplers_prime_v2 import check_family
-from .validation_inputs_prime_v2 import check_embeds, check_mask, checked_seed, token_inputs, whole_number
+from .validation_inputs_prime_v2 import (
+    WITHOUT_PROMPT,
+    check_embeds,
+    check_mask,
+    checked_seed,
+    refuse_lone_mask,
+    refuse_only_padding,
+    token_inputs,
+    whole_number,
+)
 from .validation_keywords_prime_v2 import arguments_of, refuse_unknown
 
 # What `generate` passes on to `forward`, and what Transformers' own `generate` reads beside its options.
@@ -245,8 +254,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(ids, which are no padding) of the prompts, both (B, P), on the model's device; ValueError as `generate`."""
     if input_ids is None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask was given without input_ids, to which it belongs; leave it out")
+        refuse_lone_mask(attention_mask)
         input_ids = torch.tensor([[start_token_id(model.config)]])
     if input_ids.dim() != 2 or len(input_ids) == 0:
         raise ValueError(
@@ -255,11 +263,6 @@ def read_prompt(model: Any, input_ids: Tensor | None, attention_mask: Tensor | N
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     ids = input_ids.to(model.device)
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
-    empty = ~real.any(1)
-    if ids.shape[1] and empty.any():
-        raise ValueError(
-            f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row, or generate without a "
-            f"prompt by input_ids=None"
-        )
+    refuse_only_padding(real, WITHOUT_PROMPT)
     check_ids(ids[real], model.config.vocab_size, "and an autoregressive model fills in no mask tokens")
     return ids.long(), real

@@ -14,7 +14,7 @@ from .code_table_prime_v2 import check_ids
 from .generation_config_prime_v2 import DEFAULTS, GenerationOptions
 from .generation_draws_prime_v2 import to_probabilities
 from .random_prime_v2 import Stream, hash64
-from .validation_inputs_prime_v2 import check_mask
+from .validation_inputs_prime_v2 import WITHOUT_PROMPT, check_mask, refuse_lone_mask, refuse_only_padding
 
 DRAW_ELEMENTS = 2**22  # positions x V whose logits are computed at once: 16 MiB of float32, memory that is kept
 
@@ -66,8 +66,7 @@ def make_canvas(
     config, device = model.config, model.device
     mask_id, bos = config.mask_token_id, options.bos_token_id
     if input_ids is None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask was given without input_ids, to which it belongs; leave it out")
+        refuse_lone_mask(attention_mask)
         rows = 1 if suffix_ids is None else len(suffix_ids)
         input_ids = torch.full((rows, 0 if bos is None else 1), bos or 0)
     for name, ids in (("input_ids", input_ids), ("suffix_ids", suffix_ids)):
@@ -112,12 +111,7 @@ def _real_tokens(parts: list[Tensor], attention_mask: Tensor | None) -> list[Ten
             f"{(rows, width)}" + (f", or {(rows, width + suffix_width)} to cover suffix_ids" if suffix_width else "")
         )
     mask = attention_mask.to(parts[0].device).bool()
-    empty = ~mask[:, :width].any(1)
-    if width and empty.any():
-        raise ValueError(
-            f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row, or generate without a "
-            f"prompt by input_ids=None"
-        )
+    refuse_only_padding(mask[:, :width], WITHOUT_PROMPT)
     return [mask[:, :width], mask[:, width:] if mask.shape[1] > width else real[1]]
 
 

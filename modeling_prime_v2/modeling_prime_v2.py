@@ -70,8 +70,7 @@ class PrimeV2Model(PrimeV2Backbone):
         target_mask (B, L) bool: only the hidden states of these tokens are returned, (M, D) by rows, then columns.
         """
         kwargs = forward_keywords(self, kwargs)
-        if (input_ids is None) == (subtoken_ids is None):
-            raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
+        check_one_input(input_ids, subtoken_ids)
         if subtoken_ids is None:
             subtoken_ids = self.code_table.encode(input_ids)
         check_states(subtoken_ids, attention_mask, self.config)
@@ -153,8 +152,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         kwargs = forward_keywords(self, kwargs)
         input_ids, attention_mask = token_inputs(self, input_ids, attention_mask)
         labels, subtoken_ids = as_tensor(self, "labels", labels), as_tensor(self, "subtoken_ids", subtoken_ids, 3)
-        if (input_ids is None) == (subtoken_ids is None):
-            raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")
+        check_one_input(input_ids, subtoken_ids)
         if labels is None:
             refuse_noise(noise_keys, noise_levels)
             refuse_lost_labels(num_items_in_batch)
@@ -241,7 +239,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
             )
             return sampler_log_likelihood(self, ids, mask, prompt, generation_config, **options)
         if generation_config is not None:
-            raise ValueError(f"generation_config belongs to method='sampler', not {method!r}; leave it out")
+            given = "" if method is None else f", not {method!r}"
+            raise ValueError(f"generation_config belongs to method='sampler'{given}; leave it out")
         return super().log_likelihood(input_ids, attention_mask, prompt_mask, method, **kwargs)
 
 
@@ -260,3 +259,9 @@ def check_states(subtoken_ids: Tensor, attention_mask: Tensor | None, config) ->
 
 # So that save_pretrained copies these files into the folder; config.auto_map names the class for both auto classes.
 PrimeV2ForMaskedDiffusion.register_for_auto_class("AutoModel")
+
+
+def check_one_input(input_ids: Tensor | None, subtoken_ids: Tensor | None) -> None:
+    """ValueError unless either token ids or states are given."""
+    if (input_ids is None) == (subtoken_ids is None):
+        raise ValueError("give exactly one of input_ids (B, L) and subtoken_ids (B, L, S)")

@@ -13,6 +13,7 @@ from .validation_keywords_prime_v2 import arguments_of, refuse_unknown, shown
 
 # Seeds that torch's generators take too.
 SEEDS = (-(2**63), 2**64 - 1)
+WITHOUT_PROMPT = ", or generate without a prompt by input_ids=None"
 # Smallest value of the whole numbers among the options of `log_likelihood` and `greedy_matches`.
 LEAST = {"num_samples": 1, "round_number": 0, "tokens_per_pass": 1}
 
@@ -165,9 +166,21 @@ def check_length(inputs: Tensor, attention_mask: Tensor | None, config) -> None:
     if shape != (batch, length):
         raise ValueError(f"attention_mask has shape {shape}, but the input has {(batch, length)}")
     check_mask("attention_mask", attention_mask)
-    empty = ~attention_mask.bool().any(1)
-    if reads_values(attention_mask) and empty.any():
-        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row")
+    if reads_values(attention_mask):
+        refuse_only_padding(attention_mask.bool())
+
+
+def refuse_only_padding(real: Tensor, other: str = "") -> None:
+    """ValueError where a row of real (B, L) bool, L > 0, has no token; other: what is possible beside dropping it."""
+    empty = ~real.any(1)
+    if real.shape[1] and empty.any():
+        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has only padding; drop that row{other}")
+
+
+def refuse_lone_mask(attention_mask: Tensor | None) -> None:
+    """ValueError for a mask where there are no input_ids."""
+    if attention_mask is not None:
+        raise ValueError("attention_mask was given without input_ids, to which it belongs; leave it out")
 
 
 def is_integer(value: Any) -> bool:

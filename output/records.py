@@ -26,6 +26,7 @@ PRESENT_NAMES = {
     "token order, random codes": "MDM, tree embedding, random codes",
     "token order, two levels": "MDM, tree embedding, two levels",
 }
+# As configuration_prime_v2.py has them for saved models: neither imports the other.
 PRESENT_OBJECTIVES = {"token": "joint", "subtoken": "marginal"}
 
 

@@ -123,7 +123,7 @@ def test_what_is_missing_is_said_at_once(data, tmp_path, calls, monkeypatch):
     assert refused(*both, "--data", data) == "--data and --include_path both say where the tasks are; leave one out"
     assert refused(*both, "--split", "train").startswith("--split and --include_path both")
     assert refused("--config", "run.yaml", "--split", "train") == "--split needs --tasks on the command line"
-    assert refused("DIR", "--tasks", "hellaswag", "--data", data).startswith("--data has no form of the task hellaswa")
+    assert refused("DIR", "--tasks", "hellaswag", "--data", data).startswith("the task hellaswag cannot be read")
     assert refused("DIR", "--tasks", "gsm8k", "--data", data).endswith(
         "has only train.jsonl; --split gsm8k=train scores it, and --tasks without it leaves it out"
     )

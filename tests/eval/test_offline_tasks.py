@@ -204,13 +204,18 @@ def test_what_is_not_there_is_refused_by_name(own_data, tmp_path):
     )
     assert refusal(["boolq"], "boolq=test") == "boolq has no test split; it has train, validation"
     assert refusal(["sciq"], "test").endswith("sciq/test.jsonl does not exist; there is validation.jsonl")
-    assert refusal(["hellaswag"]).startswith("--data has no form of the task hellaswag; the tasks are sciq, ")
-    assert refusal(["hellaswag"], data=None).startswith("--split has no other split of the task hellaswag; the tasks")
+    assert refusal(["hellaswag"]).startswith(
+        "the task hellaswag cannot be read from local files; those that can are sciq, "
+    )
+    assert refusal(["hellaswag"], data=None).startswith("the task hellaswag cannot be scored on another split; those")
+    assert refusal(["arc_eazy"]).endswith("; did you mean arc_easy?")
     assert refusal(["sciq"], "boolq=train") == "--split names boolq, which is not among the tasks sciq"
     assert refusal([]).startswith("no task was named; give some of ")
     for path in (own_data / "sciq").iterdir():
         path.rename(path.with_name("dev.jsonl"))
-    assert refusal(["sciq"]).endswith("/sciq holds none of train.jsonl and validation.jsonl and test.jsonl")
+    assert refusal(["sciq"]).endswith(
+        "/sciq holds none of train.jsonl, validation.jsonl, test.jsonl; give one of them"
+    )
     assert refusal(["sciq"], data=tmp_path / "nowhere").endswith(
         "nowhere is not a folder; give the folder that holds the folders of the tasks"
     )
@@ -219,7 +224,7 @@ def test_what_is_not_there_is_refused_by_name(own_data, tmp_path):
     with pytest.raises(ValueError, match="is not an empty folder; give a new one"):
         write_tasks(tmp_path / "tasks", ["boolq"], {}, own_data)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="holds no data of a known task; it must have folders such as sciq, social_"):
+    with pytest.raises(ValueError, match="holds no folder of a task; its folders must be named sciq, social_"):
         tasks_in(tmp_path / "nothing", {})
 
 
