@@ -47,7 +47,7 @@ def demo(
     command continues what was stopped, and prints the results again when all is done.
     """
     from prime_v2.eval.plugin import DEMO
-    from prime_v2.output.atomic import write_text
+    from prime_v2.output.drawing import save_drawing
     from prime_v2.output.progress import quiet_libraries
     from prime_v2.output.records import code_version
 
@@ -62,7 +62,7 @@ def demo(
         "sample": text,
     }
     finish("demo", results, lambda: report(results, folder), as_json, output, seed=SEED)
-    write_text(folder / PICTURE, picture)
+    save_drawing(picture, folder / PICTURE)
 
 
 def train_both(arguments: list[str], out: Path, code: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -96,8 +96,8 @@ def say_nothing(record: dict[str, Any], folder: Path) -> None:
     """In place of the summary of one run."""
 
 
-def sample(folder: Path) -> tuple[str, str]:
-    """(A text of the model in `folder`, its picture as SVG)."""
+def sample(folder: Path) -> tuple[str, Any]:
+    """(A text of the model in `folder`, its picture)."""
     from prime_v2.commands.picture import picture_of
     from prime_v2.eval.loading import load_model_and_tokenizer
     from prime_v2.output.trace import Trace

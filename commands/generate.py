@@ -30,8 +30,9 @@ from prime_v2.commands.options import (
     TopP,
     Unit,
 )
-from prime_v2.commands.picture import check_drawable, hidden_digit, picture_of
+from prime_v2.commands.picture import NEW_PICTURE, check_drawable, hidden_digit, picture_of
 from prime_v2.output.atomic import write_text
+from prime_v2.output.drawing import save_drawing
 from prime_v2.output.progress import progress_bar, quiet_libraries
 from prime_v2.output.trace import Trace
 
@@ -77,8 +78,8 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw how the text denoised, passes by tokens, as an SVG (one sample). FILE must be new.",
-            callback=NEW_FILE,
+            help="Draw how the text denoised, passes by tokens (one sample), in a new file: .svg or .png.",
+            callback=NEW_PICTURE,
         ),
     ] = None,
     page: Annotated[
@@ -163,7 +164,7 @@ def generate(
     else:
         _print_texts(texts, options)
     if picture is not None:
-        write_text(picture, picture_of(trace, network, tokenizer))
+        save_drawing(picture_of(trace, network, tokenizer), picture)
     if page is not None:
         labels = [sampler_label(network, each) for each in calls]
         if len(set(labels)) < len(labels):

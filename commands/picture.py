@@ -1,9 +1,22 @@
 """The picture of a sample, as `prime-v2 generate --picture` and `prime-v2 demo` draw it."""
 
+from pathlib import Path
 from typing import Any
 
+from prime_v2.commands.base import place
+from prime_v2.output.drawing import Drawing, check_suffix
+from prime_v2.output.places import check_new_file
 from prime_v2.output.trace import Trace
 from prime_v2.output.trace_picture import draw_trace
+
+
+def check_new_picture(path: Path, option: str) -> None:
+    """ValueError unless a new file can be written at `path` and its suffix is one of a picture."""
+    check_new_file(path, option)
+    check_suffix(path, option)
+
+
+NEW_PICTURE = place(check_new_picture)  # callback of an option
 
 
 def check_drawable(model: Any) -> None:
@@ -20,7 +33,7 @@ def hidden_digit(model: Any) -> int:
     return getattr(model.config, "base", model.config.vocab_size)
 
 
-def picture_of(trace: Trace, model: Any, tokenizer: Any) -> str:
-    """The trace of one sequence of `model.generate` as SVG."""
+def picture_of(trace: Trace, model: Any, tokenizer: Any) -> Drawing:
+    """The picture of one sequence of `model.generate`."""
     base, mask_id = hidden_digit(model), model.config.mask_token_id
     return draw_trace(trace, lambda token: tokenizer.decode([token]), base=base, mask_id=mask_id)

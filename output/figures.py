@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prime_v2.output.atomic import written_whole
 
-def new_figure(width: float, height: float, *, dpi: int, layout: Any = "constrained") -> Any:
+
+def new_figure(width: float, height: float, *, dpi: float, layout: Any = "constrained") -> Any:
     """An empty Matplotlib figure; width and height in inches, layout a name of its engines or None."""
     from matplotlib.figure import Figure
 
@@ -13,8 +15,8 @@ def new_figure(width: float, height: float, *, dpi: int, layout: Any = "constrai
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """Save a figure in the format of the suffix; folders above are made. Returns the path."""
+    """Save a figure in the format of the suffix, whole or not at all; folders above are made. Returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written_whole(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower() or None)
     return path

@@ -1,42 +1,23 @@
-"""The picture of a trace: an SVG in which a text denoises digit by digit, a row a pass of the network.
-
-The colours follow the reader's light or dark preference, and the picture brings its own background.
-"""
+"""The picture of a trace: a text denoises digit by digit, a row a pass of the network."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
+from prime_v2.output.drawing import FACES, Boxes, Digits, Dots, Drawing, Rule, Shape, Text
 from prime_v2.output.trace import Trace, TraceStep
 
 MOST_ROWS = 12  # passes that are drawn, evenly spaced, the first and the last among them
 WIDTH, LEAST_WIDTH = 960.0, 660.0  # of the picture, in pixels; a text that is wider goes on in the next line
 MARGIN, GUTTER = 20.0, 74.0  # around all; left of the text, for the number of the pass
 CELL, LINE_GAP, ROW_GAP = 30.0, 4.0, 12.0  # height of a cell; between the lines of a row; between rows
-TEXT_SIZE, TEXT_ADVANCE = 13.0, 7.9  # font size of a token's text and width of a character of it
+TEXT_ADVANCE, LABEL_ADVANCE = 7.9, 6.7  # width of a character of a token's text, and of a label
 DIGIT_ADVANCE, DIGIT_LEADING = 6.2, 10.5  # width of a digit, and height of a line of digits in a cell
 PADDING, WORD_GAP, TOKEN_GAP = 5.0, 8.0, 2.0  # in a cell; before a token that begins a word, and before another
 DIGITS_IN_ONE_LINE = 6  # more digits take two lines in their cell
 LONGEST_TEXT = 16  # characters of a token that are drawn
 # Characters without a shape of their own, by what is drawn instead.
 SHAPES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "": "∅"}
-
-STYLE = """
-.card { fill: #ffffff; stroke: #d1d9e0 }
-.cell, .new { stroke-width: 6px; stroke-linejoin: round }
-.cell { fill: #f3f5f7; stroke: #f3f5f7 } .new { fill: #d8ecff; stroke: #d8ecff }
-text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace; font-size: 13px }
-.t { fill: #1f2328; text-anchor: middle } .g { fill: #1f2328; text-anchor: middle; font-weight: bold }
-.n { fill: #0550ae; text-anchor: middle; font-weight: bold } .c { fill: #8b949e; text-anchor: middle }
-.d { fill: #0969da; font-size: 9.5px; text-anchor: middle } .h { fill: #c3cad1 }
-.label { fill: #59636e; font-size: 11px } .rule { stroke: #e6eaee }
-@media (prefers-color-scheme: dark) {
-.card { fill: #0d1117; stroke: #3d444d }
-.cell { fill: #1a2029; stroke: #1a2029 } .new { fill: #143058; stroke: #143058 }
-.t, .g { fill: #e6edf3 } .n { fill: #a5d3ff } .c { fill: #6e7781 } .d { fill: #6cb6ff } .h { fill: #454e59 }
-.label { fill: #9198a1 } .rule { stroke: #222a33 } }
-"""
 
 
 @dataclass(frozen=True)
@@ -53,8 +34,8 @@ class Column:
         return self.left + self.width / 2
 
 
-def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: int) -> str:
-    """The picture of a trace, SVG.
+def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: int) -> Drawing:
+    """The picture of a trace.
 
     text_of: token id to its text. base: digits are in [0, base), and base itself is a hidden digit. mask_id: the id
     of a token that is not fully known. ValueError for a trace without a state or without a token.
@@ -75,31 +56,26 @@ def draw_trace(trace: Trace, text_of: Callable[[int], str], base: int, mask_id: 
     generated, numbers = trace.generated(mask_id), drawn_passes(len(trace.steps) - 1)
     height = 2 * MARGIN + len(numbers) * row_height + CELL
     width = max(LEAST_WIDTH, *(column.left + column.width + MARGIN for column in columns))
-    body, before = [], None
+    shapes: list[Shape] = []
+    before = None
     for place, number in enumerate(numbers):
         top = MARGIN + place * row_height
         row = Row(trace, columns, texts, base, mask_id, top)
         share = trace.share_known(trace.steps[number], generated, base, mask_id)
-        body.append(label(top, f"pass {number}", f"{share:.0%} {word}"))
-        body.append(row.draw(trace.steps[number], before))
+        shapes += label(top, f"pass {number}", f"{share:.0%} {word}")
+        shapes += row.draw(trace.steps[number], before)
         if place:
-            y = top - ROW_GAP / 2
-            body.append(f'<path class="rule" d="M{MARGIN:g} {y:g}H{width - MARGIN:.5g}"/>')
+            shapes.append(Rule(MARGIN, width - MARGIN, top - ROW_GAP / 2))
         before = trace.steps[number]
-    if trace.hides_by_mask(mask_id):
-        cell = ("d", "01·", "digits of a token, dots where hidden") if num_digits > 1 else ("d", "", "hidden token")
+    if not trace.hides_by_mask(mask_id):
+        cell = ("changing", "text", "token that is not final")
+    elif num_digits > 1:
+        cell = ("digit", "01·", "digits of a token, dots where hidden")
     else:
-        cell = ("c", "text", "token that is not final")
-    body.append(legend(height - MARGIN - CELL, cell, word))
-    text = escape("".join(text_of(trace.result[i]) for i in kept))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.5g} {height:g}" width="{width:.5g}" '
-        f'height="{height:g}" role="img">\n<title>A text denoises in {len(trace.steps) - 1} passes of the network'
-        f"</title>\n<desc>{printable(text)}</desc>\n<style>{STYLE}</style>\n"
-        f'<rect class="card" x="0.5" y="0.5" width="{width - 1:.5g}" height="{height - 1:g}" rx="10"/>\n'
-        + "\n".join(body)
-        + "\n</svg>\n"
-    )
+        cell = ("digit", "", "hidden token")
+    shapes += legend(height - MARGIN - CELL, cell, word)
+    title = f"A text denoises in {len(trace.steps) - 1} passes of the network"
+    return Drawing(width, height, title, printable("".join(text_of(trace.result[i]) for i in kept)), shapes)
 
 
 def drawn_passes(last: int) -> list[int]:
@@ -137,87 +113,79 @@ class Row:
     mask_id: int
     top: float
 
-    def draw(self, step: TraceStep, before: TraceStep | None) -> str:
+    def draw(self, step: TraceStep, before: TraceStep | None) -> list[Shape]:
         """The cells of a state; `before` is the state of the row above."""
-        cells, new, dots, texts = [], [], [], []
+        cells, new, dots = [], [], []
+        texts: list[Shape] = []
         for column in self.columns:
             i, top = column.index, self.top + column.line * (CELL + LINE_GAP)
-            box = rounded_box(column.left, top, column.width)
+            box = (column.left, top, column.width, CELL)
             if step.ids[i] == self.mask_id:
                 cells.append(box)
                 if len(step.digits[i]) > 1:
                     visible, hidden = self._digits(step.digits[i], column, top)
-                    texts.append(visible)
-                    dots.append(hidden)
+                    texts += [Digits(visible)] if visible else []
+                    dots += hidden
                 continue
             if self.trace.is_given(i, self.mask_id):
-                kind = "g"
+                kind = "given"
             elif step.ids[i] != self.trace.result[i]:
-                kind = "c"
+                kind = "changing"
                 cells.append(box)
             elif before is not None and before.ids[i] != step.ids[i]:
-                kind = "n"
+                kind = "known"
                 new.append(box)
             else:
-                kind = "t"
+                kind = "text"
             texts.append(self._text(self.texts[step.ids[i]], column, top, kind))
-        paths = [
-            f'<path class="{kind}" d="{"".join(each)}"/>' for kind, each in (("cell", cells), ("new", new)) if each
-        ]
-        if any(dots):
-            paths.append(f'<path class="h" d="{"".join(dots)}"/>')
-        return "\n".join([*paths, *filter(None, texts)])
+        boxes: list[Shape] = [Boxes(kind, each) for kind, each in (("cell", cells), ("new", new)) if each]
+        return [*boxes, *([Dots(dots)] if dots else []), *texts]
 
-    def _text(self, text: str, column: Column, top: float, kind: str) -> str:
-        room, y = column.width - 2, top + CELL / 2 + 0.35 * TEXT_SIZE
-        fit = f' textLength="{room:.5g}" lengthAdjust="spacingAndGlyphs"' if text_width(text) > room else ""
-        return f'<text class="{kind}" x="{column.middle:.5g}" y="{y:.5g}"{fit}>{escape(text)}</text>'
+    def _text(self, text: str, column: Column, top: float, kind: str) -> Text:
+        room = column.width - 2
+        baseline = top + CELL / 2 + 0.35 * FACES[kind].size
+        return Text(kind, column.middle, baseline, text, room if text_width(text) > room else None)
 
-    def _digits(self, digits: Sequence[int], column: Column, top: float) -> tuple[str, str]:
-        """The visible digits as text and the hidden ones as dots, in one line or two."""
+    def _digits(
+        self, digits: Sequence[int], column: Column, top: float
+    ) -> tuple[list[tuple[float, float, str]], list[tuple[float, float]]]:
+        """(x, baseline and number of the visible digits, x and y of the hidden ones), in one line or two."""
         lines = 1 if len(digits) <= DIGITS_IN_ONE_LINE else 2
         in_line, advance = -(-len(digits) // lines), digit_width(self.base)
-        visible, dots = [], []
+        visible, hidden = [], []
         for place, digit in enumerate(digits):
             line, at = divmod(place, in_line)
             x = column.middle + (at - (in_line - 1) / 2) * advance
             y = top + CELL / 2 + (line - (lines - 1) / 2) * DIGIT_LEADING
             if digit == self.base:
-                dots.append(f"M{x - 1.2:.5g} {y - 1.2:.5g}h2.4v2.4h-2.4z")
+                hidden.append((x, y))
             else:
-                visible.append(f'<tspan x="{x:.5g}" y="{y + 3.4:.5g}">{digit}</tspan>')
-        return (f'<text class="d">{"".join(visible)}</text>' if visible else ""), "".join(dots)
+                visible.append((x, y + 3.4, str(digit)))
+        return visible, hidden
 
 
-def rounded_box(left: float, top: float, width: float) -> str:
-    """The path of a cell; its corners are round by the width of the stroke."""
-    inside = 3.0
-    return (
-        f"M{left + inside:.5g} {top + inside:g}h{width - 2 * inside:.5g}v{CELL - 2 * inside:g}"
-        f"h{2 * inside - width:.5g}z"
-    )
-
-
-def label(top: float, above: str, below: str) -> str:
+def label(top: float, above: str, below: str) -> list[Shape]:
     """Two lines left of a row."""
-    return (
-        f'<text class="label" x="{MARGIN:g}" y="{top + 13:g}">{above}</text>'
-        f'<text class="label" x="{MARGIN:g}" y="{top + 26:g}">{below}</text>'
+    return [Text("label", MARGIN, top + 13, above), Text("label", MARGIN, top + 26, below)]
+
+
+def legend(top: float, cell: tuple[str, str, str], word: str) -> list[Shape]:
+    """How to read the cells. cell: kind, sample and meaning of a grey one; word: "known" or "final"."""
+    y, left = top + CELL / 2 + 4, MARGIN
+    shapes: list[Shape] = []
+    entries = (
+        ("", "given", "text", "given"),
+        ("cell", *cell),
+        ("new", "known", "text", f"{word} since the row above"),
     )
-
-
-def legend(top: float, cell: tuple[str, str, str], word: str) -> str:
-    """How to read the cells. cell: class, sample and meaning of a grey one; word: "known" or "final"."""
-    y, left, parts = top + CELL / 2 + 4, MARGIN, []
-    entries = (("", "g", "text", "given"), ("cell", *cell), ("new", "n", "text", f"{word} since the row above"))
-    for box, style, sample, meaning in entries:
+    for box, kind, sample, meaning in entries:
         width = TEXT_ADVANCE * 6
         if box:
-            parts.append(f'<path class="{box}" d="{rounded_box(left, top, width)}"/>')
-        parts.append(f'<text class="{style}" x="{left + width / 2:.5g}" y="{y:g}">{sample}</text>')
-        parts.append(f'<text class="label" x="{left + width + 8:.5g}" y="{y:g}">{meaning}</text>')
-        left += width + 8 + 6.7 * len(meaning) + 28
-    return "".join(parts)
+            shapes.append(Boxes(box, [(left, top, width, CELL)]))
+        shapes.append(Text(kind, left + width / 2, y, sample))
+        shapes.append(Text("label", left + width + 8, y, meaning))
+        left += width + 8 + LABEL_ADVANCE * len(meaning) + 28
+    return shapes
 
 
 def shown(text: str) -> str:

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 from command_runs import DOCUMENTS, refused, run
+from matplotlib.image import imread
 from rich.console import Console
 
 from prime_v2 import (
@@ -154,6 +155,19 @@ def test_the_picture_shows_the_text_that_is_printed_and_is_the_same_for_the_same
     several = refused(*arguments, "--picture", tmp_path / "c.svg", "--num-samples", 2)
     assert several == "--picture shows one sample, not --num-samples 2; leave one of the two out"
     assert not (tmp_path / "c.svg").exists()
+
+
+def test_the_picture_is_a_png_where_the_name_says_so_and_no_other_format(model_dir, tmp_path):
+    arguments = ["generate", model_dir, "--prompt", "the", "--max-new-tokens", 3, "--seed", 4]
+    run(*arguments, "--picture", tmp_path / "a.svg")
+    run(*arguments, "--picture", tmp_path / "a.png")
+    size = ElementTree.parse(tmp_path / "a.svg").getroot()
+    rows, columns, _ = imread(tmp_path / "a.png").shape
+    # To a dot, and the SVG's numbers have five digits.
+    assert (columns, rows) == pytest.approx([2 * float(size.get(each)) for each in ("width", "height")], abs=1.1)
+    sentence = refused(*arguments, "--picture", tmp_path / "a.gif")
+    assert sentence == f"--picture {tmp_path / 'a.gif'} must end with .svg or .png; use e.g. out.svg"
+    assert "exists; give another name" in refused(*arguments, "--picture", tmp_path / "a.png")
 
 
 def test_a_greedy_picture_needs_no_seed(model_dir, tmp_path):

@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from prime_v2.output.drawing import svg_text
 from prime_v2.output.trace import Trace, TraceStep
 from prime_v2.output.trace_picture import MOST_ROWS, WIDTH, draw_trace, drawn_passes
 
@@ -24,7 +25,7 @@ def trace_of(*states: list[list[int]], given: int = 1, result: list[int] | None 
 
 
 def picture_of(trace: Trace) -> ElementTree.Element:
-    return ElementTree.fromstring(draw_trace(trace, WORDS.__getitem__, BASE, MASK))
+    return ElementTree.fromstring(svg_text(draw_trace(trace, WORDS.__getitem__, BASE, MASK)))
 
 
 def texts(picture: ElementTree.Element, kind: str) -> list[str]:
@@ -37,19 +38,19 @@ def test_cells_show_visible_digits_then_the_text_of_a_known_token():
     hidden = [2, 2, 2]
     trace = trace_of([CODES[0], hidden, hidden], [CODES[0], [0, 2, 1], hidden], [CODES[0], CODES[1], CODES[1]])
     picture = picture_of(trace)
-    assert texts(picture, "d") == ["01", "01·"]  # the last is the legend's
-    assert texts(picture, "g") == ["the"] * 3 + ["text"]
-    assert texts(picture, "n") == ["cat", "cat", "text"]
+    assert texts(picture, "digit") == ["01", "01·"]  # the last is the legend's
+    assert texts(picture, "given") == ["the"] * 3 + ["text"]
+    assert texts(picture, "known") == ["cat", "cat", "text"]
     labels = texts(picture, "label")
     assert labels[:6] == ["pass 0", "0% known", "pass 1", "33% known", "pass 2", "100% known"]
-    dots = [each.get("d").count("M") for each in picture.iter(f"{SVG}path") if each.get("class") == "h"]
+    dots = [each.get("d").count("M") for each in picture.iter(f"{SVG}path") if each.get("class") == "dot"]
     assert dots == [6, 4]  # hidden digits of the first two states
 
 
 def test_text_is_escaped_and_what_xml_does_not_allow_is_replaced():
     digits = [CODES[each] for each in range(8)]
     picture = picture_of(trace_of([[2, 2, 2]] * 8, digits, given=0))
-    assert texts(picture, "n")[:8] == ["the", "cat", "<b>&\"'", "⏎", "�", "∅", "猫", "supercalifragil…"]
+    assert texts(picture, "known")[:8] == ["the", "cat", "<b>&\"'", "⏎", "�", "∅", "猫", "supercalifragil…"]
     assert "�" in picture.find(f"{SVG}desc").text
 
 
@@ -60,30 +61,30 @@ def test_columns_stay_within_the_picture_and_go_on_in_the_next_line():
     assert max(places) < float(picture.get("width")) <= WIDTH
     height = float(picture.get("height"))
     assert max(float(each.get("y")) for each in picture.iter(f"{SVG}text") if each.get("y")) < height
-    assert len({each.get("y") for each in picture.iter(f"{SVG}text") if each.get("class") == "n"}) > 2
+    assert len({each.get("y") for each in picture.iter(f"{SVG}text") if each.get("class") == "known"}) > 2
 
 
 def test_padding_after_the_end_is_left_out_and_given_tokens_of_a_suffix_are_bold():
     hidden = [2, 2, 2]
     first, last = [CODES[0], hidden, hidden, CODES[1]], [CODES[0], CODES[2], CODES[3], CODES[1]]
     picture = picture_of(trace_of(first, last, result=[0, 2, 0, 1]))
-    assert texts(picture, "g") == ["the", "cat"] * 2 + ["text"]
-    assert len(texts(picture, "n")) == 2  # one token, and the legend
+    assert texts(picture, "given") == ["the", "cat"] * 2 + ["text"]
+    assert len(texts(picture, "known")) == 2  # one token, and the legend
 
 
 def test_tokens_that_are_not_final_are_grey_where_no_token_is_masked():
     """Uniform-state diffusion: other tokens in place of hidden ones, whole."""
     trace = Trace([TraceStep([0, 3], [[0], [3]]), TraceStep([0, 1], [[0], [1]])], num_given=1, result=[0, 1])
     picture = picture_of(trace)
-    assert texts(picture, "c") == ["⏎", "text"]  # the last is the legend's
-    assert texts(picture, "n")[:1] == ["cat"]
+    assert texts(picture, "changing") == ["⏎", "text"]  # the last is the legend's
+    assert texts(picture, "known")[:1] == ["cat"]
     assert texts(picture, "label")[1] == "0% final"
 
 
 def test_whole_tokens_have_empty_cells_without_dots():
     trace = Trace([TraceStep([0, MASK], [[0], [MASK]]), TraceStep([0, 1], [[0], [1]])], num_given=1, result=[0, 1])
-    picture = ElementTree.fromstring(draw_trace(trace, WORDS.__getitem__, MASK, MASK))
-    assert not [each for each in picture.iter(f"{SVG}path") if each.get("class") == "h"]
+    picture = ElementTree.fromstring(svg_text(draw_trace(trace, WORDS.__getitem__, MASK, MASK)))
+    assert not [each for each in picture.iter(f"{SVG}path") if each.get("class") == "dot"]
     assert "hidden token" in texts(picture, "label")
 
 
