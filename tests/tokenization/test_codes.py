@@ -137,3 +137,10 @@ def test_bad_codes_are_refused():
         model.code_table.set_codes(table + 1)
     with pytest.raises(ValueError, match="two tokens have the same code"):
         model.code_table.set_codes(torch.zeros_like(table))
+
+
+def test_codes_of_a_tiny_vocabulary_are_the_same_each_time():
+    """Text of rank 2, far below the 64 dimensions that are kept, by the dense decomposition."""
+    blocks = np.random.default_rng(5).integers(0, 2, size=(4, 100)) * 20
+    first, again = (codes_from_text("similarity", blocks, 24, 2, 5)[0] for _ in range(2))
+    assert np.array_equal(first, again) and len(np.unique(first, axis=0)) == 24
