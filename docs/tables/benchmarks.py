@@ -96,6 +96,17 @@ def _block_row(row: dict[str, Any], cache: str) -> list[str]:
     return [*cells, f"{row['speedup'][cache]:.2f} [{low:.2f}, {high:.2f}]", f"{deviation:+.4f}"]
 
 
+def corrector_table(results: Path) -> str:
+    """Distances of the texts of uniform-state samplers from two small laws."""
+    record = read_record(results / "corrector.json")
+    found, rows = record["results"]["rows"], []
+    for row in found:
+        name = f"corrector steps, tokens redrawn: {row['redrawn']}" if row["redrawn"] else "ancestral"
+        rows.append([row["law"], name, *(f"{each:.3f}" for each in row["distances"])])
+    heads = ["law", "sampler", *(f"{each} passes" for each in found[0]["passes"])]
+    return with_origin(heads, rows, record)
+
+
 def end_to_end_table(results: Path) -> str:
     """train.py against Trainer with Llama, and the data pipeline by itself."""
     record = read_record(results / "end_to_end.json")
@@ -217,6 +228,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training_step": step_table,
     "products": products_table,
     "generation": generation_table,
+    "corrector": corrector_table,
     "end_to_end": end_to_end_table,
     "growth": growth_table,
     "startup": startup_table,
