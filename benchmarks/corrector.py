@@ -29,14 +29,14 @@ def random_law(states: Tensor) -> Tensor:
 def markov_chain(states: Tensor, stays: float) -> Tensor:
     """(Z,) float64: the first token is uniform, each later one is the one before with probability `stays`."""
     vocab_size = int(states.max()) + 1
-    same = states[:, 1:] == states[:, :-1]
-    return torch.where(same, stays, (1 - stays) / (vocab_size - 1)).double().prod(1) / vocab_size
+    same = (states[:, 1:] == states[:, :-1]).double()
+    return (stays * same + (1 - stays) / (vocab_size - 1) * (1 - same)).prod(1) / vocab_size
 
 
 def estimates(law: Tensor, states: Tensor, t: float, vocab_size: int) -> Tensor:
     """p (Z, L, V): the posterior of each clean token given the noised ones elsewhere."""
     same = states[:, None] == states[None]
-    chances = torch.where(same, 1 - t + t / vocab_size, t / vocab_size).double()  # (Z noised, Z clean, L)
+    chances = (1 - t) * same.double() + t / vocab_size  # (Z noised, Z clean, L)
     is_token = torch.nn.functional.one_hot(states, vocab_size).double()
     columns = range(states.shape[1])
     elsewhere = [chances[..., [k for k in columns if k != i]].prod(-1) * law for i in columns]
