@@ -17,6 +17,7 @@ DOCS = (
     "compare",
     "findings",
     "benchmarks",
+    "generate",
     "resume",
     "results",
     "security",
