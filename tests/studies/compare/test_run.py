@@ -3,6 +3,7 @@
 Most runs are trained in forks of this process, which spares each the imports; the interrupted one in real processes.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from command_runs import of_command
 from prime_v2.studies.compare import children as compare_children
 from prime_v2.studies.compare import run as compare
 from prime_v2.studies.compare.children import Stopped, progress_of, stopping_on_signals
-from prime_v2.studies.compare.config import number, read_comparison
+from prime_v2.studies.compare.config import Comparison, number, read_comparison
 from prime_v2.studies.compare.report import paired
 from prime_v2.studies.scaling.points import check_one_experiment, read_points
 from prime_v2.training import run as training
@@ -414,9 +415,17 @@ def test_a_launcher_that_is_not_there_is_refused(content, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def one_sequence_a_micro_batch(comparison: Comparison) -> Comparison:
+    """FLOPs are measured on a micro-batch, and those for a GPU take minutes here."""
+    runs = [
+        dataclasses.replace(run, options=run.options | {"per_device_train_batch_size": 1}) for run in comparison.runs
+    ]
+    return dataclasses.replace(comparison, runs=tuple(runs))
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_made_comparisons_can_be_planned(path, tmp_path):
-    comparison = read_comparison(path.stem)
+    comparison = one_sequence_a_micro_batch(read_comparison(path.stem))
     planned = compare.plan(comparison, tmp_path, measure=False)
     assert all(each.steps >= 30 for each in planned)
     spread = {}
