@@ -6,7 +6,16 @@ from typing import Any
 
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin
-from prime_v2.studies.quality.report import about_models, notes, with_ends
+from prime_v2.studies.quality.report import about_models, notes, sections, with_ends
+
+
+def families_table(results: Path) -> str:
+    """All tables of results/quality.json, its notes and its origin."""
+    record = read_record(results / "quality.json")
+    found = record["results"]
+    parts = [about_models(found, markdown)]
+    parts += [f"{title[0].upper()}{title[1:]}:\n\n{table}" for title, table in sections(found, markdown)]
+    return "\n".join(parts) + "\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"
 
 
 def samplers_table(results: Path) -> str:
@@ -43,4 +52,4 @@ def _share(each: dict[str, Any]) -> str:
     return f"at most {share}" if each["reached"] == "at once" else share
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"quality_samplers": samplers_table}
+TABLES: dict[str, Callable[[Path], str]] = {"quality": families_table, "quality_samplers": samplers_table}

@@ -119,7 +119,7 @@ def check_mauve(samples: int) -> None:
         import mauve  # noqa: F401
     except ImportError:
         raise ValueError(
-            "MAUVE needs the package mauve-text (GPL-3.0), which this one does not depend on; pip install mauve-text, "
+            "MAUVE needs the package mauve-text (GPL-3.0), which is not installed; pip install mauve-text, "
             "or leave --mauve out"
         ) from None
     if samples < FEWEST_FOR_MAUVE:

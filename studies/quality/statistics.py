@@ -79,8 +79,10 @@ def self_bleu(texts: Texts) -> np.ndarray:
 
     By sacrebleu over token ids, with its exponential smoothing. Raises ValueError for fewer texts than that needs.
     """
-    from sacrebleu.metrics import BLEU
-
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise ValueError("self-BLEU needs the package sacrebleu; pip install sacrebleu") from None
     needed = FEWEST["self-BLEU"]
     if len(texts) < needed:
         raise ValueError(f"self-BLEU needs at least {needed} samples, not {len(texts)}; draw {needed}")

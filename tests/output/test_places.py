@@ -111,5 +111,6 @@ def test_every_result_with_a_record_is_printed_and_written_by_the_one_function()
     writers = {path.relative_to(root).as_posix() for path in sources if "write_json(" in path.read_text()}
     assert writers <= {
         "commands/compare.py",
-        "studies/compare/run.py",
-    }  # summary.json of the runs' folder, after the printed tables
+        "studies/compare/run.py",  # summary.json of the runs' folder, after the printed tables
+        "studies/quality/run.py",  # finished cells, from which a stopped study goes on
+    }

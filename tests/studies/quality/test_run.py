@@ -129,7 +129,7 @@ def test_a_family_has_its_own_samplers_and_says_which_of_those_asked_it_has_not(
     found, missing = samplers_of(small_uniform(), asked)
     assert found == ["ancestral"] and "no token is hidden" in missing[0]
     check_samplers([small_config("prime"), small_config("arm")], ["margin"])
-    with pytest.raises(ValueError, match=r"no model has the sampler margin,unit=stage: .*nested order"):
+    with pytest.raises(ValueError, match=r"no model has the sampler margin,unit=stage: .*a model with stages"):
         check_samplers([small_config("prime"), small_config("arm")], asked)
 
 
