@@ -91,7 +91,9 @@ def quality(
     draws: Annotated[
         int, typer.Option(min=1, max=MOST_DRAWS, metavar="N", help="Noise draws a window where the law is a bound.")
     ] = 4,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Texts that are sampled at once.")] = 64,
+    batch: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAWS, metavar="N", help="Texts that are sampled at once.")
+    ] = 64,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of samples and draws.")] = 0,
     law_only: Annotated[
         bool, typer.Option("--law-only", help="Only the law on held-out text: no samples, no judge.")

@@ -50,6 +50,9 @@ def flat(values):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_score_is_the_likelihood_of_the_continuation_given_the_context(model, questions, method):
     """Within 5 standard errors of another estimate with 2,000 draws; exactly where nothing is drawn."""
+    if method == "windows":  # the windows are fields of the model
+        windows = {"reveal_order": "windows", "stage_windows": [[0, 0.75], [0.25, 1]]}
+        model = small_model(seed=2, vocab_size=11, stage_digits=[2, 4], **windows)
     settings = Settings(method, num_samples=300)
     for question, score in zip(questions, scores_of(model, questions, settings), strict=True):
         for choice, found in zip(question, score.choices, strict=True):

@@ -39,6 +39,10 @@ CALLS = {
     "generate": ["MODEL", "--max-new-tokens", "2"],
     "ppl": ["MODEL", "TEXT", "--max-documents", "1", "--num-samples", "1"],
     "entropy": ["TEXT", "--tokenizer", "MODEL"],
+    "quality": [
+        *("MODEL", "--law-only", "--text", "TEXT", "--length", "8", "--passes", "2", "--samples", "8", "--draws", "1"),
+        *("--out", "OUT"),
+    ],
     "analyze": ["MODEL", "TEXT", "--max-windows", "1"],
     "compare": ["COMPARISON", "--dry-run"],
     "convert": ["NOTHING", "OUT", "--tokenizer", "MODEL"],
