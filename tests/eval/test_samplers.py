@@ -65,7 +65,7 @@ def test_without_a_name_the_model_s_own_sampler_counts():
         ("margin", {"score": "entropy"}, "sampler=margin is confidence with score=margin; leave score out"),
         ("margin", {"threshold": 0.9}, "threshold is an option of the sampler threshold, but margin takes unit, "),
         ("threshold", {"score": "margin"}, "score is an option of the sampler confidence, but threshold takes unit,"),
-        ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence, .* but ancestral takes stage_passes"),
+        ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence.* but ancestral takes stage_passes"),
         ("margin", {"treshold": 0.9}, "treshold is no option of a sampler; did you mean threshold?"),
         ("margin", {"unit": "word"}, "unit='word' is not one of token, digit, stage"),
         ("margin", {"unit": "stage"}, r"unit='stage'\) needs a model with stages"),
