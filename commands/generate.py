@@ -92,7 +92,7 @@ def generate(
         ),
     ] = None,
     beside: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME[,OPTION=VALUE]",
             help="On the page, also what this sampler writes with the same seed, e.g. margin,unit=digit,steps=16.",
@@ -111,8 +111,10 @@ def generate(
             raise ValueError(f"{option} shows one sample, not --num-samples {num_samples}; leave one of the two out")
     if watch and as_json:
         raise ValueError("--watch and --json exclude each other; leave one of them out")
-    if beside is not None and page is None:
-        raise ValueError(f"--beside {beside} is shown on a page; add --page FILE, or leave --beside out")
+    if beside and len(beside) > 1:
+        raise ValueError(f"--beside is given {len(beside)} times, but a page shows one sampler beside the other")
+    if beside and page is None:
+        raise ValueError(f"--beside {beside[0]} is shown on a page; add --page FILE, or leave --beside out")
     from prime_v2.commands.page import beside_options, page_of, sampler_label
     from prime_v2.eval.loading import load_model_and_tokenizer
     from prime_v2.eval.samplers import named_sampler
@@ -144,8 +146,8 @@ def generate(
     if picture is not None:
         check_drawable(network)
     calls = [call]
-    if beside is not None:
-        calls.append(call | beside_options(beside, network))
+    if beside:
+        calls.append(call | beside_options(beside[0], network))
     kept = None if picture is None and page is None else Trace(takes_logits=page is not None)
     try:
         output, trace = _generated(network, tokenizer, input_ids, call, watch, kept)

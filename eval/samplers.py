@@ -36,7 +36,8 @@ def named_sampler(name: str | None, model: Any = None, **options: Any) -> Sample
     if name is None:
         for option in given:
             owners = _owners(option)
-            raise ValueError(f"{option} is an option of the samplers {owners}; name one, e.g. confidence")
+            first = owners.split(",")[0]
+            raise ValueError(f"{option} is an option of the sampler {owners}; name it, e.g. sampler={first}")
         return None
     one_of(f"sampler={name!r}", name, NAMES)
     for option in given:

@@ -210,7 +210,7 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
     ("given", "sentence"),
     [
         (["--sampler", "confidnce"], "--sampler confidnce is not one of ancestral, confidence, "),
-        (["--unit", "digit"], "unit is an option of the samplers confidence, threshold, entropy-bound; name one"),
+        (["--unit", "digit"], "unit is an option of the sampler confidence, threshold, entropy-bound; name it"),
         (["--sampler", "confidence", "--threshold", 0.5], "threshold is an option of the sampler threshold, but"),
         (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
         (["--sampler", "confidence", "--unit", "stage"], "needs a model with stages"),

@@ -106,6 +106,10 @@ def test_a_model_that_writes_markup_runs_nothing(tmp_path):
     [
         (["--beside", "margin"], "--beside margin is shown on a page; add --page FILE, or leave --beside out"),
         (["--page", "P", "--num-samples", 2], "--page shows one sample, not --num-samples 2"),
+        (
+            ["--page", "P", "--beside", "margin", "--beside", "entropy"],
+            "--beside is given 2 times, but a page shows one",
+        ),
         (["--page", "P", "--beside", "margn"], "margn is not one of ancestral, confidence, "),
         (["--page", "P", "--beside", "margin,digit"], "'digit' is no option=value; write e.g. margin,steps=16"),
         (["--page", "P", "--beside", "margin,units=digit"], "units is no option of a sampler"),

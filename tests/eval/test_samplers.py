@@ -61,7 +61,8 @@ def test_without_a_name_the_model_s_own_sampler_counts():
     ("name", "options", "message"),
     [
         ("magin", {}, "sampler='magin' is not one of ancestral, confidence, .*did you mean margin?"),
-        (None, {"unit": "digit"}, "unit is an option of the samplers confidence, threshold, entropy-bound; name one"),
+        (None, {"threshold": 0.5}, "threshold is an option of the sampler threshold; name it, e.g. sampler=threshold"),
+        (None, {"unit": "digit"}, "unit is an option of the sampler confidence, threshold, entropy-bound; name it"),
         ("margin", {"score": "entropy"}, "sampler=margin is confidence with score=margin; leave score out"),
         ("margin", {"threshold": 0.9}, "threshold is an option of the sampler threshold, but margin takes unit, "),
         ("threshold", {"score": "margin"}, "score is an option of the sampler confidence, but threshold takes unit,"),
