@@ -95,12 +95,14 @@ class RevealOrder:
 
     def segments(self, keys: Tensor, numbers: Tensor) -> Tensor:
         """The segment of each unit, int64, first one 0: numbers (..., N U) of the units, drawn by keys if at all."""
-        units, chances = self.units_per_token, torch.tensor(self.segment_chances, dtype=torch.double)
-        stages = torch.arange(numbers.shape[-1], device=numbers.device) % units
-        if bool((chances.amax(1) == 1).all()):
-            return chances.argmax(1).to(numbers.device)[stages].expand_as(numbers)
+        chances = self.segment_chances
+        stages = torch.arange(numbers.shape[-1], device=numbers.device) % self.units_per_token
+        if all(1.0 in row for row in chances):
+            certain = torch.tensor([row.index(1.0) for row in chances], device=numbers.device)
+            return certain[stages].expand_as(numbers)
         draws = uniforms(keys, Stream.SEGMENT, numbers).unsqueeze(-1)
-        upto = chances.cumsum(1)[:, :-1].to(numbers.device)[stages]  # rounding of the last sum takes no draw away
+        upto = torch.tensor(chances, dtype=torch.double).cumsum(1)[:, :-1]  # rounding of the last takes no draw away
+        upto = upto.to(numbers.device)[stages]
         return (draws >= upto).sum(-1)
 
     def visible_digits(self, hidden_units: Tensor) -> Tensor:
