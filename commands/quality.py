@@ -194,8 +194,11 @@ class Study:
         from prime_v2.studies.quality.judge import check_mauve, same_tokens
         from prime_v2.studies.quality.plan import check_samplers
         from prime_v2.studies.quality.run import reference, run_model
+        from prime_v2.studies.quality.statistics import check_self_bleu
 
         labels = short_names(self.models)
+        if not plan.law_only:
+            check_self_bleu()
         if self.mauve:
             check_mauve(plan.samples)
         tokenizer, *others = [load_tokenizer(each) for each in self.models]

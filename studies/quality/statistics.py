@@ -5,6 +5,7 @@ document (of samples: each is its own unit); intervals are over units.
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -74,15 +75,19 @@ def repeated(ids: np.ndarray, size: int = REPEATED) -> int:
     return len(grams) - len(np.unique(grams, axis=0))
 
 
+def check_self_bleu() -> None:
+    """ValueError where self-BLEU's package is not installed; called before the work."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise ValueError("self-BLEU needs the package sacrebleu; pip install sacrebleu, or use --law-only")
+
+
 def self_bleu(texts: Texts) -> np.ndarray:
     """BLEU-4 in [0, 1] of each text against the next `REFERENCES` others, cyclically: (N,) float64 (Texygen, 2018).
 
     By sacrebleu over token ids, with its exponential smoothing. Raises ValueError for fewer texts than that needs.
     """
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise ValueError("self-BLEU needs the package sacrebleu; pip install sacrebleu") from None
+    from sacrebleu.metrics import BLEU
+
     needed = FEWEST["self-BLEU"]
     if len(texts) < needed:
         raise ValueError(f"self-BLEU needs at least {needed} samples, not {len(texts)}; draw {needed}")

@@ -11,6 +11,7 @@ from networks import small_config, small_model
 
 from prime_v2 import build_tokenizer
 from prime_v2.studies.quality.judge import Judge, check_judge, check_mauve, mauve_of
+from prime_v2.studies.quality.statistics import check_self_bleu
 from prime_v2.tokenization.bpe import train_bpe
 
 
@@ -90,6 +91,13 @@ def test_features_are_the_last_hidden_state_that_the_head_reads(arm, own):
     logits = arm(input_ids=torch.tensor([[0, 5, 9, 77]])).logits[0, -1]
     with torch.no_grad():
         np.testing.assert_allclose(arm.lm_head(torch.from_numpy(found)), logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_its_package_self_bleu_is_refused_before_the_work(monkeypatch):
+    check_self_bleu()
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ValueError, match="needs the package sacrebleu; pip install sacrebleu"):
+        check_self_bleu()
 
 
 def test_mauve_is_asked_for_by_name_and_refused_in_a_sentence_without_its_package(monkeypatch):
