@@ -65,17 +65,17 @@ class CachedPasses:
         for group in (fresh, ~fresh):
             if not group.any():
                 continue
-            rows, wanted = picked[group], group[at]
+            rows, wanted, targets = picked[group], group[at], target_mask[group]
             run = None if group is fresh else self._columns(rows, present[group])
-            output = self._run(rows, run)  # (r, n, D)
-            index = torch.arange(len(rows), device=rows.device)
-            number = torch.zeros_like(picked).masked_scatter_(group, index)[at[wanted]]
-            place = columns[wanted]
             if run is not None:
-                place = torch.searchsorted(run[number], place.unsqueeze(1)).squeeze(1)
+                number = targets.nonzero(as_tuple=True)[0]
+                place = torch.searchsorted(run[number], columns[wanted].unsqueeze(1)).squeeze(1)
+                targets = torch.zeros_like(run, dtype=torch.bool)
+                targets[number, place] = True
+            output = self._run(rows, run, targets)  # in the order of rows and columns, as `found` is
             if found is None:
                 found = output.new_empty(len(at), output.shape[-1])
-            found[wanted] = output[number, place]
+            found[wanted] = output
         self.filled[picked] = present
         return found
 
@@ -91,7 +91,8 @@ class CachedPasses:
         last = order.gather(1, (count - 1).unsqueeze(1))
         return torch.where(torch.arange(order.shape[1], device=rows.device) < count.unsqueeze(1), order, last)
 
-    def _run(self, rows: Tensor, columns: Tensor | None) -> Tensor:
+    def _run(self, rows: Tensor, columns: Tensor | None, targets: Tensor) -> Tensor:
+        """Hidden states (m, D) of `targets`, bool in the shape of the columns that run."""
         canvas, network = self.canvas, self.model.model
         self.cache.rows, self.cache.columns = rows, columns
         states, positions, real = self.process.states[rows], canvas.position_ids[rows], canvas.real[rows]
@@ -104,4 +105,4 @@ class CachedPasses:
             lowest = torch.finfo(embedded.dtype).min
             mask = torch.zeros_like(real, dtype=embedded.dtype).masked_fill(~real, lowest)[:, None, None]
             mask = mask.expand(-1, 1, positions.shape[1], -1)
-        return network.run_layers(embedded, positions, mask, cache=self.cache)
+        return network.run_layers(embedded, positions, mask, target_mask=targets, cache=self.cache)

@@ -40,8 +40,9 @@ def draw_from_logits(logits: Tensor, draws: Tensor, temperature: float) -> Tenso
 
 
 def _draw(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    weights = logits - logits.amax(-1, keepdim=True)
-    weights = (weights if temperature == 1 else weights.div_(temperature)).exp_()
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    weights = logits.softmax(-1)  # `exp` takes many times longer where a result is 0 or nearly so
     whole = weights.shape[1] // DRAW_BLOCK * DRAW_BLOCK
     blocks = weights[:, :whole].unflatten(1, (-1, DRAW_BLOCK)).sum(-1)
     blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], dim=1).double()

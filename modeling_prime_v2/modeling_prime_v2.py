@@ -221,9 +221,9 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         head: Any = self.head()
         if self.is_staged and order.kind == "digit":  # which may be visible in any order
             head = HeadCall(head.call, head.vocab_size)
-        total, nats = hidden_nll(
-            hidden_states[rows, columns], head, self.code_table, tokens, kind, self.config.carry_over
-        )
+        # A token that is hidden whole has no visible digit, so the filter would exclude nothing.
+        carry_over = self.config.carry_over and splits_tokens
+        total, nats = hidden_nll(hidden_states[rows, columns], head, self.code_table, tokens, kind, carry_over)
         return total, sum_by_row(nats.double() * multiplicity, rows, len(ids))
 
     def log_likelihood(

@@ -349,9 +349,9 @@ class Units:
     def _scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
         if self.kind == "token":
             return confidence(logits, score).unsqueeze(1)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        probabilities = logits.softmax(-1)
         if self.kind == "digit":
-            sums = weights @ self.one_hot.to(weights.dtype)
+            sums = probabilities @ self.one_hot.to(probabilities.dtype)
             return confidence(sums.log().unflatten(-1, (self.per_token, self.table.base)), score)
         found, stages = logits.new_empty(len(logits), 1), self.stages_visible(states)
         for stage in range(len(self.stage_ends)):
@@ -360,7 +360,8 @@ class Units:
                 found[rows, 0] = confidence(logits[rows], score)
                 continue
             nodes = self.nodes[stage]
-            sums = weights.new_zeros(int(rows.sum()), int(nodes.max()) + 1).index_add_(1, nodes, weights[rows])
+            sums = probabilities.new_zeros(int(rows.sum()), int(nodes.max()) + 1)
+            sums.index_add_(1, nodes, probabilities[rows])
             found[rows, 0] = confidence(sums.log(), score)
         return found
 
@@ -370,23 +371,24 @@ class Units:
         return self.table.one_hot()
 
     @cached_property
-    def nodes(self) -> Tensor:
-        """Number of the node of the code tree that each token lies in after each stage: (J, V) int64."""
-        codes = self.table.codes[: self.table.vocab_size]
-        return torch.stack([codes[:, :end].unique(dim=0, return_inverse=True)[1] for end in self.stage_ends])
+    def nodes(self) -> list[Tensor]:
+        """Number of the node of the code tree that each token lies in after each stage but the last: (V,) int64 each."""
+        packed, digits = self.table.packed_codes().long(), self.table.num_subtokens
+        ends = [end for end in self.stage_ends if end < digits]
+        return [(packed >> self.table.bits * (digits - end)).unique(return_inverse=True)[1] for end in ends]
 
 
 def confidence(logits: Tensor, score: str) -> Tensor:
     """Logits (..., C) of C values to (...): probability of the likeliest, margin, or minus the entropy (nats)."""
-    total = logits.logsumexp(-1)
+    # By softmax and not `exp`, which takes many times longer where a result is 0 or nearly so.
+    probabilities = logits.softmax(-1)
     if score == "entropy":
-        log_p = logits - total.unsqueeze(-1)
-        return (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-    if score == "probability":
-        return (logits.amax(-1) - total).exp()
-    best, index = logits.max(-1, keepdim=True)
-    second = logits.scatter(-1, index, -torch.inf).amax(-1)
-    return (best.squeeze(-1) - total).exp() - (second - total).exp()
+        log_p = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)
+        return probabilities.mul_(log_p).sum(-1)
+    best, index = probabilities.max(-1, keepdim=True)
+    if score == "margin":
+        best = best - probabilities.scatter_(-1, index, 0.0).amax(-1, keepdim=True)
+    return best.squeeze(-1)
 
 
 def choose(sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: Tensor) -> Tensor:

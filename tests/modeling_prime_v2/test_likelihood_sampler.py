@@ -171,11 +171,11 @@ def test_the_refusal_of_an_unknown_method_names_it_too_and_others_have_no_genera
 
 
 def test_the_nodes_of_the_code_tree_are_numbered_once():
-    """They are a sort of all codes, a fifth of a second for 50,000 tokens; a process has many passes."""
-    model = small_model(seed=3, vocab_size=4, reveal_order="nested", stage_digits=[1, 2])
-    units = Units("stage", model.code_table, (1, 2))
+    """They are a sort of all codes, and a process has many passes; the last stage's nodes are the tokens."""
+    model = small_model(seed=3, vocab_size=7, num_subtokens=3, reveal_order="nested", stage_digits=[1, 2, 3])
+    units = Units("stage", model.code_table, (1, 2, 3))
     codes = model.code_table.codes[: model.config.vocab_size]
-    for stage, end in enumerate((1, 2)):
+    for nodes, end in zip(units.nodes, (1, 2), strict=True):
         together = (codes[:, None, :end] == codes[None, :, :end]).all(-1)
-        assert torch.equal(units.nodes[stage][:, None] == units.nodes[stage][None], together)
+        assert torch.equal(nodes[:, None] == nodes[None], together)
     assert units.nodes is units.nodes
