@@ -372,7 +372,7 @@ class Units:
 
     @cached_property
     def nodes(self) -> list[Tensor]:
-        """Number of the node of the code tree that each token lies in after each stage but the last: (V,) int64 each."""
+        """Numbers of the nodes of the code tree of each token after each stage but the last: (V,) int64 each."""
         packed, digits = self.table.packed_codes().long(), self.table.num_subtokens
         ends = [end for end in self.stage_ends if end < digits]
         return [(packed >> self.table.bits * (digits - end)).unique(return_inverse=True)[1] for end in ends]
