@@ -9,19 +9,23 @@ hidden digit with probability (alpha_s - alpha_t) / (1 - alpha_t). `generate` dr
 network at the steps at which a sequence reveals something, and computes last feed-forward network, head and softmax
 only for the tokens of that step. Calls alternate.
 
+    python benchmarks/generation.py --model FOLDER              # blocks and caches of a trained model as well
+
 In the same run: blocks with a cache of keys and values against none at equal steps, with the deviation of the exact
-nats a token beside it (random weights; a trained model's is another); and the share of the time that `generate` spends
-outside network and head, for each sampler and unit at V = 50,257.
+nats a token beside it (random weights, and those of --model, whose context is cut into 16 blocks); and the share of
+the time that `generate` spends outside network and head, for each sampler and unit at V = 50,257.
 """
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
 from timing import HEAD_DIM, add_sizes, by_turns, ratio
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2GenerationConfig
+from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.samplers import named_sampler
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import make_record
@@ -95,13 +99,15 @@ def network(vocab_size: int, num_subtokens: int, length: int, hidden_size: int, 
     return PrimeV2ForMaskedDiffusion(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def measure_blocks(prompt: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens/s of each cache behind a prompt of so many tokens, and the deviation of exact nats a token from none."""
+def measure_blocks(
+    model: Any, name: str, prompt: int, block: int, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens/s of each cache behind a prompt of so many tokens, and what it adds to the exact nats a token."""
     torch.manual_seed(options.seed)
-    length, new = options.block_tokens, options.block_tokens - prompt
-    model = network(2048, 11, length, options.hidden_size, options.layers)
-    ids = torch.randint(2048, (options.block_batch, prompt))
-    same = {"sampler_config": named_sampler("margin"), "block_length": options.block, "max_denoising_steps": new // 4}
+    length = model.config.max_position_embeddings
+    new = length - prompt
+    ids = torch.randint(model.config.vocab_size, (batch, prompt), device=model.device)
+    same = {"sampler_config": named_sampler("margin"), "block_length": block, "max_denoising_steps": new // 4}
     configs = {cache: PrimeV2GenerationConfig(**same, cache=cache) for cache in CACHES}
     written: dict[str, Any] = {}
 
@@ -114,28 +120,49 @@ def measure_blocks(prompt: int, options: argparse.Namespace) -> dict[str, Any]:
         return run
 
     seconds = by_turns({cache: way(cache) for cache in CACHES}, options.repeats, warm_up=1)
-    given = (torch.arange(length) < prompt).long().expand(options.block_batch, -1)
-    nats = {
-        cache: -model.log_likelihood(
+    given = (torch.arange(length) < prompt).long().expand(batch, -1)
+    scored = {
+        cache: model.log_likelihood(
             written["none"], prompt_mask=given, method="sampler", generation_config=config
-        ).value.mean()
-        / new
+        ).value.cpu()
         for cache, config in configs.items()
     }
+    deviations = {cache: (scored["none"] - scored[cache]) / new for cache in CACHES[1:]}
     speedups = {cache: ratio(seconds, "none", cache) for cache in CACHES[1:]}
     return {
+        "model": name,
         "prompt": prompt,
         "new_tokens": new,
-        "block": options.block,
+        "block": block,
+        "batch": batch,
         "steps": new // 4,
         "seconds": seconds,
-        "tokens_per_second": {
-            cache: options.block_batch * new / statistics.median(each) for cache, each in seconds.items()
-        },
+        "tokens_per_second": {cache: batch * new / statistics.median(each) for cache, each in seconds.items()},
         "speedup": {cache: each["median"] for cache, each in speedups.items()},
         "speedup_range": {cache: each["range"] for cache, each in speedups.items()},
-        "nats_per_token": {cache: float(each) for cache, each in nats.items()},
+        "nats_per_token": {cache: float(-each.mean() / new) for cache, each in scored.items()},
+        "deviation": {cache: float(each.mean()) for cache, each in deviations.items()},
+        "deviation_stderr": {
+            cache: float(each.std() / len(each) ** 0.5) if len(each) > 1 else None
+            for cache, each in deviations.items()
+        },
     }
+
+
+def blocks_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Random weights at `--block-tokens`, and `--model` at its own context; half of it a prompt, or none of it."""
+    torch.manual_seed(options.seed)
+    random = network(2048, 11, options.block_tokens, options.hidden_size, options.layers)
+    cases = [(random, "random weights", options.block, options.block_batch)]
+    if options.model:
+        trained, _ = load_model_and_tokenizer(options.model, random.device)
+        block = max(1, trained.config.max_position_embeddings // 16)
+        cases.append((trained, Path(options.model).name, block, options.model_batch))
+    return [
+        measure_blocks(model, name, prompt, block, batch, options)
+        for model, name, block, batch in cases
+        for prompt in (0, model.config.max_position_embeddings // 2)
+    ]
 
 
 def measure_shares(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -174,6 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Blocks: L = 512, half of it a prompt or none of it. Shares: the shape of GPT-2, whose vocabulary it is.
     add_sizes(parser, block_tokens=512, block=32, block_batch=2)
     add_sizes(parser, share_vocab=50257, share_hidden_size=768, share_layers=12, share_batch=4, share_tokens=32)
+    add_sizes(parser, model_batch=16)
+    parser.add_argument("--model", help="a trained model whose blocks and caches are measured as well")
     parser.add_argument("--output", help="write the record here (JSON)")
     options = parser.parse_args(arguments)
     rows = []
@@ -188,22 +217,21 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['passes_per_sequence']:.1f} passes a sequence",
             flush=True,
         )
-    blocks = [measure_blocks(prompt, options) for prompt in (0, options.block_tokens // 2)]
+    blocks = blocks_of(options)
     for row in blocks:
         for cache in CACHES[1:]:
             low, high = row["speedup_range"][cache]
-            deviation = row["nats_per_token"][cache] - row["nats_per_token"]["none"]
             print(
-                f"prompt {row['prompt']}, blocks of {row['block']}, cache {cache}: "
+                f"{row['model']}, prompt {row['prompt']}, blocks of {row['block']}, cache {cache}: "
                 f"{row['tokens_per_second'][cache]:,.0f} tokens/s, {row['speedup'][cache]:.2f}x ({low:.2f} to "
-                f"{high:.2f}) of no cache; nats/token {deviation:+.4f}",
+                f"{high:.2f}) of no cache; nats/token {row['deviation'][cache]:+.4f}",
                 flush=True,
             )
     shares = measure_shares(options)
     for row in shares:
         print(f"{row['sampler']}, {row['unit']}: {row['share']:.1%} outside network and head", flush=True)
     if options.output:
-        shape = {key: value for key, value in vars(options).items() if key != "output"}
+        shape = {key: value for key, value in vars(options).items() if key not in ("output", "model")}
         record = make_record(
             "generation", {"shape": shape, "rows": rows, "blocks": blocks, "shares": shares}, seed=options.seed
         )

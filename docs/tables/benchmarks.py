@@ -73,8 +73,8 @@ def generation_table(results: Path) -> str:
     heads = ["V", "tokens", "steps", "tokens/s", "published algorithm", "times as fast [range]", "passes a sequence"]
     parts = [markdown(heads, rows)]
     if blocks := record["results"].get("blocks"):
-        heads = ["prompt + new tokens, block", "steps", "cache", "tokens/s", "times as fast as none [range]",
-                 "nats/token less those of none"]  # fmt: skip
+        heads = ["weights", "prompt + new tokens, block", "steps", "cache", "tokens/s",
+                 "times as fast as none [range]", "nats/token added (standard error)"]  # fmt: skip
         parts.append(markdown(heads, [_block_row(row, cache) for row in blocks for cache in row["seconds"]]))
     if shares := record["results"].get("shares"):
         heads = ["sampler", "unit", "outside network and head [range]"]
@@ -87,13 +87,15 @@ def generation_table(results: Path) -> str:
 
 
 def _block_row(row: dict[str, Any], cache: str) -> list[str]:
-    cells = [f"{row['prompt']} + {row['new_tokens']}, {row['block']}", f"{row['steps']}", cache]
+    texts = f"{row['batch']} x ({row['prompt']} + {row['new_tokens']}), {row['block']}"
+    cells = [row["model"], texts, f"{row['steps']}", cache]
     cells.append(f"{row['tokens_per_second'][cache]:,.0f}")
     if cache == "none":
         return [*cells, "1", "0"]
     low, high = row["speedup_range"][cache]
-    deviation = row["nats_per_token"][cache] - row["nats_per_token"]["none"]
-    return [*cells, f"{row['speedup'][cache]:.2f} [{low:.2f}, {high:.2f}]", f"{deviation:+.4f}"]
+    error = row["deviation_stderr"][cache]
+    deviation = f"{row['deviation'][cache]:+.4f}" + ("" if error is None else f" ({error:.4f})")
+    return [*cells, f"{row['speedup'][cache]:.2f} [{low:.2f}, {high:.2f}]", deviation]
 
 
 def corrector_table(results: Path) -> str:
