@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
-from prime_v2.samplers_prime_v2 import SAMPLERS, SCORES, AncestralSamplerConfig, SamplerConfig, check_family
+from prime_v2.sampler_families_prime_v2 import check_family
+from prime_v2.samplers_prime_v2 import SAMPLERS, SCORES, AncestralSamplerConfig, SamplerConfig
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, one_of
 
 NAMES = (*SAMPLERS, *SCORES)

@@ -21,7 +21,8 @@ from .generation_start_prime_v2 import with_start, without_start
 from .generation_states_prime_v2 import StatesOfStreamer, states_to_streamer
 from .greedy_matches_prime_v2 import PrimeV2GreedyMixin, propose
 from .likelihood_arm_prime_v2 import next_tokens, start_token_id
-from .samplers_prime_v2 import check_family
+from .sampler_families_prime_v2 import check_family
+from .samplers_prime_v2 import sampler_meant
 from .validation_inputs_prime_v2 import (
     WITHOUT_PROMPT,
     check_embeds,
@@ -159,7 +160,7 @@ def read_options(model: Any, given: dict, generation_config: GenerationConfig | 
     options = [*vars(GenerationConfig()), *GenerationConfig._get_default_generation_params(), *METADATA]
     known = [*arguments_of(model.generate), *options, *arguments_of(GenerationMixin.generate), *MODEL_INPUTS]
     given = {name: value for name, value in given.items() if name != "token_type_ids" or value is not None}
-    refuse_unknown("generate", given, known)
+    refuse_unknown("generate", given, known, _no_sampler)
     refuse_unknown("generation_config", {name: value for name, value in config.items() if value is not None}, options)
     sources = [given, config, vars(model.generation_config)]
     several = _first(sources, "num_return_sequences")
@@ -171,6 +172,10 @@ def read_options(model: Any, given: dict, generation_config: GenerationConfig | 
         generation_config = copy.deepcopy(generation_config)
         generation_config.update(**python_numbers(config))
     return given | python_numbers(given), generation_config
+
+
+def _no_sampler(name: str, value: Any) -> str | None:
+    return None if sampler_meant(name, value) is None else "an autoregressive model has no samplers; leave it out"
 
 
 def python_numbers(given: dict) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .generation_cache_prime_v2 import CACHES
-from .samplers_prime_v2 import FAMILY_SAMPLERS, ConfidenceSamplerConfig, check_family, sampler_from
+from .sampler_families_prime_v2 import FAMILY_SAMPLERS, check_family
+from .samplers_prime_v2 import ConfidenceSamplerConfig, sampler_from, sampler_meant
 from .validation_config_prime_v2 import read_mapping
 from .validation_inputs_prime_v2 import checked_seed, is_integer, whole_number
 from .validation_keywords_prime_v2 import arguments_of, did_you_mean, refuse_unknown, shown
@@ -48,7 +49,7 @@ class PrimeV2GenerationConfig(GenerationConfig):
     block_length: tokens of a block; blocks are filled from left to right, each in its share of the steps. By default
         all generated tokens are one block.
     cache: "none" by default; "prefix" and "dual" keep keys and values while a block is filled, which is approximate
-        (generation_cache_prime_v2.py).
+        (generation_cache_prime_v2.py). A call that asks for one of them needs block_length.
     do_sample: True, also by default: draw from the model. False: the deterministic decode, which has
         no temperature, top_p or seed. Such an option beside do_sample=False is refused; one that a config sets beneath
         the call or config that says do_sample=False is ignored.
@@ -100,7 +101,9 @@ class PrimeV2GenerationConfig(GenerationConfig):
         """ValueError for an unknown name, a bad type or a value out of range (the arguments are not read)."""
         for name, value in vars(self).items():
             if name not in OPTIONS and name not in METADATA:
-                hint = "; leave it out" if name in idle_options() else did_you_mean(name, OPTIONS)
+                meant = option_meant(name, value)
+                hint = did_you_mean(name, OPTIONS) if meant is None else f"; {meant}"
+                hint = "; leave it out" if name in idle_options() else hint
                 raise ValueError(
                     f"{name}={shown(value)} is not an option of this model's generate(){hint} "
                     f"(all: {', '.join(OPTIONS)})"
@@ -212,7 +215,7 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
     foreign = {*arguments_of(GenerationMixin.generate), "token_type_ids"} - set(known)
     idle = {name for name, each in kwargs.items() if name in foreign and (each is None or each is False)}
     kwargs = {name: each for name, each in kwargs.items() if name not in idle}
-    refuse_unknown("generate", kwargs, known)
+    refuse_unknown("generate", kwargs, known, option_meant)
     merged: dict[str, Any] = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}
     for config in (model.generation_config, generation_config):
         if config is not None:
@@ -234,7 +237,19 @@ def merge_options(model: Any, generation_config: GenerationConfig | None, kwargs
         given.setdefault("sampler_config", ConfidenceSamplerConfig(unit="stage" if phased else "token"))
     options = GenerationOptions(**given)
     check_sampler(model, options)
+    # One that the model's own options set acts as it did when they were saved: on a single block.
+    asked = any((kwargs.get("cache"), getattr(generation_config, "cache", None)))
+    if asked and options.cache != "none" and options.block_length is None:
+        raise ValueError(
+            f"cache={options.cache!r} keeps keys and values of what stands outside the block that is filled; add "
+            f"block_length=32, or as many as max_new_tokens to keep those of the prompt only"
+        )
     return options
+
+
+def option_meant(name: str, value: Any) -> str | None:
+    """What to give in place of a name of the command line, or a field of a sampler config; None for other names."""
+    return f"use max_denoising_steps={shown(value)}" if name == "steps" else sampler_meant(name, value)
 
 
 def check_sampler(model: Any, options: GenerationOptions) -> None:

@@ -12,6 +12,7 @@ of Fast-dLLM (arXiv:2505.22618); entropy bound of arXiv:2505.24857, as Transform
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .validation_inputs_prime_v2 import whole_number
-from .validation_keywords_prime_v2 import did_you_mean, shown
+from .validation_keywords_prime_v2 import did_you_mean, nearest, shown
 
 SCORED_ELEMENTS = 2**19  # logits that are scored at once: 2 MiB of float32
 UNITS = ("token", "digit", "stage")
@@ -38,6 +39,11 @@ class SamplerConfig:
     """
 
     kind: ClassVar[str] = "ancestral"
+
+    def __new__(cls, *args: Any, **given: Any) -> "SamplerConfig":
+        """ValueError for a field that it has not, where Python would have its bare TypeError."""
+        check_fields(cls, given)
+        return super().__new__(cls)
 
     @property
     def name(self) -> str:
@@ -232,53 +238,6 @@ SAMPLERS = {
 }
 
 
-@dataclass(frozen=True)
-class FamilySamplers:
-    """The samplers of a family, and why it has no others.
-
-    names: of `SAMPLERS`; blocks: whether they take block_length and cache; reason: why there is nothing else.
-    """
-
-    names: tuple[str, ...]
-    blocks: bool
-    reason: str
-
-
-# By the model_type of the configuration.
-FAMILY_SAMPLERS = {
-    "prime_v2": FamilySamplers(
-        ("ancestral", "confidence", "threshold", "entropy-bound", "remasking"),
-        True,
-        "a token is hidden or final, and final ones are drawn again by remasking only",
-    ),
-    "prime_v2_uniform": FamilySamplers(
-        ("ancestral", "predictor-corrector"),
-        False,
-        "no token is hidden, to be revealed by a rule or in blocks: all are noised alike until the last pass",
-    ),
-    "prime_v2_interpolating": FamilySamplers(
-        ("ancestral",), False, "the order of its tokens is drawn before the first pass, for an exact cache (use_cache)"
-    ),
-    "prime_v2_arm": FamilySamplers(
-        (), False, "it writes from left to right with an exact cache (use_cache), by temperature, top_p and top_k"
-    ),
-}
-
-
-def check_family(model: Any, sampler: Any = None, block_length: int | None = None, cache: Any = None) -> None:
-    """ValueError for a sampler config, a block length or a kind of cache, a string, that the family has not."""
-    family, has = type(model).__name__, FAMILY_SAMPLERS[model.config.model_type]
-    names = ", ".join(f"{SAMPLERS[name].__name__} ({name})" for name in has.names)
-    it_has = f"; it has {names}" if names else "; leave sampler_config out"
-    if sampler is not None and sampler_from(sampler).name not in has.names:
-        raise ValueError(f"{family} has no {type(sampler_from(sampler)).__name__}: {has.reason}{it_has}")
-    if has.blocks:
-        return
-    for option, value in (("block_length", block_length), ("cache", cache if isinstance(cache, str) else None)):
-        if value not in (None, "none"):
-            raise ValueError(f"{option}={shown(value)} is not for {family}: {has.reason}; leave {option} out")
-
-
 def sampler_from(value: Any) -> SamplerConfig | None:
     """A sampler config from one, from its dictionary with `_cls_name`, or from None; ValueError for anything else."""
     if value is None or isinstance(value, SamplerConfig):
@@ -289,15 +248,54 @@ def sampler_from(value: Any) -> SamplerConfig | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__name__ in classes:
         name, value = type(value).__name__, dataclasses.asdict(value)
     if name not in classes:
-        raise ValueError(f"sampler_config={shown(value)} is none of {', '.join(classes)}")
-    fields = [each.name for each in dataclasses.fields(classes[name])]
-    given = {key: each for key, each in value.items() if key != "_cls_name"}
-    for key in given:
-        if key not in fields:
-            owners = [other for other, each in classes.items() if key in {f.name for f in dataclasses.fields(each)}]
-            hint = f"; it is an option of {', '.join(owners)}" if owners else did_you_mean(key, fields)
-            raise ValueError(f"{name} has no option {key}{hint}")
-    return classes[name](**given)
+        raise ValueError(f"sampler_config={shown(value)} is no sampler's config; use {_config_meant(value)}")
+    return classes[name](**{key: each for key, each in value.items() if key != "_cls_name"})
+
+
+def check_fields(config: type, given: Iterable[str]) -> None:
+    """ValueError for the first name of `given` that is no field of this class of `SAMPLERS`, with the one meant."""
+    fields = [each.name for each in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in fields:
+            owners = _owners(name)
+            hint = f"; it is an option of {', '.join(owners)}" if owners else did_you_mean(name, fields)
+            raise ValueError(f"{config.__name__} has no option {name}{hint}")
+
+
+def sampler_meant(name: str, value: Any) -> str | None:
+    """What to give in place of a keyword of `generate` that names a sampler or one of its options; None for others."""
+    if name == "sampler":
+        return f"use sampler_config={_config_meant(value)}"
+    owners = _owners(name)
+    return f"use sampler_config={owners[0]}({name}={shown(value)})" if owners else None
+
+
+def _owners(option: str) -> list[str]:
+    """The classes of `SAMPLERS` that have this option."""
+    return [
+        each.__name__ for each in SAMPLERS.values() if option in {field.name for field in dataclasses.fields(each)}
+    ]
+
+
+def _config_meant(value: Any) -> str:
+    """The config, as code, that a name, a class or a dictionary without `_cls_name` stands for; else an example."""
+    if isinstance(value, SamplerConfig):
+        return repr(value)
+    names = {name: f"{each.__name__}()" for name, each in SAMPLERS.items()}
+    names |= {score: f"ConfidenceSamplerConfig(score={score!r})" for score in SCORES}
+    classes = {each.__name__: f"{each.__name__}()" for each in SAMPLERS.values()}
+    if isinstance(value, type):
+        value = value.__name__
+    if isinstance(value, dict) and isinstance(value.get("_cls_name"), str):
+        value = value["_cls_name"]
+    if isinstance(value, str):
+        meant = nearest(value, [*names, *classes])
+        return names["margin"] if meant is None else (names | classes)[meant]
+    given = {str(key): each for key, each in value.items()} if isinstance(value, dict) else {}
+    for each in SAMPLERS.values():
+        if given and set(given) <= {field.name for field in dataclasses.fields(each)}:
+            return f"{each.__name__}({', '.join(f'{key}={shown(option)}' for key, option in given.items())})"
+    return names["margin"]
 
 
 # -- units ---------------------------------------------------------------------------------------------------------

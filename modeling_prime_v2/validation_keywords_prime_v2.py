@@ -68,13 +68,22 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def refuse_unknown(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """ValueError for the first of the keywords `given` that is none of the `known` ones of the function `where`."""
+def refuse_unknown(
+    where: str,
+    given: Mapping[str, Any],
+    known: Iterable[str],
+    meant: Callable[[str, Any], str | None] = lambda name, value: None,
+) -> None:
+    """ValueError for the first of the keywords `given` that is none of the `known` ones of the function `where`.
+
+    meant: for what is known by another name, what to do, as meant(name, value); None where it knows nothing.
+    """
     known = list(known)
     for name, value in given.items():
         if name not in known:
             listed = f"; it takes {', '.join(known)}" if len(known) <= MOST_LISTED else "; leave it out"
-            hint = did_you_mean(name, known) or listed
+            advice = meant(name, value)
+            hint = did_you_mean(name, known) or listed if advice is None else f"; {advice}"
             raise ValueError(f"{where} has no argument {name}={shown(value)}{hint}")
 
 

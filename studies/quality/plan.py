@@ -8,7 +8,7 @@ from typing import Any
 
 from prime_v2.eval.samplers import NAMES, named_config, named_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
-from prime_v2.samplers_prime_v2 import FAMILY_SAMPLERS
+from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.studies.quality.statistics import COPIED, FEWEST
 from prime_v2.validation_keywords_prime_v2 import one_of
 

@@ -15,7 +15,8 @@ from prime_v2 import (
 )
 from prime_v2.eval.samplers import description, named_config, named_sampler, sampler_name, sentence
 from prime_v2.families import FAMILIES
-from prime_v2.samplers_prime_v2 import FAMILY_SAMPLERS, SAMPLERS
+from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
+from prime_v2.samplers_prime_v2 import SAMPLERS
 
 
 @pytest.mark.parametrize(

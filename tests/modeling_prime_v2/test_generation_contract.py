@@ -16,7 +16,8 @@ from observers import Favour, Recorder
 from transformers import AutoModel, GenerationConfig, MaxTimeCriteria, SuppressTokensLogitsProcessor
 
 from prime_v2 import ConfidenceSamplerConfig, ThresholdSamplerConfig
-from prime_v2.samplers_prime_v2 import FAMILY_SAMPLERS, SAMPLERS
+from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
+from prime_v2.samplers_prime_v2 import SAMPLERS
 
 MASK = VOCAB_SIZE
 ROWS = [some_ids(1, length, seed=length)[0] for length in (5, 3, 1, 4)]
@@ -299,7 +300,8 @@ def test_a_family_without_blocks_refuses_them_with_the_reason(kind, option):
     model, value = network(kind), {"block_length": 4, "cache": "prefix"}[option]
     has = FAMILY_SAMPLERS[model.config.model_type]
     if has.blocks:
-        assert model.generate(some_ids(1, 2), max_new_tokens=5, seed=0, **{option: value}).shape == (1, 7)
+        given = {"block_length": 4, option: value}
+        assert model.generate(some_ids(1, 2), max_new_tokens=5, seed=0, **given).shape == (1, 7)
         return
     family = type(model).__name__
     with pytest.raises(ValueError) as found:
