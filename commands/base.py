@@ -65,9 +65,13 @@ def finish(
     print_and_record(shown, output, lambda: make_record(name, results, seed=seed, **about))
 
 
-# An argument in a message, name=value: the name is no part of a path or of another name.
-NOT_IN_NAME = r"(?<![\w./-])"
+# An argument in a message, name=value: the name is no part of a path, of another name or of NAME,OPTION=VALUE.
+NOT_IN_NAME = r"(?<![\w./,-])"
 VALUE = r"""('[^']*'|"[^"]*"|[^\s,;:()]+)"""
+# Where words are names of arguments: "takes unit, score", "leave sampler out".
+LISTED = re.compile(r"(?<=\btakes )[\w-]+(?:, [\w-]+)*|(?<=\bleave )[\w-]+(?= out\b)")
+# Flags of commands for arguments of functions that are True or False.
+FLAGS = {"do_sample=False": "--greedy", "do_sample=True": "--sample"}
 
 
 class BadInput(Exception):
@@ -97,15 +101,30 @@ class Command(TyperCommand):
             raise BadInput(f"{ctx.command_path}: error: {self._in_options(sentence)}") from error
 
     def _in_options(self, sentence: str) -> str:
-        """A refusal of a function with its arguments named as the options of this command that give them."""
+        """A refusal of a function with its arguments named as the options of this command that give them.
+
+        Configs of samplers are their names on the command line.
+        """
+        spoken = {each for param in self.params for each in (*param.opts, *param.secondary_opts)}
+        for argument, flag in FLAGS.items():
+            if flag in spoken:
+                sentence = sentence.replace(argument, flag)
+        if "--sampler" in spoken and "ampler" in sentence:
+            from prime_v2.eval.samplers import by_name
+
+            sentence = by_name(sentence)
         for param in self.params:
-            option, name = param.opts[0], str(param.name)
+            option = param.opts[0]
             if not option.startswith("--"):
                 continue
-            sentence = re.sub(rf"{NOT_IN_NAME}{name}={VALUE}", partial(_given, option), sentence)
-            if "_" in name:  # other names are words, too
-                sentence = re.sub(rf"{NOT_IN_NAME}{name}(?![\w/.=-])", option, sentence)
-        return sentence
+            for name in dict.fromkeys([str(param.name), *(each.lstrip("-").replace("-", "_") for each in param.opts)]):
+                sentence = re.sub(rf"{NOT_IN_NAME}{name}={VALUE}", partial(_given, option), sentence)
+                if "_" in name:  # other names are words, too
+                    sentence = re.sub(rf"{NOT_IN_NAME}{name}(?![\w/.=-])", option, sentence)
+        options = {str(param.name): param.opts[0] for param in self.params if param.opts[0].startswith("--")}
+        return LISTED.sub(
+            lambda found: re.sub(r"[\w-]+", lambda word: options.get(word[0], word[0]), found[0]), sentence
+        )
 
 
 class Group(TyperGroup):

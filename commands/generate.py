@@ -20,13 +20,17 @@ from prime_v2.commands.options import (
     Device,
     Dtype,
     EntropyBound,
+    Eta,
     Json,
     Model,
     Sampler,
     Score,
+    StagePasses,
     Steps,
     Temperature,
     Threshold,
+    TimeOff,
+    TimeOn,
     TopP,
     Unit,
 )
@@ -66,6 +70,10 @@ def generate(
     score: Score = None,
     threshold: Threshold = None,
     entropy_bound: EntropyBound = None,
+    stage_passes: StagePasses = None,
+    eta: Eta = None,
+    t_on: TimeOn = None,
+    t_off: TimeOff = None,
     corrector_steps: CorrectorSteps = None,
     corrector_share: CorrectorShare = None,
     block_length: BlockLength = None,
@@ -130,6 +138,7 @@ def generate(
         "do_sample": None if greedy is None else not greedy,
     }
     of_sampler = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
+    of_sampler |= {"stage_passes": stage_passes, "eta": eta, "t_on": t_on, "t_off": t_off}
     of_sampler |= {"corrector_steps": corrector_steps, "corrector_share": corrector_share}
     named |= {"block_length": block_length, "cache": cache}
     if (rule := named_sampler(sampler, network, **of_sampler)) is not None:
@@ -147,16 +156,12 @@ def generate(
         check_drawable(network)
     calls = [call]
     if beside:
-        calls.append(call | beside_options(beside[0], network))
+        calls.append(call | beside_options(beside[0], network, call))
     kept = None if picture is None and page is None else Trace(takes_logits=page is not None)
-    try:
-        output, trace = _generated(network, tokenizer, input_ids, call, watch, kept)
-        traces = [trace]
-        for other in calls[1:]:
-            traces.append(_generated(network, tokenizer, input_ids, other, False, Trace(takes_logits=True))[1])
-    except ValueError as error:
-        sentence = str(error).replace("do_sample=False", "--greedy").replace("do_sample=True", "--sample")
-        raise ValueError(sentence) from error
+    output, trace = _generated(network, tokenizer, input_ids, call, watch, kept)
+    traces = [trace]
+    for other in calls[1:]:
+        traces.append(_generated(network, tokenizer, input_ids, other, False, Trace(takes_logits=True))[1])
     new = slice(input_ids.shape[1], output.sequences.shape[1] - (0 if suffix_ids is None else suffix_ids.shape[1]))
     texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     if as_json:

@@ -65,8 +65,9 @@ Sampler = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What a pass reveals: ancestral (random times), probability, margin or entropy (the surest units), "
-        "threshold, entropy-bound or remasking; of uniform-state models ancestral or predictor-corrector.",
+        help="What a pass reveals: ancestral (units at random times), probability, margin or entropy (the surest "
+        "units; short for confidence with that --score), threshold, entropy-bound or remasking; of uniform-state "
+        "models ancestral or predictor-corrector.",
         show_default="the model's own",
     ),
 ]
@@ -91,6 +92,27 @@ Threshold = Annotated[
 EntropyBound = Annotated[
     float | None, typer.Option(metavar="X", help="Of entropy-bound: nats of uncertainty a pass may reveal.")
 ]
+StagePasses = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X:X...",
+        help="Share of the passes that each stage gets, e.g. 0.75:0.25; with --unit stage, or of ancestral in a "
+        "coarse-first model.",
+    ),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Of remasking: the largest probability of hiding a revealed unit in a step."),
+]
+TimeOn = Annotated[
+    float | None,
+    typer.Option(
+        "--t-on",
+        metavar="T",
+        help="Of remasking and predictor-corrector: they act at times in (T_OFF, T_ON] of [0, 1].",
+    ),
+]
+TimeOff = Annotated[float | None, typer.Option("--t-off", metavar="T", help="See --t-on; time falls from 1 to 0.")]
 CorrectorSteps = Annotated[
     int | None,
     typer.Option(min=1, max=MANY, metavar="N", help="Of predictor-corrector: corrector steps after a predictor step."),

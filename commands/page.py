@@ -10,35 +10,20 @@ from prime_v2.output.trace_page import PageModel, draw_page
 TABLE_ELEMENTS = 2**24  # states x V that are compared with the code table at once
 
 
-def beside_options(given: str, model: Any) -> dict[str, Any]:
-    """What `--beside NAME[,option=value ...]` changes in a call of `generate`; ValueError for what cannot be."""
-    from prime_v2.eval.samplers import LAW, named_config
+def beside_options(given: str, model: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """What `--beside NAME[,OPTION=VALUE ...]` changes in a call of `generate`; ValueError for what cannot be."""
+    from prime_v2.eval.samplers import LAW, named_config, parsed
 
-    name, *pairs = [each.strip() for each in given.split(",")]
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--beside {given}: {pair!r} is no option=value; write e.g. margin,steps=16")
-        options[option] = number_or_text(value)
+    name, options = parsed(given, "beside")
     if model.config.causal:
         raise ValueError(f"--beside {given}: this model writes from left to right and has no samplers; leave it out")
+    kept = {each: call[option] for each, option in LAW.items() if option in call}
     try:
-        config = named_config(model, name, **options)
+        config = named_config(model, name, **{**kept, **options})
     except ValueError as error:
-        raise ValueError(f"--beside: {error}") from error
-    call = {LAW[each]: getattr(config, LAW[each]) for each in options if each in LAW}
-    return {**call, "sampler_config": config.sampler_config.to_dict()}
-
-
-def number_or_text(value: str) -> int | float | str:
-    """The value of an option as the number that it is, or as text."""
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    return value
+        raise ValueError(f"--beside {given}: {error}") from error
+    changed = {LAW[each]: getattr(config, LAW[each]) for each in options if each in LAW}
+    return {**changed, "sampler_config": config.sampler_config.to_dict()}
 
 
 def sampler_label(model: Any, call: dict[str, Any]) -> str:

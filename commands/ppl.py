@@ -24,6 +24,7 @@ from prime_v2.commands.options import (
     Sampler,
     Score,
     Split,
+    StagePasses,
     Steps,
     Temperature,
     TextField,
@@ -101,6 +102,7 @@ def ppl(
     score: Score = None,
     threshold: Threshold = None,
     entropy_bound: EntropyBound = None,
+    stage_passes: StagePasses = None,
     block_length: BlockLength = None,
     cache: CacheKind = None,
     temperature: Temperature = None,
@@ -137,6 +139,7 @@ def ppl(
     from prime_v2.eval.samplers import named_sampler
 
     of_rule = {"unit": unit, "score": score, "threshold": threshold, "entropy_bound": entropy_bound}
+    of_rule |= {"stage_passes": stage_passes}
     of_law = {"block_length": block_length, "cache": cache, "temperature": temperature, "top_p": top_p}
     of_sampler = {"sampler": sampler, "steps": steps, **of_rule, **of_law}
     of_sampler = {name: value for name, value in of_sampler.items() if value is not None}

@@ -56,8 +56,8 @@ class PrimeV2LM(HFLM):
     method: of `log_likelihood`, for answers by default "chain" and for rolling likelihoods the bound of the model's
         reveal order; "paper_loss" is the published score (`prime_v2.eval.published`), which is no likelihood.
     num_samples, seed, adaptive: see `prime_v2.eval.answers.Settings`; adaptive=off draws num_samples always.
-    sampler, steps, unit, score, threshold, entropy_bound, block_length, cache, temperature, top_p: of
-        method="sampler", the law of what `generate` writes (`prime_v2.eval.samplers`); generate_until draws so too.
+    sampler, steps, unit, score, threshold, entropy_bound, stage_passes (0.75:0.25), block_length, cache, temperature,
+        top_p: of method="sampler", the law of what `generate` writes (`eval.samplers`); generate_until draws so too.
     cfg, temperature, mask_unit: only of the published score. published=true: its settings of each task, which were
         tuned on the test sets.
     batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by

@@ -50,6 +50,7 @@ SAMPLER_ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
     "score": lambda name, value: value,
     "threshold": lambda name, value: _real_number(name, value, 0.9),
     "entropy_bound": lambda name, value: _real_number(name, value, 0.1),
+    "stage_passes": lambda name, value: value,
     "block_length": lambda name, value: whole_number(name, value, 1, 32),
     "cache": lambda name, value: value,
     "top_p": lambda name, value: _real_number(name, value, 1.0),

@@ -2,10 +2,14 @@
 
 The names are those of `SAMPLERS`, and the scores of confidence (probability, margin, entropy), which are short for
 `sampler="confidence", score=...`. The options are the fields of the sampler's config, and those of `generate` that its
-law depends on (`LAW`), of which `steps` is short for max_denoising_steps.
+law depends on (`LAW`), of which `steps` is short for max_denoising_steps. As text, stage_passes has colons: 0.75:0.25.
+Refusals say names, too, where those of the model say configs (`by_name`).
 """
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig, merge_options
@@ -25,6 +29,54 @@ def options_of(name: str) -> tuple[str, ...]:
 
 
 OPTIONS = tuple(dict.fromkeys(option for name in SAMPLERS for option in options_of(name)))
+_NAME_OF = {each.__name__: name for name, each in SAMPLERS.items()}
+_CONFIG = re.compile(rf"\b({'|'.join(_NAME_OF)})\b(?: \(([\w-]+)\)|\(((?:[^()]|\([^()]*\))*)\))?")
+_SHARES = re.compile(r"(?:(?<=stage_passes=)|(?<=to 1; use ))\((\d[\d.]*(?:, \d[\d.]*)*),?\)")
+
+
+def by_name(sentence: str) -> str:
+    """A sentence about configs of samplers as one about names: sampler=confidence with unit='digit'."""
+
+    def named(found: re.Match[str]) -> str:
+        name, listed, fields = _NAME_OF[found[1]], found[2], found[3]
+        if listed is not None:  # "ConfidenceSamplerConfig (confidence)", in a list
+            return name
+        given = [each for each in (fields or "").split(", ") if each and not each.startswith("score=")]
+        if name == "confidence" and "score=" in (fields or ""):
+            name = re.sub(r".*score='(\w+)'.*", r"\1", fields)
+        return f"sampler={name}{' with ' if given else ''}{' and '.join(given)}"
+
+    sentence = _SHARES.sub(lambda found: found[1].replace(", ", ":"), sentence)
+    return _CONFIG.sub(named, sentence).replace("sampler_config", "sampler")
+
+
+@contextlib.contextmanager
+def refusals_by_name() -> Iterator[None]:
+    """ValueErrors of this block say names of samplers instead of configs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(by_name(str(error))) from error
+
+
+def parsed(text: str, given: str = "sampler") -> tuple[str, dict[str, Any]]:
+    """(name, options) of NAME[,OPTION=VALUE]...; ValueError about the argument `given` for another form or name."""
+    name, *pairs = [each.strip() for each in text.split(",")]
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        if not equals or not value:
+            raise ValueError(f"{given}={text!r} has {pair!r}; write NAME,OPTION=VALUE, e.g. margin,unit=digit")
+        options[option] = _number_or_text(value)
+    one_of(f"{given}={name!r}", name, NAMES)
+    return name, options
+
+
+def _number_or_text(value: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def named_sampler(name: str | None, model: Any = None, **options: Any) -> SamplerConfig | None:
@@ -35,25 +87,38 @@ def named_sampler(name: str | None, model: Any = None, **options: Any) -> Sample
     """
     given = {option: value for option, value in options.items() if value is not None}
     if name is None:
-        for option in given:
+        for option, value in given.items():
             owners = _owners(option)
             first = owners.split(",")[0]
-            raise ValueError(f"{option} is an option of the sampler {owners}; name it, e.g. sampler={first}")
+            raise ValueError(f"{option}={value!r} is an option of the sampler {owners}; name it, e.g. sampler={first}")
         return None
     one_of(f"sampler={name!r}", name, NAMES)
-    for option in given:
+    for option, value in given.items():
         if option in options_of(name):
             continue
         if name in SCORES and option == "score":
             raise ValueError(f"sampler={name} is confidence with score={name}; leave score out")
         own = ", ".join(options_of(name))
         takes = f"takes {own}" if own else "has no options"
-        raise ValueError(f"{option} is an option of the sampler {_owners(option)}, but {name} {takes}; leave it out")
+        owners = _owners(option)
+        raise ValueError(f"{option}={value!r} is an option of the sampler {owners}, but {name} {takes}; leave it out")
+    if isinstance(given.get("stage_passes"), str):
+        given["stage_passes"] = _shares(given["stage_passes"])
     kind = SAMPLERS["confidence" if name in SCORES else name]
-    config = kind(**given, **({"score": name} if name in SCORES else {}))
-    if model is not None:
-        check_family(model, config)
+    with refusals_by_name():
+        config = kind(**given, **({"score": name} if name in SCORES else {}))
+        if model is not None:
+            check_family(model, config)
     return config
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(each) for each in text.split(":"))
+    except ValueError:
+        raise ValueError(
+            f"stage_passes={text!r} must be shares with colons between them that add up to 1; use 0.75:0.25"
+        ) from None
 
 
 def named_config(model: Any, sampler: str | None = None, **options: Any) -> PrimeV2GenerationConfig:
@@ -67,8 +132,10 @@ def named_config(model: Any, sampler: str | None = None, **options: Any) -> Prim
     for name in of_sampler:
         if name not in OPTIONS:
             raise ValueError(f"{name} is no option of a sampler{did_you_mean(name, (*LAW, *OPTIONS))}")
-    config = PrimeV2GenerationConfig(sampler_config=named_sampler(sampler, model, **of_sampler), do_sample=True, **law)
-    merge_options(model, config, {"seed": 0})
+    rule = named_sampler(sampler, model, **of_sampler)
+    with refusals_by_name():
+        config = PrimeV2GenerationConfig(sampler_config=rule, do_sample=True, **law)
+        merge_options(model, config, {"seed": 0})
     return config
 
 

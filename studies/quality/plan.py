@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prime_v2.eval.samplers import NAMES, named_config, named_sampler
+from prime_v2.eval.samplers import named_config, named_sampler
+from prime_v2.eval.samplers import parsed as parsed_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
 from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.studies.quality.statistics import COPIED, FEWEST
-from prime_v2.validation_keywords_prime_v2 import one_of
 
 SHARES = (1, 2, 4, 8, 16)  # of the tokens of a text, in passes: L, L/2, ...
 FRONTIER_SHARE = 4  # the passes of the temperature sweep: L/4
@@ -74,26 +74,11 @@ class Cell:
 
 def parsed(text: str) -> tuple[str, dict[str, Any]]:
     """(name, options) of a sampler as it is given: NAME[,OPTION=VALUE]..., names as in `prime_v2.eval.samplers`."""
-    name, *pairs = text.split(",")
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not equals or not value:
-            raise ValueError(f"sampler={text!r} has {pair!r}; write NAME,OPTION=VALUE, e.g. margin,unit=digit")
-        if option in ("steps", "temperature"):
+    name, options = parsed_sampler(text)
+    for option in ("steps", "temperature"):
+        if option in options:
             raise ValueError(f"sampler={text!r} has {option}, which the study varies; leave it out")
-        options[option] = _number(value)
-    one_of(f"sampler={name!r}", name, NAMES)
     return name, options
-
-
-def _number(value: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
 
 
 def config_of(model: Any, cell: Cell) -> Any:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from command_options import PARAMETERS
 from command_runs import DOCUMENTS, refused, run
 from matplotlib.image import imread
 from rich.console import Console
@@ -16,11 +18,15 @@ from prime_v2 import (
     ConfidenceSamplerConfig,
     PrimeV2ArmConfig,
     PrimeV2ForCausalLM,
+    RemaskingSamplerConfig,
     build_tokenizer,
 )
 from prime_v2.commands.generate import PICTURES, DraftView
+from prime_v2.eval.lm_settings import SAMPLER_ARGUMENTS
 from prime_v2.eval.loading import load_model_and_tokenizer, load_tokenizer
+from prime_v2.eval.samplers import NAMES, OPTIONS, options_of
 from prime_v2.output.trace_picture import printable
+from prime_v2.samplers_prime_v2 import SCORES
 from prime_v2.tokenization.bpe import train_bpe
 
 
@@ -210,13 +216,55 @@ def test_a_sampler_is_named_with_its_options_and_counts_in_the_result(model_dir)
     ("given", "sentence"),
     [
         (["--sampler", "confidnce"], "--sampler confidnce is not one of ancestral, confidence, "),
-        (["--unit", "digit"], "unit is an option of the sampler confidence, threshold, entropy-bound; name it"),
-        (["--sampler", "confidence", "--threshold", 0.5], "threshold is an option of the sampler threshold, but"),
+        (
+            ["--unit", "digit"],
+            "--unit digit is an option of the sampler confidence, threshold, entropy-bound; name it",
+        ),
+        (
+            ["--sampler", "confidence", "--threshold", 0.5],
+            "--threshold 0.5 is an option of the sampler threshold, but",
+        ),
         (["--sampler", "threshold", "--threshold", 1], r"1.0 is outside (0, 1); use 0.9"),
         (["--sampler", "confidence", "--unit", "stage"], "needs a model with stages"),
         (["--cache", "most"], "is not one of none, prefix, dual"),
-        (["--sampler", "remasking", "--greedy"], "acts at random; use ConfidenceSamplerConfig()"),
+        (
+            ["--sampler", "remasking", "--greedy"],
+            "--greedy draws nothing, but --sampler remasking acts at random; use --sampler confidence",
+        ),
+        (["--cache", "dual"], "--cache dual keeps keys and values"),
+        (
+            ["--sampler", "margin", "--eta", 0.1],
+            "--eta 0.1 is an option of the sampler remasking, but margin takes --unit, --",
+        ),
+        (
+            ["--sampler", "remasking", "--t-on", 0.1, "--t-off", 0.5],
+            "--sampler remasking: --t-on 0.1 and --t-off 0.5 must",
+        ),
+        (["--sampler", "predictor-corrector"], "has no --sampler predictor-corrector: a token is hidden or final"),
+        (["--sampler", "ancestral", "--stage-passes", "0.5"], "--sampler ancestral: --stage-passes"),
+        (["--steps", 3, "--sampler", "margin", "--unit", "word"], "--unit word is not one of token, digit, stage"),
     ],
 )
-def test_a_sampler_or_option_that_cannot_be_is_refused(model_dir, given, sentence):
-    assert sentence in refused("generate", model_dir, *given)
+def test_a_sampler_or_option_that_cannot_be_is_refused_by_the_names_of_the_command_line(model_dir, given, sentence):
+    found = refused("generate", model_dir, *given)
+    assert sentence in found
+    assert "Config" not in found
+
+
+def test_every_option_of_a_sampler_is_an_option_of_generate_and_those_of_a_law_of_ppl():
+    of = {name: {each.name for each in PARAMETERS if each.command == (name,)} for name in ("generate", "ppl")}
+    assert set(OPTIONS) <= of["generate"]
+    with_law = {option for name in ("ancestral", *SCORES, "confidence", "threshold", "entropy-bound")
+                for option in options_of(name)}  # fmt: skip
+    assert of["ppl"] & set(OPTIONS) == with_law == set(SAMPLER_ARGUMENTS) & set(OPTIONS)
+    (sampler,) = (each for each in PARAMETERS if each.command == ("generate",) and each.name == "sampler")
+    assert all(re.search(rf"\b{name}\b", sampler.info.help) for name in NAMES)
+
+
+def test_the_window_of_remasking_reaches_the_sampler(model_dir):
+    given = {"eta": 0.3, "t_on": 0.9, "t_off": 0.1}
+    options = [each for name, value in given.items() for each in (f"--{name.replace('_', '-')}", value)]
+    found = run(
+        "generate", model_dir, "--max-new-tokens", 2, "--steps", 4, "--sampler", "remasking", *options, "--json"
+    )
+    assert json.loads(found.stdout)["options"]["sampler_config"] == RemaskingSamplerConfig(**given).to_dict()

@@ -110,14 +110,14 @@ def test_a_model_that_writes_markup_runs_nothing(tmp_path):
             ["--page", "P", "--beside", "margin", "--beside", "entropy"],
             "--beside is given 2 times, but a page shows one",
         ),
-        (["--page", "P", "--beside", "margn"], "margn is not one of ancestral, confidence, "),
-        (["--page", "P", "--beside", "margin,digit"], "'digit' is no option=value; write e.g. margin,steps=16"),
+        (["--page", "P", "--beside", "margn"], "--beside margn is not one of ancestral, confidence, "),
+        (["--page", "P", "--beside", "margin,digit"], "has 'digit'; write NAME,OPTION=VALUE"),
         (["--page", "P", "--beside", "margin,units=digit"], "units is no option of a sampler"),
         (
             ["--page", "P", "--beside", "threshold,threshold=2"],
-            "--beside: ThresholdSamplerConfig: --threshold 2 is outside",
+            "--beside threshold,threshold=2: --sampler threshold: --threshold 2 is outside",
         ),
-        (["--page", "P", "--beside", "margin,threshold=0.5"], "threshold is an option of the sampler threshold"),
+        (["--page", "P", "--beside", "margin,threshold=0.5"], "--threshold 0.5 is an option of the sampler threshold"),
         (["--page", "nowhere/P"], "the folder nowhere does not exist; make it first"),
     ],
 )

@@ -13,7 +13,7 @@ from prime_v2 import (
     RemaskingSamplerConfig,
     ThresholdSamplerConfig,
 )
-from prime_v2.eval.samplers import description, named_config, named_sampler, sampler_name, sentence
+from prime_v2.eval.samplers import by_name, description, named_config, named_sampler, parsed, sampler_name, sentence
 from prime_v2.families import FAMILIES
 from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.samplers_prime_v2 import SAMPLERS
@@ -32,6 +32,7 @@ from prime_v2.samplers_prime_v2 import SAMPLERS
         ("entropy-bound", {"entropy_bound": 0.2}, EntropyBoundSamplerConfig(entropy_bound=0.2)),
         ("remasking", {"eta": 0.1}, RemaskingSamplerConfig(eta=0.1)),
         ("predictor-corrector", {"t_on": 0.4}, PredictorCorrectorSamplerConfig(t_on=0.4)),
+        ("ancestral", {"stage_passes": "0.75:0.25"}, AncestralSamplerConfig(stage_passes=(0.75, 0.25))),
     ],
 )
 def test_a_name_is_a_config(name, options, config):
@@ -62,18 +63,40 @@ def test_without_a_name_the_model_s_own_sampler_counts():
     ("name", "options", "message"),
     [
         ("magin", {}, "sampler='magin' is not one of ancestral, confidence, .*did you mean margin?"),
-        (None, {"threshold": 0.5}, "threshold is an option of the sampler threshold; name it, e.g. sampler=threshold"),
-        (None, {"unit": "digit"}, "unit is an option of the sampler confidence, threshold, entropy-bound; name it"),
+        (
+            None,
+            {"threshold": 0.5},
+            "threshold=0.5 is an option of the sampler threshold; name it, e.g. sampler=threshold",
+        ),
+        (
+            None,
+            {"unit": "digit"},
+            "unit='digit' is an option of the sampler confidence, threshold, entropy-bound; name it",
+        ),
         ("margin", {"score": "entropy"}, "sampler=margin is confidence with score=margin; leave score out"),
-        ("margin", {"threshold": 0.9}, "threshold is an option of the sampler threshold, but margin takes unit, "),
-        ("threshold", {"score": "margin"}, "score is an option of the sampler confidence, but threshold takes unit,"),
+        ("margin", {"threshold": 0.9}, "threshold=0.9 is an option of the sampler threshold, but margin takes unit, "),
+        (
+            "threshold",
+            {"score": "margin"},
+            "score='margin' is an option of the sampler confidence, but threshold takes unit,",
+        ),
         ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence.* but ancestral takes stage_passes"),
         ("margin", {"treshold": 0.9}, "treshold is no option of a sampler; did you mean threshold?"),
         ("margin", {"unit": "word"}, "unit='word' is not one of token, digit, stage"),
-        ("margin", {"unit": "stage"}, r"unit='stage'\) needs a model with stages"),
+        ("margin", {"unit": "stage"}, "sampler=confidence with unit='stage' needs a model with stages"),
         ("threshold", {"threshold": 1.0}, r"threshold=1.0 is outside \(0, 1\); use 0.9"),
         ("margin", {"steps": 0}, "max_denoising_steps=0 must be an integer of at least 1"),
         ("margin", {"cache": "all"}, "cache='all' is not one of none, prefix, dual"),
+        ("margin", {"cache": "dual"}, "cache='dual' keeps keys and values .* add block_length=32"),
+        ("remasking", {"eta": 2}, r"sampler=remasking: eta=2 is outside \[0, 1\]; use 0.02"),
+        ("margin", {"eta": 0.1}, "eta=0.1 is an option of the sampler remasking, but margin takes unit, stage_passes"),
+        (
+            "ancestral",
+            {"stage_passes": "0.5,0.5"},
+            "stage_passes='0.5,0.5' must be shares with colons .* use 0.75:0.25",
+        ),
+        ("ancestral", {"stage_passes": "0.5:0.7"}, "stage_passes=0.5:0.7 must be shares above 0 .* use 0.75:0.25"),
+        ("ancestral", {"stage_passes": "0.5:0.5"}, "stage_passes is for models with reveal_order='coarse_first'"),
     ],
 )
 def test_what_is_no_sampler_or_no_option_of_it_is_refused(name, options, message):
@@ -81,15 +104,40 @@ def test_what_is_no_sampler_or_no_option_of_it_is_refused(name, options, message
         named_config(small_model(), name, **options)
 
 
+def test_a_sentence_about_configs_is_one_about_names():
+    for config, name in (
+        ("use ConfidenceSamplerConfig()", "use sampler=confidence"),
+        ("ConfidenceSamplerConfig(score='margin', unit='digit') shows", "sampler=margin with unit='digit' shows"),
+        (
+            "it has AncestralSamplerConfig (ancestral), ThresholdSamplerConfig (threshold)",
+            "it has ancestral, threshold",
+        ),
+        ("another sampler_config, e.g. RemaskingSamplerConfig()", "another sampler, e.g. sampler=remasking"),
+        (
+            "stage_passes=(0.5, 0.6) must add up to 1; use (0.75, 0.25)",
+            "stage_passes=0.5:0.6 must add up to 1; use 0.75:0.25",
+        ),
+        ("threshold=1.0 is outside (0, 1); use 0.9", "threshold=1.0 is outside (0, 1); use 0.9"),
+    ):
+        assert by_name(config) == name == by_name(name)
+
+
+def test_a_sampler_as_text_is_its_name_and_options():
+    assert parsed("margin") == ("margin", {})
+    assert parsed("ancestral, stage_passes=0.5:0.5,top_p=1") == ("ancestral", {"stage_passes": "0.5:0.5", "top_p": 1})
+    with pytest.raises(ValueError, match=r"beside='margin,unit' has 'unit'; write NAME,OPTION=VALUE"):
+        parsed("margin,unit", "beside")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sampler_that_a_family_has_not_is_refused(family):
     model = small_model(family)
     names = FAMILY_SAMPLERS[model.config.model_type].names
-    has = f"it has .*{names[-1]}" if names else "leave sampler_config out"
+    has = f"it has .*{names[-1]}" if names else "leave sampler out"
     for name, config in SAMPLERS.items():
         if name in names:
             assert named_sampler(name, model) == config()
             continue
-        with pytest.raises(ValueError, match=f"{type(model).__name__} has no {config.__name__}: .*; {has}"):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no sampler={name}: .*; {has}"):
             named_sampler(name, model)
     assert set(names) < set(SAMPLERS)
