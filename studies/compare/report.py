@@ -230,8 +230,9 @@ def _best(
                 for seed in group["seeds"]
             ]
             group["difference"] = over_seeds(pairs)
-        sizes = [row["training"]["parameters_non_embedding"] for row in rows if row["name"] == name]
-        best.append(group | {"at_the_edge": group["parameters_non_embedding"] in (min(sizes), max(sizes))})
+        sizes = {row["training"]["parameters_non_embedding"] for row in rows if row["name"] == name}
+        edges = (min(sizes), max(sizes)) if len(sizes) > 1 else ()  # shapes may differ in their settings only
+        best.append(group | {"at_the_edge": group["parameters_non_embedding"] in edges})
     return best
 
 

@@ -9,6 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
+from docs.tables.compare import settings_table
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
@@ -232,6 +235,29 @@ def test_the_best_size_is_chosen_on_the_dev_split_and_compared_with_the_baseline
     nats = {run: nats_of(record) for run, record in trained}
     gap = nats[Run("ARM", "32x1", 1e9, 0, {})] - nats[Run("MDM", "64x1", 1e9, 0, {})]
     assert best["ARM"]["difference"]["nats_per_token"] == pytest.approx(gap.mean() / LENGTH)
+
+
+def settings_compared():
+    """Two settings of one size: a setting is at no edge of the sizes."""
+    comparison, trained = compared(names=("MDM", "ARM"), shapes=("16x1", "32x1"))
+    for run, record in trained:
+        record["results"]["training"]["parameters_non_embedding"] = 1000
+        record["results"]["history"][2]["eval_bound"] = 1.0 if (run.shape == "32x1") == (run.name == "ARM") else 2.0
+    return summarise(comparison, trained)
+
+
+def test_settings_of_one_size_are_at_no_edge_of_the_sizes():
+    results = settings_compared()
+    assert [each["at_the_edge"] for each in results["best"]] == [False, False]
+    assert "At the edge" not in render(results)
+
+
+def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
+    write_json(tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0))
+    heads, _, mdm, arm = settings_table("tuning", tmp_path).splitlines()[:4]
+    assert heads.startswith("| run | 16x1 | 32x1 | test")
+    assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and mdm.endswith("| – |")
+    assert arm.startswith("| ARM | 2.000 | **1.000** | = ")
 
 
 def test_records_of_other_code_are_refused_unless_allowed():
