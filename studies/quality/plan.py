@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prime_v2.eval.samplers import named_config, named_sampler
+from prime_v2.eval.samplers import named_config
 from prime_v2.eval.samplers import parsed as parsed_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
 from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
@@ -44,6 +44,12 @@ class Plan:
         for what, least in FEWEST.items():
             if self.samples < least and not (self.law_only and what == "self-BLEU"):
                 raise ValueError(f"{what} needs at least {least} samples, not {self.samples}; use {least} or more")
+        for name in self.samplers:
+            if self.law_only and excludes(name):
+                raise ValueError(
+                    f"sampler={name!r} gives real text probability 0, since its top_p excludes tokens; leave top_p "
+                    f"out, or draw samples, too"
+                )
         if self.length - (self.prompt or 0) < COPIED:
             given = f"length={self.length}" + ("" if self.prompt is None else f" less prompts={self.prompt}")
             raise ValueError(f"{given} leaves fewer than the {COPIED} tokens that the {COPIED}-grams need")
@@ -63,8 +69,8 @@ class Cell:
 
     @property
     def has_law(self) -> bool:
-        """Whether the law on real text is measured, too: not again at each temperature."""
-        return self.temperature == 1
+        """Whether the law on real text is measured, too: not again at each temperature, nor of a top_p below 1."""
+        return self.temperature == 1 and not excludes(self.sampler)
 
     def __str__(self) -> str:
         about = [self.sampler, f"{self.passes} passes"]
@@ -79,6 +85,11 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
         if option in options:
             raise ValueError(f"sampler={text!r} has {option}, which the study varies; leave it out")
     return name, options
+
+
+def excludes(sampler: str) -> bool:
+    """Whether a sampler as it is given has a top_p that excludes tokens: most texts have probability 0 then."""
+    return sampler != LEFT_TO_RIGHT and parsed(sampler)[1].get("top_p", 1) != 1
 
 
 def config_of(model: Any, cell: Cell) -> Any:
@@ -123,8 +134,7 @@ def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
 def law_method(model: Any, sampler: str) -> str:
     """The method of `log_likelihood` for what a sampler writes, or, where that has no law, the model's own bound."""
     if "sampler" in FAMILY_OF_TYPE[model.config.model_type].methods:
-        name, options = parsed(sampler)
-        if named_sampler(name, **options).kind in ("ancestral", "rule"):
+        if config_of(model, Cell(sampler, 1)).sampler_config.kind in ("ancestral", "rule"):
             return "sampler"
     return bound_method(model.config)
 

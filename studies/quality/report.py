@@ -5,6 +5,7 @@ from typing import Any
 
 from prime_v2.output.numbers import quantity, three_digits
 from prime_v2.output.tables import aligned
+from prime_v2.studies.quality.plan import excludes
 
 Rows = list[list[str]]
 Layout = Callable[[Sequence[str], Rows], str]
@@ -143,6 +144,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines += judge["notes"]
     for model in results["models"]:
         lines += [f"{model['name']} has no {each}" for each in model["without"]]
+    without_law = dict.fromkeys(each["sampler"] for each in results["cells"] if excludes(each["sampler"]))
+    lines += [f"{each}: its top_p excludes tokens, so real text has probability 0." for each in without_law]
     return lines
 
 

@@ -64,6 +64,12 @@ def law(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progress)
         nats.append(-output.value.cpu())
         passes.append(output.num_forward.double().cpu())
         progress(len(rows), 0)
+    every = torch.cat(nats)
+    if every.isinf().any():
+        raise ValueError(
+            f"{cell} never writes window {int(every.isinf().nonzero()[0])} of the held-out text, of which top_p "
+            f"excludes a token; set top_p=1.0 in the model's generation_config.json"
+        )
     is_exact = bool(output.is_exact)
     mean_passes = float(torch.cat(passes).mean()) / (1 if is_exact else plan.draws)
     return {
@@ -71,5 +77,5 @@ def law(model: Any, cell: Cell, plan: Plan, windows: Tensor, progress: Progress)
         "is_exact": is_exact,
         "draws": 0 if is_exact else plan.draws,
         "mean_passes": mean_passes if method == "sampler" else None,
-        "nats_of_sequences": [round(float(each), 3) for each in torch.cat(nats)],
+        "nats_of_sequences": [round(float(each), 3) for each in every],
     }

@@ -121,6 +121,21 @@ def test_laws_are_exact_where_they_can_be_and_else_say_whose_bound_they_are():
         np.testing.assert_allclose(found["nats_of_sequences"], -output.value, atol=5.01e-4)  # rounded
 
 
+def test_the_law_of_a_sampler_has_its_blocks_cache_and_filters():
+    """Options of the law, which are no fields of the sampler's config; top_p gives most texts probability 0."""
+    model = small_model(seed=3).double()
+    given = {"unit": "digit", "block_length": 4, "cache": "prefix", "temperature": 1.0}
+    found = law(model, Cell("margin,unit=digit,block_length=4,cache=prefix", 6), PLAN, WINDOWS[:4], nothing)
+    expected = model.log_likelihood(
+        WINDOWS[:4], method="sampler", generation_config=named_config(model, "margin", steps=6, **given)
+    )
+    np.testing.assert_allclose(found["nats_of_sequences"], -expected.value, atol=5.01e-4)  # rounded
+    assert Cell("margin,top_p=1.0", 6).has_law and not Cell("margin,top_p=0.5", 6).has_law
+    model.generation_config.top_p = 0.1
+    with pytest.raises(ValueError, match="margin, 6 passes never writes window 0 of the held-out text, of which top_p"):
+        law(model, Cell("margin", 6), PLAN, WINDOWS[:4], nothing)
+
+
 def test_a_family_has_its_own_samplers_and_says_which_of_those_asked_it_has_not():
     asked = ("margin", "margin,unit=stage")
     found, missing = samplers_of(small_model(), asked)
@@ -160,6 +175,11 @@ def test_what_cannot_be_measured_is_refused_before_the_work(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(PLAN, **changes).check()
     dataclasses.replace(PLAN, samples=10, law_only=True).check()
+
+
+def test_a_law_alone_of_a_sampler_that_excludes_tokens_is_refused():
+    with pytest.raises(ValueError, match="'margin,top_p=0.5' gives real text probability 0.*leave top_p out"):
+        dataclasses.replace(PLAN, samplers=("margin,top_p=0.5",), law_only=True).check()
 
 
 def test_the_cells_are_samplers_by_passes_and_a_temperature_sweep():
