@@ -133,9 +133,9 @@ def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
 
 def law_method(model: Any, sampler: str) -> str:
     """The method of `log_likelihood` for what a sampler writes, or, where that has no law, the model's own bound."""
-    if "sampler" in FAMILY_OF_TYPE[model.config.model_type].methods:
-        if config_of(model, Cell(sampler, 1)).sampler_config.kind in ("ancestral", "rule"):
-            return "sampler"
+    has_method = "sampler" in FAMILY_OF_TYPE[model.config.model_type].methods
+    if has_method and config_of(model, Cell(sampler, 1)).sampler_config.kind in ("ancestral", "rule"):
+        return "sampler"
     return bound_method(model.config)
 
 

@@ -62,7 +62,7 @@ def law_rows(results: dict[str, Any], prompt: int) -> Rows:
         if law is None or cell["prompt"] != prompt:
             continue
         own = law["mean_passes"] is None and cell["sampler"] != "left to right"
-        passes = "any (the model's own bound)" if own else _passes(cell["passes"], law["mean_passes"])
+        passes = "any (the model's own bound)" if own else shown_passes(cell["passes"], law["mean_passes"])
         shown = "best" if place in bests else "–"
         if place in differences:
             row = differences[place]
@@ -89,7 +89,7 @@ def set_rows(results: dict[str, Any], prompt: int) -> Rows:
             [
                 cell["model"],
                 cell["sampler"],
-                _passes(cell["passes"], found["mean_passes"]),
+                shown_passes(cell["passes"], found["mean_passes"]),
                 *_numbers(found),
                 three_digits(found["network_seconds"]),
                 f"{found['tokens_per_second']:,.0f}",
@@ -166,9 +166,14 @@ def with_ends(value: float, ends: Sequence[float | None] | None, form: Callable[
     return f"{form(value)} [{', '.join('never' if each is None else form(each) for each in ends)}]"
 
 
-def _passes(most: int, mean: float | None) -> str:
-    """Passes of a text: how many it may take at most, and, where it takes fewer, how many it took."""
-    return str(most) if mean is None or abs(mean - most) < 0.05 else f"{mean:.1f} of {most}"
+def shown_passes(most: int, mean: float | None) -> str:
+    """Passes of a text: how many it may take at most, and, where it takes fewer, how many it took.
+
+    Interpolating diffusion takes more: the number is of its diffusion steps, and the tokens left take a pass each.
+    """
+    if mean is None or abs(mean - most) < 0.05:
+        return str(most)
+    return f"{mean:.1f} of {most}" if mean < most else f"{mean:.1f} ({most} diffusion steps)"
 
 
 def _numbers(found: dict[str, Any]) -> list[str]:

@@ -3,7 +3,16 @@
 import pytest
 
 from prime_v2.studies.quality.plots import plot_quality
-from prime_v2.studies.quality.report import digit_rows, frontier_rows, law_rows, notes, render, set_rows, with_ends
+from prime_v2.studies.quality.report import (
+    digit_rows,
+    frontier_rows,
+    law_rows,
+    notes,
+    render,
+    set_rows,
+    shown_passes,
+    with_ends,
+)
 
 NAMES = ("generative_perplexity", "entropy", "distinct_2", "self_bleu", "repetition")
 
@@ -59,6 +68,12 @@ def test_laws_are_exact_or_bounds_beside_their_difference_to_the_best(results):
         ["m", "remasking", "any (the model's own bound)", "≤ 4.000 [3.900, 4.100]", "–"],
     ], "a bound that does not depend on the passes stands once"
     assert law_rows(results, 4) == []
+
+
+def test_passes_beyond_the_number_that_was_asked_for_say_what_it_counts():
+    """Interpolating diffusion counts the steps of its first phase only."""
+    shown = [shown_passes(8, mean) for mean in (None, 8.0, 7.5, 72.44)]
+    assert shown == ["8", "8", "7.5 of 8", "72.4 (8 diffusion steps)"]
 
 
 def test_sets_stand_below_real_text_and_nothing_is_shown_that_was_not_measured(results):
