@@ -12,7 +12,6 @@ import typer
 
 from prime_v2.commands.options import (
     MOST_SAMPLES,
-    NEW_FILE,
     BlockLength,
     CacheKind,
     CorrectorShare,
@@ -33,10 +32,11 @@ from prime_v2.commands.options import (
     TimeOn,
     TopP,
     Unit,
+    new_file,
 )
-from prime_v2.commands.picture import NEW_PICTURE, check_drawable, hidden_digit, picture_of
+from prime_v2.commands.picture import check_drawable, hidden_digit, picture_of
 from prime_v2.output.atomic import write_text
-from prime_v2.output.drawing import save_drawing
+from prime_v2.output.drawing import SUFFIXES, save_drawing
 from prime_v2.output.progress import progress_bar, quiet_libraries
 from prime_v2.output.trace import Trace
 
@@ -87,7 +87,7 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="Draw how the text denoised, passes by tokens (one sample), in a new file: .svg or .png.",
-            callback=NEW_PICTURE,
+            callback=new_file(*SUFFIXES),
         ),
     ] = None,
     page: Annotated[
@@ -96,7 +96,7 @@ def generate(
             metavar="FILE",
             help="Write how the text denoised, with what the network predicted, as an HTML page that needs nothing "
             "else (one sample). FILE must be new.",
-            callback=NEW_FILE,
+            callback=new_file(".html"),
         ),
     ] = None,
     beside: Annotated[

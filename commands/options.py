@@ -1,5 +1,7 @@
 """Options and arguments that several sub-commands share."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,13 @@ MOST_SAMPLES = 1024  # texts that are generated at once
 MOST_DRAWS = 10**6  # for one number
 
 # Callbacks of options and arguments that name a place to write.
-NEW_FILE, NEW_FOLDER, FOLDER = map(place, (check_new_file, check_new_folder, check_folder))
+NEW_FOLDER, FOLDER = map(place, (check_new_folder, check_folder))
+
+
+def new_file(*suffixes: str) -> Callable[..., Path | None]:
+    """The callback of an option that names a new file, with one of these suffixes."""
+    return place(partial(check_new_file, suffixes=suffixes))
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its name on the Hub.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda if there is one]")]
@@ -55,8 +63,8 @@ Output = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Also write a record: the numbers with command, commit, versions and machine. FILE must be new.",
-        callback=NEW_FILE,
+        help="Also write a record, .json: the numbers with command, commit, versions and machine. FILE must be new.",
+        callback=new_file(".json"),
     ),
 ]
 

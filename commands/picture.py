@@ -1,22 +1,10 @@
 """The picture of a sample, as `prime-v2 generate --picture` and `prime-v2 demo` draw it."""
 
-from pathlib import Path
 from typing import Any
 
-from prime_v2.commands.base import place
-from prime_v2.output.drawing import Drawing, check_suffix
-from prime_v2.output.places import check_new_file
+from prime_v2.output.drawing import Drawing
 from prime_v2.output.trace import Trace
 from prime_v2.output.trace_picture import draw_trace
-
-
-def check_new_picture(path: Path, option: str) -> None:
-    """ValueError unless a new file can be written at `path` and its suffix is one of a picture."""
-    check_new_file(path, option)
-    check_suffix(path, option)
-
-
-NEW_PICTURE = place(check_new_picture)  # callback of an option
 
 
 def check_drawable(model: Any) -> None:

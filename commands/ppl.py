@@ -318,6 +318,8 @@ def render_score(score: dict[str, Any]) -> str:
     sign = "=" if score["is_exact"] else "≤"
     exact = "exact, of this sampler" if score["method"] == "sampler" else "exact, left to right"
     kind = exact if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
+    if score["stderr"] is None and score["monte_carlo_stderr"]:
+        kind += f"; standard error of its draws {score['monte_carlo_stderr']:.4f}"
     number = score.get("num_documents")
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
@@ -339,8 +341,7 @@ def render_score(score: dict[str, Any]) -> str:
         errors = [score[name] for name in ("stderr", "monte_carlo_stderr") if score[name] is not None]
         part = f", at most {min(errors):.4f} nats/token of the standard error" if len(errors) == 2 else ""
         lines.append(("draws", f"{score['num_samples']} a sequence{part}"))
-    if score["stderr"] is not None:
-        lines.append(("intervals", _about_intervals([score])))
+    lines.append(("intervals", _about_intervals([score])))
     return "\n".join(f"{name:<17}{value}" for name, value in lines)
 
 
@@ -348,6 +349,9 @@ def _about_intervals(scores: list[dict[str, Any]]) -> str:
     """What the intervals of these scores cover, and how to read that of a bound."""
     from prime_v2.eval.intervals import UPPER_END
 
+    scores = [each for each in scores if each["stderr"] is not None]
+    if not scores:
+        return "none: a single sequence does not show how texts differ"
     names = {"documents": "documents", "stretches": "stretches of one text (not other documents)"}
     covered = " or ".join(names[over] for over in dict.fromkeys(score["interval_over"] for score in scores))
     draws = " and draws" if any(score["num_samples"] for score in scores) else ""
@@ -371,6 +375,16 @@ def render_table(results: dict[str, Any]) -> str:
     if results["stride"] < results["window"]:
         windows += f", the last {results['stride']:,} of them scored"
     shown.append(f"\n{windows}; = exact, ≤ bound; ± and [ ] are intervals: {_about_intervals(results['rows'])}")
+    shown += [
+        f"no interval for {row['model']} on {row['set']}: a single sequence does not show how texts differ"
+        + (
+            f"; standard error of its draws {row['monte_carlo_stderr']:.4f} nats/token"
+            if row["monte_carlo_stderr"]
+            else ""
+        )
+        for row in results["rows"]
+        if row["stderr"] is None
+    ]
     totals = {(row["set"], row["num_tokens"]) for row in results["rows"]}
     if len(totals) > len(results["sets"]):
         shown.append("the models' tokenizers differ: compare bits/byte, not nats/token or perplexity")

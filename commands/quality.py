@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prime_v2.commands.base import finish
-from prime_v2.commands.options import FOLDER, MOST_DRAWS, NEW_FILE, SOURCE_HELP, Device, Dtype, Json, Model, Output
+from prime_v2.commands.options import FOLDER, MOST_DRAWS, SOURCE_HELP, Device, Dtype, Json, Model, Output, new_file
 from prime_v2.commands.text_source import RUN_FILE, TextSource, run_options, shares_of
 from prime_v2.output.paths import short_names
 from prime_v2.output.progress import progress_bar, quiet_libraries
@@ -107,7 +107,9 @@ def quality(
     ] = Path("runs/quality"),
     figure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the results, as a PNG. FILE must be new.", callback=NEW_FILE),
+        typer.Option(
+            metavar="FILE", help="Also draw the results, as a PNG. FILE must be new.", callback=new_file(".png")
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

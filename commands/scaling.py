@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prime_v2.commands.base import Command, finish, new_app
-from prime_v2.commands.options import MOST_DRAWS, NEW_FILE, Json, Output
+from prime_v2.commands.options import MOST_DRAWS, Json, Output, new_file
 from prime_v2.output.progress import progress_bar
 from prime_v2.output.records import code_version
 
@@ -121,7 +121,8 @@ def fit(
 @scaling_app.command(cls=Command)
 def plot(
     figure: Annotated[
-        Path, typer.Option(metavar="FILE", help="New file for the figure: .png, .pdf or .svg.", callback=NEW_FILE)
+        Path,
+        typer.Option(metavar="FILE", help="New file for the figure: .png, .pdf or .svg.", callback=new_file(*FIGURES)),
     ],
     source: Sources = None,
     family: Family = None,
@@ -137,8 +138,6 @@ def plot(
     from prime_v2.studies.scaling.families import choose_families
     from prime_v2.studies.scaling.plots import plot_families
 
-    if figure.suffix not in FIGURES:
-        raise ValueError(f"--figure {figure} must end with {', '.join(FIGURES)}")
     fits, left_out = _fits(source, family, loss, count, allow_mixed=allow_mixed)
     points, _ = choose_families(_points(source, loss, count), family or [])
     plot_families([(fits[name], points[name]) for name in fits], figure)

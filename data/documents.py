@@ -46,7 +46,8 @@ def read_documents(
     byte-order mark is dropped.
 
     Raises ValueError, one sentence. At once: a missing path, an unknown suffix, max_documents < 1. While iterating: an
-    empty or binary file, a line or row without text in `text_field`, a hub name that cannot be loaded.
+    empty or binary file, a line or row without text in `text_field`, a hub name that cannot be loaded. Files of a
+    folder are no exception: which of them were read decides what a number is about.
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents={max_documents} must be at least 1, or None for all documents")
@@ -101,7 +102,10 @@ def _lines(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 bad = error.start if bad < 0 else min(bad, error.start)
             if bad >= 0:
-                raise ValueError(f"{path} is not a UTF-8 text file: byte {offset + bad} is {line[bad]:#04x}")
+                raise ValueError(
+                    f"{path} is not a UTF-8 text file: byte {offset + bad} is {line[bad]:#04x}; convert it to UTF-8, "
+                    f"or move it out of its folder, of which all {', '.join(FILE_SUFFIXES)} files are read"
+                )
             yield (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
             offset += len(line)
 

@@ -14,6 +14,7 @@ import torch
 from prime_v2.families import FAMILY_OF_TYPE
 from prime_v2.output.seals import PICKLES
 from prime_v2.validation_config_prime_v2 import read_mapping, readable_json
+from prime_v2.validation_keywords_prime_v2 import nearest
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -103,9 +104,23 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used here ({_first_line(error)}); use cpu") from None
+    except (RuntimeError, AssertionError):
+        names = devices()
+        kind = str(device).partition(":")[0]
+        near = nearest({"gpu": "cuda"}.get(kind, kind), [each.partition(":")[0] for each in names])
+        near = next((each for each in names if each.partition(":")[0] == near), "cpu")
+        raise ValueError(f"device={str(device)!r} cannot be used; here are {', '.join(names)}: use {near}") from None
     return chosen
+
+
+def devices() -> list[str]:
+    """The names of the devices of this machine that torch can use: cpu, cuda or cuda:0, cuda:1, ..."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return ["cpu"]
+    count = torch.accelerator.device_count()
+    numbered = [f"{accelerator.type}:{number}" for number in range(count)]
+    return ["cpu", *(numbered if count > 1 else [accelerator.type])]
 
 
 def choose_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -110,8 +110,8 @@ def score_windows(
     (`prime_v2.eval.samplers.named_config`). shared: the processes of this run (Accelerate's) each score a part, and
     all of them get the whole result.
     Keys of the result:
-        method, is_bound; is_exact: -log p itself, nothing drawn; num_tokens, num_sequences, num_samples (draws a
-            sequence, 0 where exact), num_forward (rows that the network ran)
+        method; is_exact: -log p itself, nothing drawn; is_bound: not below -log p, which holds for an exact value, too
+        num_tokens, num_sequences, num_samples (draws a sequence, 0 where exact), num_forward (rows the network ran)
         nats_per_token: -log p, or its upper bound where `is_bound`; otherwise it may be below -log p
         nats_per_token_interval_95: Student's t of `stderr` and `degrees`, None without them
         stderr, degrees: standard error of nats_per_token and its degrees of freedom, over `num_clusters` clusters of

@@ -29,7 +29,8 @@ class PrimeV2LogLikelihood(ModelOutput):
     Student's t with so many times stderr (`prime_v2.eval.answers.interval`). Infinite where nothing was drawn.
     `samples`: on request, B tensors (K,) float64 whose mean is `value`, K = 1 where nothing was drawn; for
     sequences with equal keys they are common random numbers (`paired_difference`).
-    `is_exact`: value is the log-likelihood itself, of the decoding order that the method names, and no bound of it.
+    `is_exact`: value is the log-likelihood itself, of the decoding order that the method names; `is_bound` is then
+    True as well, as its line above says.
     """
 
     value: Tensor | None = None

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 
 from prime_v2.output.atomic import write_text
 from prime_v2.output.figures import new_figure, save_figure
+from prime_v2.output.places import check_suffix
 
 SUFFIXES = (".svg", ".png")
 ROUND = 3.0  # radius of the corners of a box, drawn as a stroke around a smaller one
@@ -147,15 +148,9 @@ class Drawing:
     shapes: Sequence[Shape]
 
 
-def check_suffix(path: Path, option: str) -> None:
-    """ValueError unless `save_drawing` knows the suffix."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{option} {path} must end with {' or '.join(SUFFIXES)}; use e.g. out.svg")
-
-
 def save_drawing(drawing: Drawing, path: Path) -> Path:
     """Write the drawing as SVG or PNG, as the suffix says, whole or not at all."""
-    check_suffix(path, "the name")
+    check_suffix(path, "the name", SUFFIXES)
     if path.suffix.lower() == ".svg":
         return write_text(path, svg_text(drawing))
     return save_figure(png_figure(drawing), path)

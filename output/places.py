@@ -2,20 +2,28 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prime_v2.output.atomic import write_json
 
 
-def check_new_file(path: Path, option: str = "--output") -> None:
-    """ValueError unless a new file can be written at `path`."""
+def check_new_file(path: Path, option: str = "--output", suffixes: Sequence[str] = ()) -> None:
+    """ValueError unless a new file can be written at `path`, with one of these suffixes where there are any."""
     if _exists(path, option):
         raise ValueError(f"{option} {path} exists; give another name, or delete it first")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
     _try(path, path.parent, option)
+    if suffixes:
+        check_suffix(path, option, suffixes)
+
+
+def check_suffix(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """ValueError unless the name says one of the formats that the file can have."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} {path} must end with {' or '.join(suffixes)}; use e.g. out{suffixes[0]}")
 
 
 def check_new_folder(path: Path, option: str = "--export") -> None:

@@ -206,7 +206,7 @@ def test_arguments_are_told_apart(tmp_path, models, text):
         (["--masked-share", 0.5, "--masked-share", -1], "--masked-share -1.0 must be between 0"),
         (["--window", 4], "windows of at least 8 tokens, but --window 4; use --window 8"),
         (["--window", 33], "--window 33 must be between 1 and max_position_embeddings=32"),
-        (["--device", "nowhere"], "--device nowhere cannot be used here"),
+        (["--device", "nowhere"], "--device nowhere cannot be used; here are cpu"),
         (["--dtype", "int8"], "--dtype int8 is not a floating-point type"),
         (["--max-windows", 0], "'--max-windows'"),
         (["--text-field", "body"], "has no field 'body'"),

@@ -150,5 +150,5 @@ def test_places_that_hold_nothing_are_refused(tmp_path, text_file):
 
 
 def test_devices_and_types_that_are_not_here_are_refused(model_dir):
-    assert "--device nowhere cannot be used here" in refused("generate", model_dir, "--device", "nowhere")
+    assert "--device nowhere cannot be used; here are cpu" in refused("generate", model_dir, "--device", "nowhere")
     assert "--dtype int8 is not a floating-point type" in refused("generate", model_dir, "--dtype", "int8")

@@ -95,10 +95,24 @@ def test_one_sequence_is_rendered_without_an_interval():
     score = {"method": "subtoken", "is_bound": True, "nats_per_token": math.log(8), "stderr": None, "num_samples": 1}
     score |= {"monte_carlo_stderr": None, "num_tokens": 3, "num_sequences": 1, "unigram_entropy": 1.0}
     score |= {"perplexity": 8.0, "perplexity_interval_95": None, "is_exact": False, "nats_per_token_interval_95": None}
-    assert render_score(score).splitlines()[1:3] == [
-        "subtoken         2.0794 nats/token (bound)",
-        "perplexity       ≤ 8.00",
-    ]
+    none = "intervals        none: a single sequence does not show how texts differ"
+    lines = render_score(score).splitlines()
+    assert lines[1:3] == ["subtoken         2.0794 nats/token (bound)", "perplexity       ≤ 8.00"]
+    assert lines[-1] == none
+    lines = render_score(score | {"num_samples": 8, "monte_carlo_stderr": 0.0123}).splitlines()
+    assert lines[1] == "subtoken         2.0794 nats/token (bound; standard error of its draws 0.0123)"
+    assert lines[-2:] == ["draws            8 a sequence", none]
+
+
+def test_a_table_gives_the_error_of_the_draws_where_a_text_has_no_interval(model_dir, broken, tmp_path):
+    (tmp_path / "short.txt").write_text("the quick brown fox")
+    arguments = ["ppl", model_dir, tmp_path / "short.txt", "--num-samples", 4]
+    found = json.loads(run(*arguments, "--json").stdout)["evaluation"]
+    assert found["nats_per_token_interval_95"] is None
+    error = f"standard error of its draws {found['monte_carlo_stderr']:.4f}"
+    assert f"nats/token (bound; {error})" in run(*arguments).stdout
+    table = run(*arguments, "--also", broken).stdout
+    assert table.count(f"a single sequence does not show how texts differ; {error} nats/token") == 2
 
 
 def test_ppl_of_a_sampler_is_exact_and_says_which_law_it_is_of(model_dir, broken, text_file, tmp_path):

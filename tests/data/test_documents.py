@@ -87,6 +87,20 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, message)
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_a_folder_that_is_no_text_is_named_and_not_skipped(tmp_path):
+    """Which files were read decides what a number is about."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_bytes(b"\x89PNG")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    sentence = (
+        r"b.txt is not a UTF-8 text file: byte 0 is 0x89; convert it to UTF-8, or move it out .* all .txt, .jsonl"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        list(read_documents(tmp_path))
+    (tmp_path / "b.txt").rename(tmp_path / "b.bin")
+    assert list(read_documents(tmp_path)) == ["text"]
+
+
 def test_bad_parquet_columns_are_refused(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"id": [1], "body": [None]})
     with pytest.raises(ValueError, match="has no column 'text'; its columns are id, body"):

@@ -293,7 +293,7 @@ def test_logits_that_are_not_finite_name_the_request(folder, requests, settings)
             for name in ("published", "add_bos_token", "truncation", "enable_thinking")
         ),
         ({"chat_template_args": "x"}, "chat_template_args='x' must be a mapping"),
-        ({"device": "cuda:7"}, "device='cuda:7' cannot be used here"),
+        ({"device": "cuda:7"}, "device='cuda:7' cannot be used; here are cpu"),
         ({"dtype": "float31"}, "dtype='float31' is not a floating-point type"),
     ],
     ids=str,

@@ -114,3 +114,19 @@ def test_every_result_with_a_record_is_printed_and_written_by_the_one_function()
         "studies/compare/run.py",  # summary.json of the runs' folder, after the printed tables
         "studies/quality/run.py",  # finished cells, from which a stopped study goes on
     }
+
+
+def test_a_new_file_has_a_suffix_of_its_format(tmp_path):
+    """By option and command: before the model `x` is looked for, and nothing is written."""
+    suffixes = {"output": ".json", "page": ".html", "picture": ".svg or .png", "figure": ".png"}
+    found = 0
+    for each in WRITTEN:
+        if each.name not in suffixes:
+            continue
+        result = CliRunner().invoke(app, call(each, str(tmp_path / "out.txt")))
+        ending = suffixes[each.name] + (" or .pdf or .svg" if each.command == ("scaling", "plot") else "")
+        assert result.exit_code == 2
+        option = each.flag or each.info.metavar
+        assert f"error: {option} {tmp_path / 'out.txt'} must end with {ending}; use e.g. out." in result.stderr
+        found += 1
+    assert found >= 8 and not list(tmp_path.iterdir())
