@@ -43,7 +43,8 @@ class RuleProcess(MaskedProcess):
         hidden_states = self.timed_pass(picked, tokens)
         scores, processed = self._score(picked, tokens, hidden_states)
         eligible = units.hidden(self.states[picked]) & tokens.unsqueeze(-1)
-        chosen = choose(self.sampler, scores.flatten(1), eligible.flatten(1), quota).view_as(eligible)
+        scores, sizes = scores.flatten(1, 2).unbind(-1)
+        chosen = choose(self.sampler, scores, eligible.flatten(1), quota, sizes).view_as(eligible)
         at, columns = tokens.nonzero(as_tuple=True)
         wanted = chosen.any(-1)[at, columns]
         at, columns = at[wanted], columns[wanted]
@@ -60,12 +61,12 @@ class RuleProcess(MaskedProcess):
         self._tick("sampling")
 
     def _score(self, picked: Tensor, tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (R, T, U) float64 of the units of `tokens` (R, T), -inf elsewhere, and the logits (M, V) they are of.
+        """`confidence` (R, T, U, 2) float64 of the units of `tokens` (R, T), and the logits (M, V) that it is of.
 
         The logits are kept only where logits processors made them: those are called once a pass.
         """
         at, columns = tokens.nonzero(as_tuple=True)
-        scores = torch.full((*tokens.shape, self.units.per_token), -torch.inf, dtype=torch.double, device=at.device)
+        scores = torch.zeros(*tokens.shape, self.units.per_token, 2, dtype=torch.double, device=at.device)
         kept = []
         for part, logits in self.pieces(hidden_states, picked[at], columns):
             states = self.states[picked[at[part]], columns[part]]

@@ -26,8 +26,9 @@ from .validation_keywords_prime_v2 import did_you_mean, nearest, shown
 SCORED_ELEMENTS = 2**19  # logits that are scored at once: 2 MiB of float32
 UNITS = ("token", "digit", "stage")
 SCORES = ("probability", "margin", "entropy")
-# Scores that differ by less, relative to the larger, are equal: a float32 network rounds by 1e-7 to 1e-6 differently
-# in batches of other shapes. Where everything is hidden all positions have one distribution, so ties are no accident.
+# Scores that differ by less, relative to the size of what they are computed from, are equal: a float32 network rounds
+# by 1e-7 to 1e-6 differently in batches of other shapes. Where everything is hidden all positions have one
+# distribution, so ties are no accident.
 ROUNDING = 2.0**-16
 
 
@@ -333,11 +334,11 @@ class Units:
         return chosen & (numbers < upto) & (states == self.table.base)
 
     def scores(self, logits: Tensor, states: Tensor, score: str) -> Tensor:
-        """Scores (M, U), the surer the higher, of the units of M tokens with logits (M, V) and states (M, S).
+        """`confidence` (M, U, 2) of the units of M tokens with logits (M, V) and states (M, S).
 
         In the logits' type, a few tokens at a time: what is computed of them then stays in a processor's cache.
         """
-        found = logits.new_empty(len(logits), self.per_token)
+        found = logits.new_empty(len(logits), self.per_token, 2)
         rows = max(1, SCORED_ELEMENTS // logits.shape[1])
         for start in range(0, len(logits), rows):
             part = slice(start, start + rows)
@@ -351,7 +352,7 @@ class Units:
         if self.kind == "digit":
             sums = probabilities @ self.one_hot.to(probabilities.dtype)
             return confidence(sums.log().unflatten(-1, (self.per_token, self.table.base)), score)
-        found, stages = logits.new_empty(len(logits), 1), self.stages_visible(states)
+        found, stages = logits.new_empty(len(logits), 1, 2), self.stages_visible(states)
         for stage in range(len(self.stage_ends)):
             rows = stages == stage
             if self.stage_ends[stage] == self.table.num_subtokens:  # a node is a token
@@ -377,34 +378,46 @@ class Units:
 
 
 def confidence(logits: Tensor, score: str) -> Tensor:
-    """Logits (..., C) of C values to (...): probability of the likeliest, margin, or minus the entropy (nats)."""
+    """Logits (..., C) of C values to (..., 2): the score, the surer the higher, and what its rounding is relative to.
+
+    probability of the likeliest value; margin, of which the two likeliest may leave little; minus the entropy (nats).
+    """
     # By softmax and not `exp`, which takes many times longer where a result is 0 or nearly so.
     probabilities = logits.softmax(-1)
     if score == "entropy":
         log_p = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)
-        return probabilities.mul_(log_p).sum(-1)
+        negative = probabilities.mul_(log_p).sum(-1)
+        return torch.stack([negative, 1 - negative], dim=-1)
     best, index = probabilities.max(-1, keepdim=True)
+    value = best
     if score == "margin":
-        best = best - probabilities.scatter_(-1, index, 0.0).amax(-1, keepdim=True)
-    return best.squeeze(-1)
+        value = best - probabilities.scatter_(-1, index, 0.0).amax(-1, keepdim=True)
+    return torch.cat([value, best], dim=-1)
 
 
-def choose(sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: Tensor) -> Tensor:
+def choose(
+    sampler: RuleSamplerConfig, scores: Tensor, eligible: Tensor, quota: Tensor, sizes: Tensor | None = None
+) -> Tensor:
     """The units that a pass reveals: (R, N) bool.
 
-    scores (R, N) float64; eligible (R, N) bool; quota (R,) int64, at least how many (or all that are eligible).
+    scores and sizes (R, N) float64, as of `best_first`; eligible (R, N) bool; quota (R,) int64, at least how many (or
+    all that are eligible).
     """
     scores = scores.masked_fill(~eligible, -torch.inf)
-    ordered, index = best_first(scores)
+    ordered, index = best_first(scores, sizes)
     count = torch.maximum(quota, sampler.count(ordered)).minimum(eligible.sum(1))
     best = torch.arange(scores.shape[1], device=scores.device) < count.unsqueeze(1)
     return torch.zeros_like(best).scatter_(1, index, best)
 
 
-def best_first(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (R, N), the highest first, and their columns; a chain within `ROUNDING` is ordered by column."""
+def best_first(scores: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scores (R, N), the highest first, and their columns; a chain within `ROUNDING` is ordered by column.
+
+    sizes (R, N): what the rounding is relative to, by default the scores.
+    """
     ordered, index = scores.sort(dim=1, descending=True, stable=True)
-    apart = ordered[:, :-1] - ordered[:, 1:] > ROUNDING * ordered[:, :-1].abs()
+    sizes = ordered.abs() if sizes is None else sizes.gather(1, index)
+    apart = ordered[:, :-1] - ordered[:, 1:] > ROUNDING * sizes[:, :-1]
     group = torch.cat([torch.zeros_like(index[:, :1]), apart.long().cumsum(1)], dim=1)
     index = index.gather(1, (group * scores.shape[1] + index).argsort(dim=1))
     return scores.gather(1, index), index

@@ -351,16 +351,25 @@ def test_scores_within_rounding_are_equal_and_ordered_by_position():
     assert torch.equal(ordered, scores.double().gather(1, index))
 
 
-def test_where_all_is_hidden_the_first_token_is_the_leftmost_in_every_batch():
-    """All positions have one distribution there, and its roundings differ."""
-    model = small_model(seed=4)
-    for rows in (1, 2, 5):
-        drafts = []
-        model.generate(
-            torch.empty(rows, 0, dtype=torch.long),
-            max_new_tokens=7,
-            max_denoising_steps=7,
-            sampler_config=ConfidenceSamplerConfig(),
-            stopping_criteria=[lambda ids, _: drafts.append(ids) or torch.zeros(len(ids), dtype=torch.bool)],  # noqa: B023
+def test_a_small_difference_of_large_numbers_is_rounded_as_they_are():
+    """Margins of 1e-4 between probabilities of 0.5: 1e-7 apart they are equal, though 1e-3 of the margin."""
+    scores = torch.tensor([[1e-4, 1e-4 + 1e-7, 3e-4]], dtype=torch.double)
+    assert best_first(scores)[1].tolist() == [[2, 1, 0]]
+    assert best_first(scores, torch.full_like(scores, 0.5))[1].tolist() == [[2, 0, 1]]
+
+
+@pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
+@pytest.mark.parametrize("unit", ["token", "digit"])
+def test_where_all_is_hidden_the_first_unit_is_the_leftmost_in_every_batch(score, unit):
+    """All positions have one distribution there, and its roundings differ; here two values are nearly as likely."""
+    sampler = ConfidenceSamplerConfig(score=score, unit=unit)
+    for seed, rows in itertools.product((0, 4), (1, 2, 5)):
+        model = small_model(seed=seed, scale=0.2, vocab_size=500, hidden_size=64, num_attention_heads=4)
+        options = merge_options(
+            model, None, {"max_new_tokens": 17, "max_denoising_steps": 200, "sampler_config": sampler, "seed": 0}
         )
-        assert ((drafts[0] != model.config.mask_token_id).long() == torch.eye(7, dtype=torch.long)[0]).all()
+        canvas = make_canvas(model, torch.empty(rows, 0, dtype=torch.long), None, None, options)
+        process = RuleProcess(model, options, canvas, [])
+        with torch.no_grad():
+            process.run_pass(list(range(rows)))
+        assert ((process.states != 2).any(-1) == (torch.arange(17) == 0)).all()

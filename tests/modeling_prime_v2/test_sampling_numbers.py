@@ -37,7 +37,10 @@ def test_scores_are_those_of_the_units_distributions(kind, score):
             for token, key in enumerate(keys):
                 values[tuple(key)] += float(p[token])
             expected = definition(torch.tensor(list(values.values()), dtype=torch.double), score)
-            assert float(found[row, unit]) == pytest.approx(float(expected), abs=1e-6)
+            value, size = found[row, unit].tolist()
+            assert value == pytest.approx(float(expected), abs=1e-6)
+            largest = max(values.values())
+            assert size == pytest.approx(1 - float(expected) if score == "entropy" else largest, abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [3, DRAW_BLOCK, 5 * DRAW_BLOCK + 7])
