@@ -48,6 +48,7 @@ RULES = {
     "eval_sequences": Range(256, low=1),
     "test_sequences": Range(1024, low=1),
     "eval_num_samples": COUNT,
+    "sampler_sequences": Range(160, low=1),
     "num_generated": Range(3),
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
@@ -149,6 +150,9 @@ def check_values(values: dict[str, Any], options: Iterable[Any]) -> list[str]:
             continue
         if problem is not None:
             problems.append(f"--{name} {value} {problem}")
+    passes = values.get("sampler_passes") or []
+    if not isinstance(passes, list) or any(_problem_of(each, COUNT, whole=True) for each in passes):
+        problems.append(f"--sampler_passes {passes} must be whole numbers of at least 1; use 64 8 4")
     for name in ("logging_steps", "eval_steps", "save_steps"):
         value = values.get(name)
         if isinstance(value, float) and math.isfinite(value) and value > 1 and not value.is_integer():

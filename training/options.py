@@ -75,6 +75,11 @@ class RunOptions:
     eval_sequences: int = field(default=256, metadata={"help": "Blocks of the dev split per evaluation."})
     test_sequences: int = field(default=1024, metadata={"help": "Blocks of the test split in the final evaluation."})
     eval_num_samples: int = field(default=8, metadata={"help": "Noise draws per sequence in evaluations."})
+    sampler_passes: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Passes at which the law of ancestral sampling is evaluated at the end, e.g. 64 8 4."},
+    )
+    sampler_sequences: int = field(default=160, metadata={"help": "Blocks of the test split for --sampler_passes."})
     num_generated: int = field(default=3, metadata={"help": "Samples generated at the end."})
     record: str | None = field(default=None, metadata={"help": "A further place for the record of the run (JSON)."})
 

@@ -17,6 +17,7 @@ from prime_v2.eval.intervals import UPPER_END, plus_minus
 from prime_v2.eval.perplexity import score_windows, unigram_entropy
 from prime_v2.eval.windows import Windows
 from prime_v2.families import bound_method, label_of
+from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.hub_card.card import write_card
 from prime_v2.output.atomic import write_json
 from prime_v2.output.numbers import duration
@@ -159,17 +160,37 @@ def generate_samples(model, tokenizer, run: Any, test: PackedBlocks | Examples, 
 
 
 def final_evaluation(model, tokenizer, run: Any, test: PackedBlocks | Examples, seed: int) -> dict[str, Any]:
-    """The reported numbers, on the test split: the valid bound, and the paper's loss beside it."""
+    """The reported numbers, on the test split: the valid bound, and the paper's loss beside it.
+
+    With --sampler_passes also "sampler", a bound for each number of passes: on the law of `generate` with as many, of
+    families whose samplers have one.
+    """
     blocks = test.first(run.test_sequences)
     options = {"num_samples": run.eval_num_samples, "seed": seed, "keep_sequences": True}
     methods = {"bound": bound_method(model.config)}
     if "paper_loss" in model.likelihood_methods:
         methods["paper_loss"] = "paper_loss"
-    return {
+    found = {
         name: score_held_out(model, tokenizer, blocks, bytes_held(test), method=method, **options)
         | ({} if test.tokenizer_loss is None else {"tokenizer_loss": test.tokenizer_loss})
         for name, method in methods.items()
     }
+    if "sampler" not in model.likelihood_methods or not run.sampler_passes:
+        return found
+    first, passes = test.first(run.sampler_sequences), {str(each): each for each in run.sampler_passes}
+    found["sampler"] = {
+        name: score_held_out(
+            model,
+            tokenizer,
+            first,
+            bytes_held(test),
+            method="sampler",
+            generation_config=PrimeV2GenerationConfig(max_denoising_steps=steps),
+            **options,
+        )
+        for name, steps in passes.items()
+    }
+    return found
 
 
 def _versions_read(run: Any, blocks: PackedBlocks | Examples) -> dict[str, Any]:
@@ -191,6 +212,8 @@ def print_summary(record: dict[str, Any], folder: Path) -> None:
     if loss is not None:
         not_bound = "" if loss["is_bound"] else " (not a bound on the likelihood)"
         print(f"  the paper's loss  {_with_error(loss)} nats/token{not_bound}")
+    for passes, law in results["evaluation"].get("sampler", {}).items():
+        print(f"  sampled in {passes:<6} {_with_error(law)} nats/token, a bound ({law['num_sequences']} sequences)")
     if bound["nats_per_token_interval_95"] is not None:
         draws, end = ("", "") if bound["is_exact"] else (" and draws", f"\n  {UPPER_END}")
         over = bound.get("interval_over", "sequences")  # as records of earlier versions have it

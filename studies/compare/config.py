@@ -36,6 +36,7 @@ DECIDED = {
 COMMON = (
     "data", "data_split", "text_field", "streaming", "max_documents", "tokenizer", "bpe_vocab_size", "block_size",
     "global_batch", "short_share", "dev_share", "test_share", "eval_sequences", "test_sequences",
+    "sampler_passes", "sampler_sequences",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {"num_generated": 0}
 

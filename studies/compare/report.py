@@ -22,6 +22,7 @@ BOUND_FIELDS = (
     "unigram_entropy", "perplexity", "perplexity_interval_95", "text_bytes", "bits_per_byte",
     "bits_per_byte_interval_95",
 )  # fmt: skip
+SAMPLED = "Nats/token of the law of ancestral sampling at so many passes, a bound"
 TRAINING_FIELDS = (
     "parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds", "device",
 )  # fmt: skip
@@ -102,12 +103,14 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
     the shape with the lowest dev bound, where there are several shapes.
     """
     check_one_experiment(trained, allow_mixed)
+    records = dict(trained)
     scores = {run: record["results"]["evaluation"]["bound"] for run, record in trained}
     baselines = {(run.shape, run.budget, run.seed): run for run in scores if run.name == comparison.baseline}
     rows = []
     for run, record in trained:
         other = baselines.get((run.shape, run.budget, run.seed))
-        rows.append(_row(run, record, comparison.count, _difference(scores, run, other)))
+        row = _row(run, record, comparison.count, _difference(scores, run, other))
+        rows.append(row | {"sampler": _sampler(record, None if other in (None, run) else records[other])})
     groups = [_group(rows, key) for key in dict.fromkeys((row["name"], row["shape"], row["budget"]) for row in rows)]
     return {
         "comparison": comparison.name,
@@ -132,6 +135,17 @@ def _difference(scores: dict[Run, dict[str, Any]], run: Run, other: Run | None) 
     if other is None or other == run:
         return None
     return paired(scores[run], scores[other])
+
+
+def _sampler(record: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
+    """By passes, the law of the ancestral sampler and its difference to the other run's at as many passes."""
+    mine, theirs = (
+        {} if each is None else each["results"]["evaluation"].get("sampler", {}) for each in (record, other)
+    )
+    return {
+        passes: _without_sequences(law) | {"difference": paired(law, theirs[passes]) if passes in theirs else None}
+        for passes, law in mine.items()
+    }
 
 
 def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any] | None) -> dict[str, Any]:
@@ -204,7 +218,14 @@ def _group(rows: Sequence[dict[str, Any]], key: tuple[str, str, float]) -> dict[
         "unigram_entropy": fmean(each["unigram_entropy"] for each in bounds),
         "paper_loss": None if losses[0] is None else over_seeds(losses) | {"is_bound": losses[0]["is_bound"]},
         "difference": None if None in differences else over_seeds(differences),
+        "sampler": {passes: _sampler_group([row["sampler"][passes] for row in chosen]) for passes in first["sampler"]},
     }
+
+
+def _sampler_group(laws: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one number of passes, over the seeds."""
+    differences = [each["difference"] for each in laws]
+    return over_seeds(laws) | {"difference": None if None in differences else over_seeds(differences)}
 
 
 def _best(
@@ -251,6 +272,24 @@ def score_table(
             label = f"{with_interval(loss)} ({'the same bound' if loss['is_bound'] else 'no bound'})"
         delta = "–" if difference is None else with_interval(difference, "+.3f")
         lines.append([f"{sign} {with_interval(bound)}", f"{sign} {_perplexity(bound)}", label, delta])
+    return _labelled(results, groups, heads, lines)
+
+
+def sampler_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """(headings, lines) of the laws of ancestral sampling at few passes; None where no run has one."""
+    groups = [group for group in results["groups"] if group.get("sampler")]
+    if not groups:
+        return None
+    heads, lines = [], [[] for _ in groups]
+    for passes in groups[0]["sampler"]:
+        heads += [f"{passes} passes ± 95%", f"minus {results['baseline']}"]
+        for line, group in zip(lines, groups, strict=True):
+            law = group["sampler"][passes]
+            difference = law["difference"]
+            line += [
+                f"≤ {with_interval(law)}",
+                "–" if difference is None else with_interval(difference, "+.3f"),
+            ]
     return _labelled(results, groups, heads, lines)
 
 
@@ -332,6 +371,8 @@ def notes(results: dict[str, Any]) -> list[str]:
 def render(results: dict[str, Any]) -> str:
     """Tables and notes as plain text."""
     parts = [_text(score_table(results)), _text(cost_table(results))]
+    if laws := sampler_table(results):
+        parts.append(f"{SAMPLED}:\n{_text(laws)}")
     if results["best"]:
         edge = [f"{each['name']} at {number(each['budget'])}" for each in results["best"] if each["at_the_edge"]]
         parts.append("the size with the lowest dev bound:\n" + _text(score_table(results, results["best"])))
@@ -348,6 +389,8 @@ def _text(table: tuple[list[str], list[list[str]]]) -> str:
 def markdown_text(results: dict[str, Any]) -> str:
     """Tables and notes as Markdown."""
     parts = [markdown(*whole_table(results))]
+    if laws := sampler_table(results):
+        parts.append(f"{SAMPLED}:\n\n{markdown(*laws)}")
     if results["best"]:
         parts.append("The size with the lowest dev bound:\n\n" + markdown(*score_table(results, results["best"])))
     return "\n".join([*parts, "\n".join(notes(results)) + "\n"])

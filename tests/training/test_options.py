@@ -82,6 +82,14 @@ def test_what_breaks_a_promise_is_refused_whatever_else_is_given(name, capsys):
     assert re.search(f"--{name} .* is not supported here|{name}", outcome([*START, f"--{name}", other], capsys))
 
 
+@pytest.mark.parametrize("value", [[0], [4, True], [2.5], "64", 4, [[8]]], ids=str)
+def test_passes_are_whole_numbers_of_at_least_one(value, capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"sampler_passes": value}), encoding="utf-8")
+    found = outcome(["--config", str(path), *START[:2]], capsys)
+    assert "--sampler_passes" in found and "must be whole numbers of at least 1; use 64 8 4" in found
+
+
 def test_problems_of_several_options_are_reported_at_once(capsys):
     sentence = outcome([*START, "--global_batch", "-4", "--learning_rate", "nan", "--logging_steps", "0"], capsys)
     for part in (

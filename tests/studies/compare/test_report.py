@@ -237,6 +237,26 @@ def test_the_best_size_is_chosen_on_the_dev_split_and_compared_with_the_baseline
     assert best["ARM"]["difference"]["nats_per_token"] == pytest.approx(gap.mean() / LENGTH)
 
 
+def test_laws_of_ancestral_sampling_are_paired_with_the_baselines_at_as_many_passes():
+    comparison, trained = compared(seeds=(0, 1))
+    for run, record in trained:
+        evaluation = record["results"]["evaluation"]
+        if run.name != "ARM":
+            few = {**evaluation["bound"], "nats_of_sequences": (nats_of(record) + LENGTH * run.seed).tolist()}
+            evaluation["sampler"] = {"8": evaluation["bound"], "4": few}
+    results = summarise(comparison, trained)
+    groups = {group["name"]: group for group in results["groups"]}
+    assert groups["ARM"]["sampler"] == {} and groups["MDM"]["sampler"]["8"]["difference"] is None
+    assert groups["Prime"]["sampler"]["8"]["difference"] == groups["Prime"]["difference"]
+    # What is added to both runs of a seed is in no difference.
+    few, whole = groups["Prime"]["sampler"]["4"]["difference"], groups["Prime"]["difference"]
+    assert few["nats_per_token"] == pytest.approx(whole["nats_per_token"])
+    assert few["interval_95"] == pytest.approx(whole["interval_95"])
+    assert "8 passes ± 95% | minus MDM | 4 passes ± 95% | minus MDM" in markdown_text(results)
+    assert "law of ancestral sampling" in render(results)
+    assert "law of ancestral sampling" not in render(summarise(*compared()))
+
+
 def settings_compared():
     """Two settings of one size: a setting is at no edge of the sizes."""
     comparison, trained = compared(names=("MDM", "ARM"), shapes=("16x1", "32x1"))
