@@ -12,7 +12,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import FOLDER, MOST_DRAWS, SOURCE_HELP, Device, Dtype, Json, Model, Output, new_file
 from prime_v2.commands.text_source import RUN_FILE, TextSource, run_options, shares_of
 from prime_v2.output.paths import short_names
-from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.progress import progress_bar, quiet_libraries, say
 
 if TYPE_CHECKING:
     from prime_v2.studies.quality.judge import Judge
@@ -125,17 +125,22 @@ def quality(
 
     Every sampler writes a set of texts, of which none is left out, at each number of passes and at each temperature.
     """
-    from prime_v2.output.records import code_version
-    from prime_v2.studies.quality.report import render
-
-    quiet_libraries()
-    code, names = code_version(), [model, *(also or [])]
     if law_only and (mauve or judge is not None):
         raise ValueError(f"{'--mauve' if mauve else '--judge'} judges samples, which --law-only draws none of")
-    made = _plan(names, sampler, passes, temperature, frontier_passes, length)
+    with progress_bar("reading configurations"):
+        from prime_v2.output.records import code_version
+        from prime_v2.studies.quality.report import render
+
+        quiet_libraries()
+        code, names = code_version(), [model, *(also or [])]
+        made = _plan(names, sampler, passes, temperature, frontier_passes, length)
     plan = made(samples=samples, prompt=prompts, draws=draws, batch=batch, seed=seed, law_only=law_only)
     study = Study(names, judge, text, training_text, mauve, out, device, dtype)
-    results = study.run(plan)
+    try:
+        results = study.run(plan)
+    except KeyboardInterrupt:
+        say(f"stopped: finished parts are in {out / CELLS}, and the same command goes on from there")
+        raise
     finish("quality", results, lambda: render(results), as_json, output, seed=seed, code=code)
     if figure is not None:
         from prime_v2.studies.quality.plots import plot_quality
@@ -199,6 +204,7 @@ class Study:
         from prime_v2.studies.quality.statistics import check_self_bleu
 
         labels = short_names(self.models)
+        self._check_text()
         if not plan.law_only:
             check_self_bleu()
         if self.mauve:
@@ -217,6 +223,7 @@ class Study:
         bench, about_text = self._bench(plan, judge, tokenizer, configs[0])
         models, cells = [], []
         for name, label in zip(self.models, labels, strict=True):
+            say(f"loading {label}")
             found = run_model(bench, self._loaded(name)[0], label)
             models.append({"folder": short_names([name])[0], **found["about"]})
             cells += found["cells"]
@@ -258,6 +265,7 @@ class Study:
             name, chosen = self.models[kinds.index("causal")], "; no --judge was given, so the first ARM judges"
         config = load_config(name)
         check_judge(config)
+        say(f"loading the judge, {_label(name, self.models, labels)}")
         judge = Judge(*load_scorer(name, self.device, self.dtype), tokenizer)
         judge.check(plan.length)
         label = _label(name, self.models, labels)
@@ -275,6 +283,7 @@ class Study:
         from prime_v2.studies.quality.run import Bench
         from prime_v2.studies.quality.texts import held_out, training_index
 
+        say("reading the text")
         held, training, about = self._texts()
         text = held_out(tokenizer, held, config.eos_token_id, plan.length, plan.samples)
         index = None
@@ -287,8 +296,18 @@ class Study:
             "training": None if index is None else index.sha256,
             "mauve": self.mauve,
         }
-        bench = Bench(plan, text, judge, index, self.mauve, self.out / CELLS, measured, progress_bar)
-        return bench, about
+        return Bench(plan, text, judge, index, self.mauve, self.out / CELLS, measured), about
+
+    def _check_text(self) -> None:
+        if self.text is not None:
+            return
+        if self.training_text is not None:
+            raise ValueError(f"--training-text {self.training_text} goes with --text SOURCE; add it")
+        if not run_options(self.models[0]):
+            raise ValueError(
+                f"{Path(self.models[0]) / RUN_FILE} does not exist, which says what {self.models[0]} was trained on; "
+                f"give held-out text by --text FILE"
+            )
 
     def _texts(self) -> tuple[list[str], list[str] | None, dict[str, Any]]:
         """(held-out documents, training documents or None, what a record says of them)."""
@@ -298,14 +317,7 @@ class Study:
             training = self.training_text and TextSource(self.training_text, None, "text").read("train")
             source = TextSource(self.text, None, "text")
             return source.read("test"), training or None, {"source": self.text, "training_text": self.training_text}
-        if self.training_text is not None:
-            raise ValueError(f"--training-text {self.training_text} goes with --text SOURCE; add it")
         options = run_options(self.models[0])
-        if not options:
-            raise ValueError(
-                f"{Path(self.models[0]) / RUN_FILE} does not exist, which says what {self.models[0]} was trained on; "
-                f"give held-out text by --text FILE"
-            )
         shares = shares_of(self.models[0])
         sides: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         with progress_bar("reading documents") as show, contextlib.closing(_documents(options)) as documents:

@@ -1,4 +1,4 @@
-"""Progress bars, and quiet libraries beside them."""
+"""Progress on stderr: bars on a terminal, lines everywhere; and quiet libraries beside them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +11,11 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once: what a long command does next or has finished, also where stderr is a file."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

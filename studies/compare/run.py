@@ -27,6 +27,7 @@ from prime_v2.eval.intervals import plus_minus
 from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import LOCK, folder_lock
 from prime_v2.output.numbers import duration
+from prime_v2.output.progress import say
 from prime_v2.output.records import code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, Run, number
@@ -312,7 +313,7 @@ def prepare(comparison: Comparison, out: Path) -> None:
             options, training, _ = parsed(run.options | {"max_steps": 1}, f"run {run.name}")
             folder = _data_folder(out, run.seed)
             if not (folder / "complete").exists():
-                print(f"preparing the text of seed {run.seed}", file=sys.stderr, flush=True)
+                say(f"preparing the text of seed {run.seed}")
             prepare_text(text_options(options, training.seed), {"num_subtokens": 1}, folder)
 
 
@@ -340,9 +341,6 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
     """Train the runs; the failures as sentences by run."""
     names = {str(each.run): each for each in waiting}
     total, begun, clock = already + len(waiting), [already], _Clock()
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     def on_start(task: Task) -> None:
         begun[0] += 1

@@ -1,9 +1,10 @@
 """Runs the cells of a study; each finished one is saved, so that the same command goes on where it was stopped."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from prime_v2.families import label_of
 from prime_v2.output.atomic import write_json
+from prime_v2.output.numbers import duration, three_digits
+from prime_v2.output.progress import progress_bar, say
 from prime_v2.studies.quality.judge import Judge, generative_perplexity, mauve_of
 from prime_v2.studies.quality.plan import Cell, Plan, cells_of, key_of, samplers_of, weights_sha256
 from prime_v2.studies.quality.samples import law, write
@@ -19,6 +22,7 @@ from prime_v2.studies.quality.statistics import NgramIndex, describe, entropy, m
 from prime_v2.studies.quality.texts import HeldOut
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]]
+CELL = "cell"  # what a saved part says it is of
 
 
 @dataclass(frozen=True)
@@ -32,32 +36,34 @@ class Bench:
     mauve: bool
     folder: Path
     about: dict[str, Any]  # what decides on the numbers beside plan, cell and model: judge, training text
-    bar: Bar
+    bar: Bar = progress_bar
+    say: Callable[[str], None] = say
 
 
 def run_model(bench: Bench, model: Any, label: str) -> dict[str, Any]:
-    """All cells of a model: {"about", "cells"}, both JSON-ready."""
+    """All cells of a model: {"about", "cells"}, both JSON-ready.
+
+    Those with the fewest passes are run first, so that there are finished ones soon.
+    """
     plan = bench.plan
     samplers, missing = samplers_of(model, plan.samplers)
     cells = cells_of(plan, model, samplers)
-    sha256, rows = weights_sha256(model), []
-    steps = [plan.samples * (cell.has_law + (not plan.law_only)) for cell in cells]
-    with bench.bar(label) as show:
-        for number, cell in enumerate(cells):
-            done, total = sum(steps[:number]), sum(steps)
-
-            def progress(count: int, _: int) -> None:
-                nonlocal done
-                done += count
-                show(done, total)  # noqa: B023 - called before the next turn
-
-            path = bench.folder / f"{key_of(cell, plan, bench.about | {'weights': sha256})}.json"
-            if path.exists():
-                found = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                found = run_cell(bench, model, cell, progress)
-                write_json(path, found)
-            rows.append({"model": label, **vars(cell), **found})
+    about = bench.about | {"weights": weights_sha256(model)}
+    paths = {cell: bench.folder / f"{key_of(cell, plan, about)}.json" for cell in cells}
+    waiting = sorted((cell for cell in cells if not paths[cell].exists()), key=lambda cell: cell.passes)
+    finished = len(cells) - len(waiting)
+    bench.say(f"{label}: {len(cells)} parts" + (f", {finished} of them finished before" if finished else ""))
+    for number, cell in enumerate(waiting, finished + 1):
+        name, started = f"[{number}/{len(cells)}] {label}: {cell}", time.monotonic()
+        with bench.bar(name) as show:
+            found = run_cell(bench, model, cell, _counted(show, cell, plan))
+        write_json(paths[cell], {CELL: {"model": label, **asdict(cell)}, **found})
+        bench.say(f"{name}: {_in_short(found)}, {duration(time.monotonic() - started)}")
+    rows = []
+    for cell in cells:
+        found = json.loads(paths[cell].read_text(encoding="utf-8"))
+        found.pop(CELL, None)  # parts of earlier versions have none
+        rows.append({"model": label, **vars(cell), **found})
     about = {
         "name": label,
         "family": label_of(model.config),
@@ -69,6 +75,26 @@ def run_model(bench: Bench, model: Any, label: str) -> dict[str, Any]:
         "without": missing,
     }
     return {"about": about, "cells": rows}
+
+
+def _counted(show: Callable[[int, int | None], None], cell: Cell, plan: Plan) -> Callable[[int, int], None]:
+    """Shows how many of the texts of a cell, real and sampled, are done, as they are counted up."""
+    done, total = 0, plan.samples * (cell.has_law + (not plan.law_only))
+
+    def progress(count: int, _: int) -> None:
+        nonlocal done
+        done += count
+        show(done, total)
+
+    return progress
+
+
+def _in_short(found: dict[str, Any]) -> str:
+    law, samples = found["law"], found["samples"]
+    shown = [] if law is None else [f"{'=' if law['is_exact'] else '≤'} {law['nats_per_token']:.3f} nats/token"]
+    if samples is not None:
+        shown.append(f"generative perplexity {three_digits(samples['generative_perplexity']['value'])}")
+    return ", ".join(shown)
 
 
 def run_cell(bench: Bench, model: Any, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`prime-v2 quality` from end to end on small models, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from command_runs import DOCUMENTS, of_command
 from prime_v2 import PrimeV2ArmConfig, PrimeV2ForCausalLM, build_tokenizer
 from prime_v2.output.paths import without_places
 from prime_v2.output.records import read_record
+from prime_v2.studies.quality import run as study_run
 from prime_v2.tokenization.bpe import train_bpe
 
 quality, refused = of_command("quality")
@@ -77,7 +79,6 @@ def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_
         ([*study, "--sampler", "margn"], "did you mean margin"),
         ([*study, "--sampler", "margin,unit=stage"], "no model has the sampler margin,unit=stage"),
         ([*study, "--samples", 9], "self-BLEU needs at least 17 samples, not 9"),
-        ([*study, "--samples", 1000], "fewer than --samples 1000; give a longer text"),
         ([*study, "--passes", 13], "--passes 13 are more than the 12 tokens"),
         ([*study, "--temperature", 0], "must be positive and finite"),
         ([*study, "--length", 65], "max_position_embeddings=64"),
@@ -86,7 +87,47 @@ def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_
         ([model_dir, "--also", arm_dir, *SMALL, "--training-text", text_file], "goes with --text SOURCE"),
     ):
         assert words in refused(*arguments), words
+    result = quality(*study, "--samples", 1000)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[:2] == ["loading the judge, ARM", "reading the text"]
+    assert "fewer than --samples 1000; give a longer text" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "parts").exists()
+
+
+def test_what_is_finished_is_said_and_kept_where_a_run_is_stopped(study, tmp_path, monkeypatch):
+    """Without a terminal; the second part is cut off, and the same command does not repeat the first."""
+    real, done = study_run.run_cell, []
+
+    def stopped(bench, model, cell, progress):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return real(bench, model, cell, progress)
+
+    monkeypatch.setattr(study_run, "run_cell", stopped)
+    result = quality(*study)
+    assert (result.exit_code, result.stdout) == (130, "")
+    said = result.stderr.splitlines()
+    assert said[:4] == [
+        "loading the judge, ARM", "reading the text", "loading MDM-Prime-v2", "MDM-Prime-v2: 4 parts",
+    ]  # fmt: skip
+    assert re.match(
+        r"\[1/4\] MDM-Prime-v2: ancestral, 4 passes: ≤ [\d.]+ nats/token, generative perplexity \d+, ", said[4]
+    )
+    cells = tmp_path / "parts" / "cells"
+    assert said[5] == f"stopped: finished parts are in {cells}, and the same command goes on from there"
+    (part,) = cells.iterdir()
+    kept = json.loads(part.read_text())
+    assert kept["cell"]["model"] == "MDM-Prime-v2" and kept["cell"]["sampler"] == "ancestral"
+    part.write_text(json.dumps({name: kept[name] for name in ("law", "samples")}))  # as earlier versions wrote it
+
+    monkeypatch.setattr(study_run, "run_cell", real)
+    result = quality(*study, "--json")
+    assert "MDM-Prime-v2: 4 parts, 1 of them finished before" in result.stderr.splitlines()
+    assert result.stderr.count("[4/4] MDM-Prime-v2: ") == 1 and "[1/4] MDM-Prime-v2" not in result.stderr
+    first = json.loads(result.stdout)["cells"][0]
+    assert (first["law"], first["samples"]) == (kept["law"], kept["samples"])
+    assert "cell" not in first
 
 
 def test_models_of_other_tokens_are_not_compared_but_may_judge(study, arm_dir, model_dir, text_file, tmp_path):

@@ -57,7 +57,7 @@ def bench(folder, plan=PLAN) -> Bench:
     judge = None if plan.law_only else SmallJudge()
     index = NgramIndex([WINDOWS.flatten().numpy()])
     show = contextlib.nullcontext(nothing)
-    return Bench(plan, TEXT, judge, index, False, folder, {"judge": "small"}, lambda _: show)
+    return Bench(plan, TEXT, judge, index, False, folder, {"judge": "small"}, lambda _: show, nothing)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -241,6 +241,8 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_cell", lambda *given: done.append(given[2]) or real(*given))
     found = run_model(bench(tmp_path / "parts"), model, "m")
     assert len(done) == len(whole["cells"]) == 6, "nothing twice"
+    assert [cell.passes for cell in done] == [3, 3, 3, 3, 12, 12], "those with the fewest passes first"
+    assert [each["passes"] for each in found["cells"]] == [12, 3, 12, 3, 3, 3], "and as they were asked for"
 
     def untimed(cells):
         return [
