@@ -26,6 +26,7 @@ COVERED = {
     "prime-v2 generate": "def test_the_picture_shows_the_text_that_is_printed",
     "prime-v2 ppl": 'run("ppl", ',
     "prime-v2 eval": 'invoke(app, ["eval", ',
+    "prime-v2 quality": "def test_quality_prints_tables_records_the_numbers_and_draws_them",
     "prime-v2 demo": 'invoke(app, ["demo", ',
     "accelerate launch train.py": "def test_the_training_line_of_readme_runs_installed",
     "lm_eval": "--model prime_v2 --model_args pretrained=model,num_samples=4 --tasks sciq,boolq,arc_easy",
