@@ -170,6 +170,13 @@ def generate(
         print(json.dumps({**request, **_as_json(texts, completions, output)}, ensure_ascii=False))
     else:
         _print_texts(texts, options)
+    kept_keys = options.get("cache") or getattr(network.generation_config, "cache", None) or "none"
+    if kept_keys != "none":
+        print(
+            f"cache {kept_keys} is approximate: with --cache none the same seed may write another text "
+            f"(prime-v2 ppl --method sampler gives the nats that it costs)",
+            file=sys.stderr,
+        )
     if picture is not None:
         save_drawing(picture_of(trace, network, tokenizer), picture)
     if page is not None:

@@ -164,7 +164,7 @@ def sentence(law: dict[str, Any]) -> str:
     shown.append(f"{law['steps']} steps")
     idle = {"block_length": None, "cache": "none", "temperature": 1.0, "top_p": 1.0}
     shown += [f"{name} {law[name]}" for name, value in idle.items() if law[name] != value]
-    return ", ".join(shown).replace("_", " ")
+    return ", ".join(shown).replace("_", " ").replace(f"cache {law['cache']}", f"cache {law['cache']} (approximate)")
 
 
 def _owners(option: str) -> str:

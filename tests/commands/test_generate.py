@@ -261,6 +261,12 @@ def test_every_option_of_a_sampler_is_an_option_of_generate_and_those_of_a_law_o
     assert all(re.search(rf"\b{name}\b", sampler.info.help) for name in NAMES)
 
 
+def test_a_cache_is_called_approximate_beside_the_text(model_dir):
+    arguments = ["generate", model_dir, "--max-new-tokens", 4, "--seed", 1, "--block-length", 2]
+    assert "cache prefix is approximate" in run(*arguments, "--cache", "prefix").stderr
+    assert "approximate" not in run(*arguments).stderr
+
+
 def test_the_window_of_remasking_reaches_the_sampler(model_dir):
     given = {"eta": 0.3, "t_on": 0.9, "t_off": 0.1}
     options = [each for name, value in given.items() for each in (f"--{name.replace('_', '-')}", value)]

@@ -57,6 +57,8 @@ def test_without_a_name_the_model_s_own_sampler_counts():
         "top_p": 0.5,
     }
     assert sentence(found) == "threshold, unit token, threshold 0.7, 5 steps, top p 0.5"
+    cached = sentence(found | {"block_length": 4, "cache": "prefix"})
+    assert cached.endswith("5 steps, block length 4, cache prefix (approximate), top p 0.5")
 
 
 @pytest.mark.parametrize(
