@@ -154,12 +154,14 @@ def read_options(model: Any, given: dict, generation_config: GenerationConfig | 
     range, and a streamer for several samples.
     """
     config = vars(generation_config or GenerationConfig())
-    for each in (given, config):
+    for each in (given, config, vars(model.generation_config)):
         sampler, block_length, cache = (each.get(name) for name in ("sampler_config", "block_length", "cache"))
         check_family(model, sampler, block_length, cache)
     options = [*vars(GenerationConfig()), *GenerationConfig._get_default_generation_params(), *METADATA]
     known = [*arguments_of(model.generate), *options, *arguments_of(GenerationMixin.generate), *MODEL_INPUTS]
     given = {name: value for name, value in given.items() if name != "token_type_ids" or value is not None}
+    if isinstance(given.get("cache"), str):  # "none", as of the families with blocks
+        del given["cache"]
     refuse_unknown("generate", given, known, _no_sampler)
     refuse_unknown("generation_config", {name: value for name, value in config.items() if value is not None}, options)
     sources = [given, config, vars(model.generation_config)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,12 @@ class SamplerConfig:
         check_fields(cls, given)
         return super().__new__(cls)
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # Python's own, which JSON can hold
+                object.__setattr__(self, field.name, value.item())
+
     @property
     def name(self) -> str:
         """Its name in `SAMPLERS`."""
@@ -67,6 +74,7 @@ class AncestralSamplerConfig(SamplerConfig):
     stage_passes: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "stage_passes", checked_shares(type(self).__name__, self.stage_passes))
 
 
@@ -84,6 +92,7 @@ class RuleSamplerConfig(SamplerConfig):
     stage_passes: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         name = type(self).__name__
         if self.unit not in UNITS:
             raise ValueError(f"{name}: unit={shown(self.unit)} is not one of {', '.join(UNITS)}")
@@ -176,6 +185,7 @@ class RemaskingSamplerConfig(SamplerConfig):
     t_off: float = 0.05
 
     def __post_init__(self):
+        super().__post_init__()
         if not _is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"RemaskingSamplerConfig: eta={shown(self.eta)} is outside [0, 1]; use 0.02")
         _check_window(self, "0.55 and 0.05")
@@ -197,6 +207,7 @@ class PredictorCorrectorSamplerConfig(SamplerConfig):
     t_off: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         name, share = type(self).__name__, self.corrector_share
         whole_number(f"{name}: corrector_steps", self.corrector_steps, 1)
         if not _is_number(share) or not 0 < share <= 1:
@@ -226,7 +237,7 @@ def checked_shares(name: str, shares: Any) -> tuple[float, ...] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 SAMPLERS = {

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from networks import small_arm, small_model
@@ -153,6 +154,26 @@ def test_an_arm_says_that_it_has_no_samplers():
     for given in ({"sampler": "margin"}, {"unit": "digit"}):
         with pytest.raises(ValueError, match="an autoregressive model has no samplers; leave it out"):
             small_arm().generate(torch.tensor([[1]]), max_new_tokens=2, **given)
+
+
+def test_an_arm_refuses_a_sampler_of_its_saved_options_too_and_takes_no_cache_of_blocks_as_none():
+    model, prompt = small_arm(), torch.tensor([[1]])
+    expected = model.generate(prompt, max_new_tokens=3, seed=0)
+    assert torch.equal(model.generate(prompt, max_new_tokens=3, seed=0, cache="none"), expected)
+    model.generation_config.sampler_config = ConfidenceSamplerConfig()
+    with pytest.raises(ValueError, match="PrimeV2ForCausalLM has no ConfidenceSamplerConfig"):
+        model.generate(prompt, max_new_tokens=3, seed=0)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    for sampler in (
+        ThresholdSamplerConfig(threshold=np.float32(0.5)),
+        RemaskingSamplerConfig(eta=np.float64(0.5)),
+        PredictorCorrectorSamplerConfig(corrector_steps=np.int64(2)),
+        ConfidenceSamplerConfig(unit="stage", stage_passes=(np.float32(0.75), np.float32(0.25))),
+    ):
+        PrimeV2GenerationConfig(sampler_config=sampler).save_pretrained(tmp_path)
+        assert PrimeV2GenerationConfig.from_pretrained(tmp_path).sampler_config == sampler
 
 
 def test_a_cache_without_blocks_is_refused_in_a_call_and_kept_in_saved_options(tmp_path):
