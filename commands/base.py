@@ -70,8 +70,8 @@ NOT_IN_NAME = r"(?<![\w./,-])"
 VALUE = r"""('[^']*'|"[^"]*"|[^\s,;:()]+)"""
 # Where words are names of arguments: "takes unit, score", "leave sampler out".
 LISTED = re.compile(r"(?<=\btakes )[\w-]+(?:, [\w-]+)*|(?<=\bleave )[\w-]+(?= out\b)")
-# Flags of commands for arguments of functions that are True or False.
-FLAGS = {"do_sample=False": "--greedy", "do_sample=True": "--sample"}
+# Arguments of functions that have another name on the command line.
+SPOKEN = {"do_sample=False": "--greedy", "do_sample=True": "--sample", "suffix_ids": "--suffix"}
 
 
 class BadInput(Exception):
@@ -105,11 +105,11 @@ class Command(TyperCommand):
 
         Configs of samplers are their names on the command line.
         """
-        spoken = {each for param in self.params for each in (*param.opts, *param.secondary_opts)}
-        for argument, flag in FLAGS.items():
-            if flag in spoken:
+        own = {each for param in self.params for each in (*param.opts, *param.secondary_opts)}
+        for argument, flag in SPOKEN.items():
+            if flag in own:
                 sentence = sentence.replace(argument, flag)
-        if "--sampler" in spoken and "ampler" in sentence:
+        if "--sampler" in own and "ampler" in sentence:
             from prime_v2.eval.samplers import by_name
 
             sentence = by_name(sentence)

@@ -229,6 +229,8 @@ class Study:
             cells += found["cells"]
         if judge is not None and about_judge is not None and judge.re_encodes:
             about_judge["notes"] += _about_encoding(cells)
+        if not plan.law_only:
+            say("judging real text")
         real = reference(bench)
         return {
             **{name: getattr(plan, name) for name in ("length", "samples", "prompt", "draws", "batch")},
@@ -288,6 +290,7 @@ class Study:
         text = held_out(tokenizer, held, config.eos_token_id, plan.length, plan.samples)
         index = None
         if judge is not None and training is not None:
+            say("reading the n-grams of the training text")
             with progress_bar("n-grams of the training text"):
                 index = training_index(judge.tokenizer, training)
         measured = {

@@ -35,7 +35,7 @@ _SHARES = re.compile(r"(?:(?<=stage_passes=)|(?<=to 1; use ))\((\d[\d.]*(?:, \d[
 
 
 def by_name(sentence: str) -> str:
-    """A sentence about configs of samplers as one about names: sampler=confidence with unit='digit'."""
+    """A sentence about configs of samplers as one about names: sampler=confidence with unit=digit."""
 
     def named(found: re.Match[str]) -> str:
         name, listed, fields = _NAME_OF[found[1]], found[2], found[3]
@@ -47,7 +47,8 @@ def by_name(sentence: str) -> str:
         return f"sampler={name}{' with ' if given else ''}{' and '.join(given)}"
 
     sentence = _SHARES.sub(lambda found: found[1].replace(", ", ":"), sentence)
-    return _CONFIG.sub(named, sentence).replace("sampler_config", "sampler")
+    sentence = _CONFIG.sub(named, sentence).replace("sampler_config", "sampler")
+    return re.sub(r"\b(unit|score|cache)='([\w-]+)'", r"\1=\2", sentence)
 
 
 @contextlib.contextmanager

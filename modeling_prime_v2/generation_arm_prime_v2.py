@@ -139,7 +139,9 @@ class PrimeV2ArmGenerationMixin(PrimeV2GreedyMixin, GenerationMixin):
 def refuse_filling_in(suffix_ids: Tensor | None, max_denoising_steps: int | None) -> None:
     """ValueError for options of families that fill in."""
     if suffix_ids is not None:
-        raise ValueError("suffix_ids were given, but an autoregressive model cannot fill in; leave them out")
+        raise ValueError(
+            "an autoregressive model cannot fill in, so it has no use for suffix_ids; leave suffix_ids out"
+        )
     if max_denoising_steps is not None:
         raise ValueError(
             f"max_denoising_steps={max_denoising_steps} is for diffusion models; an autoregressive model takes one "

@@ -266,7 +266,7 @@ def sampler_from(value: Any) -> SamplerConfig | None:
 
 def check_fields(config: type, given: Iterable[str]) -> None:
     """ValueError for the first name of `given` that is no field of this class of `SAMPLERS`, with the one meant."""
-    fields = [each.name for each in dataclasses.fields(config)]  # type: ignore[arg-type]
+    fields = [each.name for each in dataclasses.fields(config)]
     for name in given:
         if name not in fields:
             owners = _owners(name)

@@ -193,6 +193,8 @@ def test_a_model_that_writes_left_to_right_has_no_picture(tmp_path):
     PrimeV2ForCausalLM(PrimeV2ArmConfig(vocab_size=280, eos_token_id=0, **shape)).save_pretrained(folder)
     found = json.loads(run("generate", folder, "--prompt", "the", "--max-new-tokens", 4, "--json").stdout)
     assert 1 <= found["samples"][0]["num_forward"] <= 4 and found["network_seconds"] > 0
+    sentence = refused("generate", folder, "--suffix", "x")
+    assert sentence == "an autoregressive model cannot fill in, so it has no use for --suffix; leave --suffix out"
     sentence = refused("generate", folder, "--prompt", "the", "--picture", tmp_path / "arm.svg")
     assert sentence.startswith("--picture shows hidden tokens as they become known, but this model writes from left")
 

@@ -84,12 +84,12 @@ def test_without_a_name_the_model_s_own_sampler_counts():
         ),
         ("ancestral", {"unit": "digit"}, "is an option of the sampler confidence.* but ancestral takes stage_passes"),
         ("margin", {"treshold": 0.9}, "treshold is no option of a sampler; did you mean threshold?"),
-        ("margin", {"unit": "word"}, "unit='word' is not one of token, digit, stage"),
-        ("margin", {"unit": "stage"}, "sampler=confidence with unit='stage' needs a model with stages"),
+        ("margin", {"unit": "word"}, "unit=word is not one of token, digit, stage"),
+        ("margin", {"unit": "stage"}, "sampler=confidence with unit=stage needs a model with stages"),
         ("threshold", {"threshold": 1.0}, r"threshold=1.0 is outside \(0, 1\); use 0.9"),
         ("margin", {"steps": 0}, "max_denoising_steps=0 must be an integer of at least 1"),
-        ("margin", {"cache": "all"}, "cache='all' is not one of none, prefix, dual"),
-        ("margin", {"cache": "dual"}, "cache='dual' keeps keys and values .* add block_length=32"),
+        ("margin", {"cache": "all"}, "cache=all is not one of none, prefix, dual"),
+        ("margin", {"cache": "dual"}, "cache=dual keeps keys and values .* add block_length=32"),
         ("remasking", {"eta": 2}, r"sampler=remasking: eta=2 is outside \[0, 1\]; use 0.02"),
         ("margin", {"eta": 0.1}, "eta=0.1 is an option of the sampler remasking, but margin takes unit, stage_passes"),
         (
@@ -109,7 +109,7 @@ def test_what_is_no_sampler_or_no_option_of_it_is_refused(name, options, message
 def test_a_sentence_about_configs_is_one_about_names():
     for config, name in (
         ("use ConfidenceSamplerConfig()", "use sampler=confidence"),
-        ("ConfidenceSamplerConfig(score='margin', unit='digit') shows", "sampler=margin with unit='digit' shows"),
+        ("ConfidenceSamplerConfig(score='margin', unit='digit') shows", "sampler=margin with unit=digit shows"),
         (
             "it has AncestralSamplerConfig (ancestral), ThresholdSamplerConfig (threshold)",
             "it has ancestral, threshold",

@@ -229,7 +229,7 @@ def test_processors_criteria_and_streamers_see_no_token_that_was_not_given(model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"suffix_ids": torch.tensor([[1]])}, "suffix_ids were given, but an autoregressive model cannot fill in"),
+        ({"suffix_ids": torch.tensor([[1]])}, "cannot fill in, so it has no use for suffix_ids; leave suffix_ids out"),
         ({"max_denoising_steps": 4}, "max_denoising_steps=4 is for diffusion models; .* leave it out"),
         ({"input_ids": torch.tensor([[1, 11]])}, r"ids span \[1, 11\], .* an autoregressive model fills in no mask"),
     ],
