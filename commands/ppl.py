@@ -318,8 +318,7 @@ def render_score(score: dict[str, Any]) -> str:
     sign = "=" if score["is_exact"] else "≤"
     exact = "exact, of this sampler" if score["method"] == "sampler" else "exact, left to right"
     kind = exact if score["is_exact"] else "bound" if score["is_bound"] else "not a bound"
-    if score["stderr"] is None and score["monte_carlo_stderr"]:
-        kind += f"; standard error of its draws {score['monte_carlo_stderr']:.4f}"
+    kind += _of_draws(score) if score["stderr"] is None else ""
     number = score.get("num_documents")
     documents = "" if number is None else "1 document, " if number == 1 else f"{number:,} documents, "
     lines = [
@@ -345,13 +344,22 @@ def render_score(score: dict[str, Any]) -> str:
     return "\n".join(f"{name:<17}{value}" for name, value in lines)
 
 
+_NO_SPREAD = "a single sequence does not show how texts differ"
+
+
+def _of_draws(score: dict[str, Any]) -> str:
+    """What is known of the error of a single sequence; nothing where it has one draw or none."""
+    error = score["monte_carlo_stderr"]
+    return f"; standard error of its draws {error:.4f} nats/token" if error else ""
+
+
 def _about_intervals(scores: list[dict[str, Any]]) -> str:
     """What the intervals of these scores cover, and how to read that of a bound."""
     from prime_v2.eval.intervals import UPPER_END
 
     scores = [each for each in scores if each["stderr"] is not None]
     if not scores:
-        return "none: a single sequence does not show how texts differ"
+        return f"none: {_NO_SPREAD}"
     names = {"documents": "documents", "stretches": "stretches of one text (not other documents)"}
     covered = " or ".join(names[over] for over in dict.fromkeys(score["interval_over"] for score in scores))
     draws = " and draws" if any(score["num_samples"] for score in scores) else ""
@@ -376,12 +384,7 @@ def render_table(results: dict[str, Any]) -> str:
         windows += f", the last {results['stride']:,} of them scored"
     shown.append(f"\n{windows}; = exact, ≤ bound; ± and [ ] are intervals: {_about_intervals(results['rows'])}")
     shown += [
-        f"no interval for {row['model']} on {row['set']}: a single sequence does not show how texts differ"
-        + (
-            f"; standard error of its draws {row['monte_carlo_stderr']:.4f} nats/token"
-            if row["monte_carlo_stderr"]
-            else ""
-        )
+        f"no interval for {row['model']} on {row['set']}: {_NO_SPREAD}{_of_draws(row)}"
         for row in results["rows"]
         if row["stderr"] is None
     ]

@@ -100,7 +100,7 @@ def test_one_sequence_is_rendered_without_an_interval():
     assert lines[1:3] == ["subtoken         2.0794 nats/token (bound)", "perplexity       ≤ 8.00"]
     assert lines[-1] == none
     lines = render_score(score | {"num_samples": 8, "monte_carlo_stderr": 0.0123}).splitlines()
-    assert lines[1] == "subtoken         2.0794 nats/token (bound; standard error of its draws 0.0123)"
+    assert lines[1] == "subtoken         2.0794 nats/token (bound; standard error of its draws 0.0123 nats/token)"
     assert lines[-2:] == ["draws            8 a sequence", none]
 
 
@@ -110,7 +110,7 @@ def test_a_table_gives_the_error_of_the_draws_where_a_text_has_no_interval(model
     found = json.loads(run(*arguments, "--json").stdout)["evaluation"]
     assert found["nats_per_token_interval_95"] is None
     error = f"standard error of its draws {found['monte_carlo_stderr']:.4f}"
-    assert f"nats/token (bound; {error})" in run(*arguments).stdout
+    assert f"nats/token (bound; {error} nats/token)" in run(*arguments).stdout
     table = run(*arguments, "--also", broken).stdout
     assert table.count(f"a single sequence does not show how texts differ; {error} nats/token") == 2
 

@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(points, tmp_path):
             "the loss of Prime is not a bound on -log p, so that no compute efficiency follows from it; give runs "
             "whose results.evaluation.bound is one"
         )
-    assert "must end with .png, .pdf, .svg" in refused("plot", points, "--figure", tmp_path / "new.txt")
+    assert "must end with .png or .pdf or .svg" in refused("plot", points, "--figure", tmp_path / "new.txt")
     assert "does not exist; make it first" in refused("plot", points, "--figure", tmp_path / "no" / "new.png")
     assert "is not a bound" in refused("plot", points, "--family", "Prime", "--family", "MDM", "--figure", figure)
     assert list(tmp_path.iterdir()) == []

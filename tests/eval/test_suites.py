@@ -311,7 +311,7 @@ def test_a_set_that_a_run_read_is_named(diffusion, arm, data, tmp_path):
 def test_models_with_other_tokenizers_are_compared_by_bytes():
     row = {"set": "a", "model": "x", "method": "chain", "is_bound": True, "is_exact": True, "stderr": None}
     row |= {"nats_per_token": math.log(8), "nats_per_token_interval_95": None, "num_tokens": 9, "num_samples": 0}
-    row |= {"interval_over": "documents"}
+    row |= {"interval_over": "documents", "monte_carlo_stderr": 0.0}
     row |= {"perplexity": 8.0, "perplexity_interval_95": None, "bits_per_byte": 1.5, "bits_per_byte_interval_95": None}
     results = {
         "window": 4,
