@@ -4,7 +4,8 @@ On N uniform steps from t to s, with alpha = 1 - t, a revealed unit is hidden ag
     sigma = min(eta, (1 - alpha_s) / alpha_t)   where t_off < t <= t_on, else 0
 and a hidden one is revealed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), so that each is hidden
 with probability 1 - alpha_s after the step, as without remasking (eq. 7). Which units are hidden when does not depend
-on their values: steps that reveal nothing need no pass. A text can be reached on many paths, which hide other tokens
+on their values: steps that reveal nothing need no pass. In one that does the network reads what the step hides again,
+too: its prediction is that of the state before the step. A text can be reached on many paths, which hide other tokens
 in between, so this sampler's law is no product: `log_likelihood(method="sampler")` refuses it.
 """
 
@@ -31,6 +32,7 @@ class RemaskingProcess(MaskedProcess):
         self.num_steps = self.blocks.num_steps
         self.step = torch.zeros_like(self.num_steps)
         self.pending = torch.zeros_like(self.hidden_units)  # what the next pass of each row reveals
+        self.hiding = torch.zeros_like(self.hidden_units)  # what is hidden again behind it
         self._advance(list(range(len(canvas.ids))))
         self.passes_left = (self.num_steps * self.pending.flatten(1).any(1)).tolist()
 
@@ -38,20 +40,21 @@ class RemaskingProcess(MaskedProcess):
         picked = torch.tensor(rows, device=self.canvas.ids.device)
         for at, columns, logits in self.scores(picked, self.pending[picked].any(-1)):
             rows_of = picked[at]
-            digits = self.order.visible_digits(self.hidden_units[rows_of, columns])
+            hidden = self.hidden_units[rows_of, columns] & ~self.hiding[rows_of, columns]
+            digits = self.order.visible_digits(hidden)
             self.reveal(rows_of, columns, logits, self.step[rows_of], digits)
         self._advance(rows)
 
     def finish_next(self, row: int) -> None:
         super().finish_next(row)
-        self.pending[row] |= self.hidden_units[row]
-        self.hidden_units[row] = False
+        self.pending[row] |= self.hidden_units[row] & ~self.hiding[row]
+        self.hidden_units[row] = self.hiding[row] = False
         self.step[row] = self.num_steps[row]
 
     def _advance(self, rows: list[int]) -> None:
         """Take each row to its next step that reveals something, hiding on the way, or to its end."""
         waiting = torch.tensor(rows, device=self.canvas.ids.device)
-        self.pending[waiting] = False
+        self.pending[waiting] = self.hiding[waiting] = False
         while len(waiting):
             ended = self.step[waiting] >= self.num_steps[waiting]
             for row in waiting[ended].tolist():
@@ -61,8 +64,10 @@ class RemaskingProcess(MaskedProcess):
             self.step[waiting] += 1
             self.hidden_units[waiting] = (self.hidden_units[waiting] & ~reveal) | hide
             self.pending[waiting] = reveal
+            needs_pass = reveal.flatten(1).any(1)
+            self.hiding[waiting] = hide & needs_pass[:, None, None]
             self._hide(waiting)
-            waiting = waiting[~reveal.flatten(1).any(1)]
+            waiting = waiting[~needs_pass]
 
     def _changes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Units (R, T, U) bool that are hidden again, and that are revealed, in the next step of each row."""
@@ -95,13 +100,13 @@ class RemaskingProcess(MaskedProcess):
     def _decided(self) -> Tensor:
         """No token that the result keeps is hidden, nor can be hidden again in what is left of its block."""
         present, alpha_t, _ = self._step_of(torch.arange(len(self.canvas.ids), device=self.canvas.ids.device))
-        remasked = present & (1 - alpha_t.squeeze(-1) > self.options.sampler_config.t_off)
+        remasked = present & (1 - alpha_t.squeeze(-1) > self.options.sampler_config.t_off) | self.hiding.any(-1)
         return super()._decided() & ~(remasked & self._kept()).any(1)
 
     def _hide(self, rows: Tensor) -> None:
         """Mask what is hidden in the states of the fillable tokens, before the network reads them."""
         canvas, base = self.canvas, self.model.code_table.base
-        hidden = self.hidden_units[rows] | self.pending[rows]
+        hidden = self.hidden_units[rows] & ~self.hiding[rows] | self.pending[rows]
         visible = self.order.visible_digits(hidden) | ~canvas.fillable[rows].unsqueeze(-1)
         states = torch.where(visible, self.states[rows], base)
         self.states[rows] = states

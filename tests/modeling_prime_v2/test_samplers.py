@@ -191,13 +191,13 @@ def remasking_by_steps(model, num_steps: int, sampler, seed: int) -> torch.Tenso
         sigma = min(sampler.eta, (1 - alpha_s) / alpha_t) if inside and alpha_t else 0.0
         draws = torch.rand(hidden.shape, generator=generator, dtype=torch.double)
         hide, reveal = ~hidden & (draws < sigma), hidden & (draws < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
-        hidden = (hidden | hide) & ~reveal
-        kept = order.visible_digits(hidden | reveal)  # what was visible and is not hidden again
+        kept = order.visible_digits(hidden)  # the network reads the state before the step
         states = torch.where(kept, digits, config.base)
         with torch.no_grad():
             probabilities = model(subtoken_ids=states).logits.double().softmax(-1)
         ids = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(ROWS, 2)
         digits = torch.where(kept, digits, model.code_table.codes[ids])
+        hidden = (hidden | hide) & ~reveal
     return model.decode(digits)
 
 
