@@ -127,6 +127,7 @@ def quality(
     """
     if law_only and (mauve or judge is not None):
         raise ValueError(f"{'--mauve' if mauve else '--judge'} judges samples, which --law-only draws none of")
+    say(f"reading configurations; finished parts are kept in {out / CELLS}")
     with progress_bar("reading configurations"):
         from prime_v2.output.records import code_version
         from prime_v2.studies.quality.report import render
@@ -139,7 +140,7 @@ def quality(
     try:
         results = study.run(plan)
     except KeyboardInterrupt:
-        say(f"stopped: finished parts are in {out / CELLS}, and the same command goes on from there")
+        say(f"stopped; the same command goes on from what is in {out / CELLS}")
         raise
     finish("quality", results, lambda: render(results), as_json, output, seed=seed, code=code)
     if figure is not None:

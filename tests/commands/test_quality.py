@@ -14,8 +14,19 @@ from prime_v2.output.records import read_record
 from prime_v2.studies.quality import run as study_run
 from prime_v2.tokenization.bpe import train_bpe
 
-quality, refused = of_command("quality")
+quality, _ = of_command("quality")
 SMALL = ["--samples", 17, "--length", 12, "--passes", 4, "--temperature", 0.7, "--device", "cpu"]
+
+
+def refused(*arguments: object) -> str:
+    """The sentence of a refusal, which stands alone but for the line that a study begins with."""
+    result = quality(*arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    *before, line = result.stderr.splitlines()
+    assert len(before) <= 1 and all(each.startswith("reading configurations; ") for each in before)
+    command, sentence = line.split(": error: ", 1)
+    assert command == "prime-v2 quality"
+    return sentence
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +100,7 @@ def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_
         assert words in refused(*arguments), words
     result = quality(*study, "--samples", 1000)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[:2] == ["loading the judge, ARM", "reading the text"]
+    assert result.stderr.splitlines()[1:3] == ["loading the judge, ARM", "reading the text"]
     assert "fewer than --samples 1000; give a longer text" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "parts").exists()
 
@@ -108,14 +119,15 @@ def test_what_is_finished_is_said_and_kept_where_a_run_is_stopped(study, tmp_pat
     result = quality(*study)
     assert (result.exit_code, result.stdout) == (130, "")
     said = result.stderr.splitlines()
-    assert said[:4] == [
+    cells = tmp_path / "parts" / "cells"
+    assert said[:5] == [
+        f"reading configurations; finished parts are kept in {cells}",
         "loading the judge, ARM", "reading the text", "loading MDM-Prime-v2", "MDM-Prime-v2: 4 parts",
     ]  # fmt: skip
     assert re.match(
-        r"\[1/4\] MDM-Prime-v2: ancestral, 4 passes: ≤ [\d.]+ nats/token, generative perplexity \d+, ", said[4]
+        r"\[1/4\] MDM-Prime-v2: ancestral, 4 passes: ≤ [\d.]+ nats/token, generative perplexity \d+, ", said[5]
     )
-    cells = tmp_path / "parts" / "cells"
-    assert said[5] == f"stopped: finished parts are in {cells}, and the same command goes on from there"
+    assert said[6] == f"stopped; the same command goes on from what is in {cells}"
     (part,) = cells.iterdir()
     kept = json.loads(part.read_text())
     assert kept["cell"]["model"] == "MDM-Prime-v2" and kept["cell"]["sampler"] == "ancestral"
