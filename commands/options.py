@@ -135,7 +135,9 @@ BlockLength = Annotated[
 CacheKind = Annotated[
     str | None,
     typer.Option(
-        "--cache", metavar="NAME", help="Keys and values kept in a block: none, prefix or dual (approximate)."
+        "--cache",
+        metavar="NAME",
+        help="Keys and values kept in a block of --block-length: none, prefix or dual (approximate).",
     ),
 ]
 Temperature = Annotated[float | None, typer.Option(metavar="X", help="Divisor of the logits, above 0.")]
