@@ -280,7 +280,8 @@ def sampler_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] 
     groups = [group for group in results["groups"] if group.get("sampler")]
     if not groups:
         return None
-    heads, lines = [], [[] for _ in groups]
+    heads: list[str] = []
+    lines: list[list[str]] = [[] for _ in groups]
     for passes in groups[0]["sampler"]:
         heads += [f"{passes} passes ± 95%", f"minus {results['baseline']}"]
         for line, group in zip(lines, groups, strict=True):
