@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import (
 
 from .cache_name_prime_v2 import CACHE_NAME, one_cache
 from .configuration_backbone_prime_v2 import PrimeV2BackboneConfig
-from .linear_prime_v2 import linear
+from .kept_prime_v2 import PrimeV2RMSNorm, SwiGLU, made_again, normed
+from .linear_prime_v2 import linear, plain_weight
 from .validation_config_prime_v2 import readable_json
 from .validation_weights_prime_v2 import check_codes, check_headers, refuse_pickles
 
@@ -36,26 +37,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class PrimeV2RMSNorm(nn.RMSNorm):
-    """RMSNorm, PyTorch's own kernel: it keeps its input for the backward pass and nothing else."""
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping the two inputs and nothing else for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_up = nn.functional.silu(gate).mul_(grad)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad_up
-
-
 class PrimeV2MLP(nn.Module):
     """SwiGLU feed-forward network; of the wide activations, gate and up are kept, their product is made again."""
 
@@ -68,18 +49,9 @@ class PrimeV2MLP(nn.Module):
     def forward(self, hidden_states: Tensor, checkpointed: bool = False) -> Tensor:
         """(..., D) to (..., D); checkpointed: the layer keeps nothing anyway."""
         gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
-        product = SwiGLU.apply(gate, up)
-        if checkpointed or torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers decide themselves
-            return linear(self.down_proj, product)
-        address = product.data_ptr()
-
-        def pack(kept: Tensor) -> Tensor | tuple[int, ...]:
-            return tuple(kept.shape) if kept.data_ptr() == address and kept.numel() == gate.numel() else kept
-
-        def unpack(kept: Tensor | tuple[int, ...]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else (nn.functional.silu(gate) * up).view(kept)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        # The gradient of a plain layer's input is a new tensor; others may hand on one that they have from elsewhere.
+        product = SwiGLU.apply(gate, up, plain_weight(self.down_proj) is not None)
+        with made_again(product, lambda: nn.functional.silu(gate) * up, checkpointed):
             return linear(self.down_proj, product)
 
 
@@ -173,11 +145,13 @@ class PrimeV2Layer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, *, target_mask: Tensor | None = None, **kwargs) -> Tensor:
         """(B, L, D) to (B, L, D), or to (M, D), the tokens of `target_mask` (B, L) bool."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        checkpointed = self.gradient_checkpointing and self.training
+        with normed(self.input_layernorm, hidden_states, checkpointed) as inputs:
+            hidden_states = hidden_states + self.self_attn(inputs, **kwargs)[0]
         if target_mask is not None:
             hidden_states = hidden_states[target_mask]
-        checkpointed = self.gradient_checkpointing and self.training
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), checkpointed)
+        with normed(self.post_attention_layernorm, hidden_states, checkpointed) as inputs:
+            return hidden_states + self.mlp(inputs, checkpointed)
 
 
 class PrimeV2PreTrainedModel(PreTrainedModel):

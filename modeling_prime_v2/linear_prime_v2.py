@@ -133,9 +133,18 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):
         inputs, weight = ctx.saved_tensors
         need_inputs, need_weight = ctx.needs_input_grad
-        grad_inputs = product(grad, weight.t()) if need_inputs else None
-        grad_weight = grad.reshape(-1, len(weight)).t() @ inputs.reshape(-1, weight.shape[1]) if need_weight else None
-        return grad_inputs, grad_weight
+        grad_weight = _weight_gradient(grad, inputs) if need_weight else None
+        del inputs  # which may have been made again for this (kept_prime_v2.py): not there beside their gradient
+        return product(grad, weight.t()) if need_inputs else None, grad_weight
+
+
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """Gradient of `product` (..., N) and its inputs (..., K) to the weight's gradient (N, K).
+
+    oneDNN is at its best where its result has more columns than rows, so that of a tall weight is computed transposed.
+    """
+    outer, inner = grad.reshape(-1, grad.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]).t()
+    return product(outer, inner) if len(outer) <= len(inner) else product(inner, outer).t()
 
 
 def _count_flops(inputs_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:

@@ -22,7 +22,7 @@ from .likelihood_prime_v2 import PrimeV2Likelihood
 from .likelihood_sampler_prime_v2 import sampler_log_likelihood
 from .linear_prime_v2 import HeadCall
 from .loss_prime_v2 import PrimeV2Output, divisor, refuse_lost_labels, refuse_noise, sum_by_row, training_batch
-from .stage_head_prime_v2 import StageHead
+from .stage_head_prime_v2 import LateGradient, StageHead
 from .tree_embedding_prime_v2 import PrimeV2HeadNodes, make_embedding
 from .validation_inputs_prime_v2 import as_tensor, check_length, scoring_inputs, token_inputs
 from .validation_keywords_prime_v2 import forward_keywords, one_of
@@ -183,18 +183,20 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
         keys, levels = batch.noise_keys, batch.noise_levels
         noise = draw_noise(scored, order, keys, levels, config.noise_form, config.whole_token_above)
         states = torch.where(noise.visible, self.code_table.encode(ids), config.base)
+        late = LateGradient.of(self.lm_head) if self.is_staged else None
         outputs = self.model(states, attention_mask, position_ids, **kwargs)
         weight = noise.weight_of(config.objective)
         weight = torch.ones_like(weight) if config.loss_weight == "low_variance" else weight
-        total, nats = self.sequence_nll(outputs.last_hidden_state, ids, noise, order, config.objective, weight)
+        total, nats = self.sequence_nll(outputs.last_hidden_state, ids, noise, order, config.objective, weight, late)
         return total / divisor(num_items_in_batch, scored), nats * weight, outputs
 
-    def sequence_nll(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor):
+    def sequence_nll(self, hidden_states, ids, noise, order: RevealOrder, objective: str, weight: Tensor, late=None):
         """Weighted nats of the tokens that have a hidden unit, for "marginal" an eligible one (the others have none).
 
         Without carry-over the paper's loss has a term for each token, those with every digit visible included.
 
-        hidden_states (B, L, D); ids (B, L) clean; weight (B,). Returns the weighted sum, differentiable, and the
+        hidden_states (B, L, D); ids (B, L) clean; weight (B,); late: a LateGradient of a head in stages. Returns the
+        weighted sum, differentiable, and the
         unweighted nats of each sequence (B,), float64, detached. ValueError for another objective than "joint" and
         "marginal".
         """
@@ -219,6 +221,8 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
             ids[rows, columns], noise.visible[rows, columns], weight[rows] * multiplicity, target_digits
         )
         head: Any = self.head()
+        if late is not None:
+            head.late = late
         if self.is_staged and order.kind == "digit":  # which may be visible in any order
             head = HeadCall(head.call, head.vocab_size)
         # A token that is hidden whole has no visible digit, so the filter would exclude nothing.

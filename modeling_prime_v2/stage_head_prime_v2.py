@@ -27,6 +27,8 @@ class CodeTree:
 
     def __init__(self, codes: Tensor, base: int, ends: tuple[int, ...]):
         self.num_tokens, num_subtokens, self.ends = len(codes), codes.shape[1], ends
+        widths = (base ** (end - start) for start, end in zip((0, *ends[:-1]), ends, strict=True))
+        self.most_children = sum(min(width, self.num_tokens) for width in widths)  # of a token's nodes, over the stages
         powers = base ** torch.arange(num_subtokens - 1, -1, -1, device=codes.device)
         value = (codes * powers).sum(1)  # (V,)
         self.order = value.argsort()  # (V,), token ids
@@ -88,6 +90,7 @@ class StageHead:
         """layer: linear, (..., D) to the rows of `CodeTree`; table: a PrimeV2CodeTable."""
         self.layer, self.vocab_size, self.num_subtokens = layer, table.vocab_size, table.num_subtokens
         self.tree = CodeTree(table.codes[:-1], table.base, ends)
+        self.late: LateGradient | None = None  # of the next `stage_nll`
 
     @property
     def weight(self) -> Tensor | None:
@@ -115,18 +118,61 @@ def stage_nll(hidden_states, head: StageHead, ids, first, last, weights, chunk: 
     ends of stages (or 0). weights (N,). chunk: elements of logits that are computed at once. Under autocast products
     run in its dtype; sums, softmax and the head's gradient are float32.
     """
-    device_type = hidden_states.device.type
+    device_type, weight = hidden_states.device.type, head.weight
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    late, head.late = head.late, None
+    if late is not None and len(ids) * head.tree.most_children > weight.numel():
+        late = None  # the gradients of the logits, which it keeps, take more than that of the head
     with torch.autocast(device_type, enabled=False):
         units = (ids, first, last, weights)
-        return _StageLoss.apply(hidden_states, head.weight, head.tree, units, dtype, torch.is_grad_enabled(), chunk)
+        rows = weight if late is None else weight.detach()
+        parts = None if late is None else late.parts
+        need = torch.is_grad_enabled()
+        total, nats = _StageLoss.apply(hidden_states, rows, head.tree, units, dtype, need, chunk, parts)
+        return total if late is None else total + late.zero, nats
+
+
+class LateGradient:
+    """Has the gradient of a head in stages formed after those of the network, whose activations are gone by then.
+
+    Made before the network runs: autograd goes backward first through what was made last. `zero` is added to the loss;
+    its gradient is the head's, formed from `parts`: (hidden states, what `_add_rows` takes) of each chunk.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.parts: list[tuple[Tensor, Tensor, Tensor, list]] = []
+        self.zero = _LateRows.apply(weight, self.parts)
+
+    @classmethod
+    def of(cls, layer: Any) -> "LateGradient | None":
+        """Of a linear layer that is its weight and is trained; else None."""
+        weight = plain_weight(layer)
+        if weight is None or not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        return cls(weight)
+
+
+class _LateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, parts):
+        ctx.parts, ctx.shape, ctx.dtype = parts, weight.shape, weight.dtype
+        return weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        total = grad_loss.new_zeros(ctx.shape)
+        for inputs, tokens, gradient, blocks in ctx.parts:
+            _add_rows(total, gradient, inputs[tokens], blocks)
+        ctx.parts.clear()
+        return total.mul_(grad_loss).to(ctx.dtype), None
 
 
 class _StageLoss(torch.autograd.Function):
-    """Forms the gradients in the forward pass, as `chunked_loss_prime_v2` does."""
+    """Forms the gradients in the forward pass, as `chunked_loss_prime_v2` does; late: where to put the head's parts."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, tree, units, dtype, need_gradient, chunk):
+    def forward(ctx, hidden_states, weight, tree, units, dtype, need_gradient, chunk, late):
         exact = torch.promote_types(dtype, torch.float32)
         ids, first, last, weights = units
         inputs, head, weights = hidden_states.to(dtype), weight.to(dtype), weights.to(exact)
@@ -145,7 +191,7 @@ class _StageLoss(torch.autograd.Function):
                 child = (level.node[ids[tokens]] - level.starts[level.parent[ids[tokens]]]).unsqueeze(1)
                 log_p = logits.log_softmax(1)
                 nats.index_add_(0, tokens, -log_p.gather(1, child).squeeze(1))
-                if not (need_inputs or need_head):
+                if not (need_inputs or need_head or late is not None):
                     continue
                 gradient = log_p.exp_()
                 gradient.scatter_add_(1, child, gradient.new_full((len(tokens), 1), -1.0))
@@ -153,9 +199,9 @@ class _StageLoss(torch.autograd.Function):
                 if need_inputs:
                     grad_inputs.index_add_(0, tokens, _back(gradient, head, level, blocks).to(exact))
                 if need_head:
-                    chosen = inputs[tokens]
-                    for rows, columns in blocks:
-                        add_product(grad_head[columns], gradient[rows, : columns.stop - columns.start].T, chosen[rows])
+                    _add_rows(grad_head, gradient, inputs[tokens], blocks)
+                if late is not None:
+                    late.append((inputs, tokens, gradient, blocks))
         ctx.gradients, ctx.dtypes = (grad_inputs, grad_head), (hidden_states.dtype, weight.dtype)
         ctx.mark_non_differentiable(nats)
         return (nats * weights).sum(), nats
@@ -171,7 +217,13 @@ class _StageLoss(torch.autograd.Function):
             None if each is None else each.mul_(grad_loss).to(dtype)
             for each, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _add_rows(total: Tensor, gradient: Tensor, inputs: Tensor, blocks) -> None:
+    """Add a chunk's gradient of the rows to `total` (rows, D): gradient of its logits (C, ...), inputs (C, D)."""
+    for rows, columns in blocks:
+        add_product(total[columns], gradient[rows, : columns.stop - columns.start].T, inputs[rows])
 
 
 def _chunks(level: Level, ids: Tensor, predicted: Tensor, chunk: int):

@@ -8,7 +8,7 @@ import torch
 from networks import small_config, small_model
 from torch import nn
 
-from prime_v2.backbone_prime_v2 import SwiGLU
+from prime_v2.kept_prime_v2 import SwiGLU
 from prime_v2.modeling_prime_v2 import PrimeV2ForMaskedDiffusion
 
 # float32 networks of two layers whose logits are of order 1: other orders of summation differ by some 1e-7 a step.
@@ -233,8 +233,8 @@ def test_the_product_of_gate_and_up_is_not_kept_for_the_backward_pass(monkeypatc
     """It is a third of what a layer would keep; its gradients are those of the plain reference, see above."""
     model, products, apply = small_model(), [], SwiGLU.apply
 
-    def watched(gate, up):
-        product = apply(gate, up)
+    def watched(*inputs):
+        product = apply(*inputs)
         products.append(weakref.ref(product))
         return product
 
