@@ -2,13 +2,14 @@
 
     python benchmarks/training_step.py                          # V = 50,257, S = 16, D = 512, 8 layers, L = 512
     python benchmarks/training_step.py --output results/training_step.json \\
-        --cases 50257:16:joint 50257:16:stages 50257:16:marginal 50257:8:joint 50257:1:joint 32000:15:joint \\
-        2048:8:marginal
+        --cases 50257:16:joint 50257:16:stages 50257:16:tree 50257:16:marginal 50257:8:joint 50257:1:joint \\
+        32000:15:joint 2048:8:marginal
     python benchmarks/training_step.py --hidden-size 1792 --layers 20 --heads 14 --length 2048 --batch 8 --compile \\
         --cases 32000:15:joint --output results/training_step_1b.json       # the 1.1B shape, for a GPU
 
-`stages` is the nested order in two stages of digits, summed as in the published form, with a head for each stage; it
-is also held against "mdm", whole tokens with a head over all of them.
+`stages` is the nested order in two stages of digits, summed as in the published form, with a head for each stage;
+`tree` is the coarse-first order of configs/compare/tuning.yaml with such a head, and vectors of the nodes of the code
+tree as the embedding. Both are also held against "mdm", whole tokens with a head over all of them.
 
 A step is forward, backward, clipping and AdamW, with freed memory kept as `train.py` keeps it. Steps of the models
 alternate in one process, so that both see the same machine; the time ratio is the median of the ratios of neighboring
@@ -42,11 +43,13 @@ from prime_v2.training.flops import measure_flops, peak_flops
 from prime_v2.training.run import keep_freed_memory
 
 KINDS = ("prime", "causal")
+FEWEST_DIGITS = 4  # that make four levels of a tree
+STAGED = ("stages", "tree")  # cases with a head in stages
 
 
 @dataclass(frozen=True)
 class Case:
-    """V, S and the objective, or "stages"."""
+    """V, S and the objective, or one of `STAGED`."""
 
     vocab_size: int
     num_subtokens: int
@@ -54,19 +57,21 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(joint|marginal|stages)", text)
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*):(joint|marginal|stages|tree)", text)
         if not found:
             raise argparse.ArgumentTypeError(
-                f"{text} is not V:S:joint, V:S:marginal or V:S:stages, e.g. 50257:16:joint"
+                f"{text} is not V:S:joint, V:S:marginal, V:S:stages or V:S:tree, e.g. 50257:16:joint"
             )
-        if found[3] == "stages" and found[2] == "1":
-            raise argparse.ArgumentTypeError(f"{text} has one digit and no stages; use e.g. {found[1]}:16:stages")
+        if found[3] in STAGED and int(found[2]) < FEWEST_DIGITS:
+            raise argparse.ArgumentTypeError(
+                f"{text} has fewer than {FEWEST_DIGITS} digits for its stages; use e.g. {found[1]}:16:{found[3]}"
+            )
         return cls(int(found[1]), int(found[2]), found[3])
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The models that take turns; the first is compared with each of the others."""
-        return (*KINDS, "mdm") if self.objective == "stages" else KINDS
+        return (*KINDS, "mdm") if self.objective in STAGED else KINDS
 
     def __str__(self) -> str:
         return f"{self.vocab_size}:{self.num_subtokens}:{self.objective}"
@@ -102,11 +107,21 @@ def build(kind: str, case: Case, options: argparse.Namespace) -> torch.nn.Module
         return PrimeV2ForMaskedDiffusion(PrimeV2Config(**shape, num_subtokens=1))
     base = next(base for base in range(2, case.vocab_size + 1) if base**case.num_subtokens >= case.vocab_size)
     digits: dict[str, Any] = {"base": base, "num_subtokens": case.num_subtokens, "objective": case.objective}
-    if case.objective == "stages":
-        ends = [(case.num_subtokens + 1) // 2, case.num_subtokens]
-        digits |= {"objective": "joint", "reveal_order": "nested", "stage_digits": ends, "head": "stages"}
+    if case.objective in STAGED:
+        digits |= staged_fields(case)
     config = PrimeV2Config(**shape, **digits)
     return PrimeV2ForMaskedDiffusion(config)
+
+
+def staged_fields(case: Case) -> dict[str, Any]:
+    """Two stages; of "tree" the levels of the embedding, too, for S = 11 those of configs/compare/tuning.yaml."""
+    last = case.num_subtokens
+    half = (last + 1) // 2
+    fields = {"objective": "joint", "stage_digits": [half, last], "head": "stages"}
+    if case.objective == "stages":
+        return fields | {"reveal_order": "nested"}
+    levels = sorted({3 * last // 8, half, 3 * last // 4, last})
+    return fields | {"reveal_order": "coarse_first", "subtoken_embedding": "ancestors", "tree_levels": levels}
 
 
 class Stepper:

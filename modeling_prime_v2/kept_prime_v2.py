@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * scale
         pulls = grad * normed
         share = (pulls @ weight).unsqueeze(-1) / -x.shape[-1]
-        return torch.addcmul(grad * weight, normed, share).mul_(scale), pulls.flatten(0, -2).sum(0), None
+        return torch.addcmul(grad * weight, normed, share).mul_(scale), pulls.sum_to_size(weight.shape), None
 
 
 class SwiGLU(torch.autograd.Function):

@@ -28,7 +28,9 @@ class CodeTree:
     def __init__(self, codes: Tensor, base: int, ends: tuple[int, ...]):
         self.num_tokens, num_subtokens, self.ends = len(codes), codes.shape[1], ends
         widths = (base ** (end - start) for start, end in zip((0, *ends[:-1]), ends, strict=True))
-        self.most_children = sum(min(width, self.num_tokens) for width in widths)  # of a token's nodes, over the stages
+        self.most_children = sum(
+            min(width, self.num_tokens) for width in widths
+        )  # of a token's nodes, over the stages
         powers = base ** torch.arange(num_subtokens - 1, -1, -1, device=codes.device)
         value = (codes * powers).sum(1)  # (V,)
         self.order = value.argsort()  # (V,), token ids
@@ -169,7 +171,7 @@ class _LateRows(torch.autograd.Function):
 
 
 class _StageLoss(torch.autograd.Function):
-    """Forms the gradients in the forward pass, as `chunked_loss_prime_v2` does; late: where to put the head's parts."""
+    """Forms the gradients in the forward pass, as `chunked_loss_prime_v2` does; late: where the head's parts go."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, tree, units, dtype, need_gradient, chunk, late):

@@ -169,11 +169,12 @@ def cost_of(
 ) -> Cost:
     """The cost of a run's network, measured on the micro-batch that train.py measures; ids are random.
 
-    FLOPs depend on what the noise hides, not on the ids. Raises ValueError, beginning with `place`, for a model that
-    cannot be.
+    FLOPs depend on what the noise hides, not on the ids; with a head in stages also on how many children the nodes of
+    the hidden tokens have. Grown codes have as many for each node, give or take one, and shuffled ones, which stand for
+    them, nearly so in the mean. Raises ValueError, beginning with `place`, for a model that cannot be.
     """
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
-    # What make_model asks a tokenizer for; which digits a token has costs nothing.
+    # What make_model asks a tokenizer for; which digits a token has costs nothing, see above.
     tokenizer = SimpleNamespace(code_table=SimpleNamespace(shape=(vocab_size, 1)), code_table_parameters={}, **special)
     try:
         with torch.device(training.device if measure else "meta"):

@@ -24,6 +24,7 @@ from prime_v2.code_table_prime_v2 import PrimeV2CodeTable
 from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.linear_prime_v2 import HeadCall
 from prime_v2.stage_head_prime_v2 import StageHead, num_rows
+from prime_v2.tokenization.codes import tree_codes
 from prime_v2.training.flops import measure_flops
 
 # float64 sums of some hundred terms of order 1.
@@ -248,6 +249,30 @@ def test_a_step_has_the_products_of_the_children_and_not_of_all_tokens():
         model = small_model(head=head, **fields).train()
         counted[head] = measure_flops(lambda model=model: model(ids, labels=labels).loss)
     assert counted["full"] - counted["stages"] == 3 * 2 * 16 * (64 - 8 - 8)
+
+
+@pytest.mark.parametrize("vocab_size, most", [(512, 0.0), (391, 0.01)])
+def test_a_step_costs_the_same_with_shuffled_and_with_grown_codes(vocab_size, most):
+    """`prime-v2 compare` counts FLOPs before codes are grown. Full trees have equal nodes, others nearly equal ones.
+
+    The 391 tokens leave 24 or 25 to each of 16 nodes that hold 32, shuffled ones 24 +- 3.
+    """
+    fields = {
+        "vocab_size": vocab_size,
+        "base": 2,
+        "num_subtokens": 9,
+        "reveal_order": "nested",
+        "stage_digits": [4, 9],
+    }
+    ids, counted = some_ids(8, 32, vocab_size), []
+    noise = {"noise_keys": torch.arange(8), "noise_levels": torch.linspace(0.1, 0.9, 8, dtype=torch.double)}
+    grown = tree_codes(torch.randn(vocab_size, 4, generator=torch.Generator().manual_seed(6)).numpy(), 2, 9)
+    for codes in (None, torch.from_numpy(grown)):
+        model = small_model(head="stages", objective="joint", **fields).train()
+        if codes is not None:
+            model.code_table.codes[:-1] = codes
+        counted.append(measure_flops(lambda model=model: model(ids, labels=ids, **noise).loss))
+    assert abs(counted[1] / counted[0] - 1) <= most
 
 
 def test_bfloat16_autocast_is_close_to_float32():
