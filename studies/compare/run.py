@@ -170,7 +170,7 @@ def cost_of(
     """The cost of a run's network, measured on the micro-batch that train.py measures; ids are random.
 
     FLOPs depend on what the noise hides, not on the ids; with a head in stages also on how many children the nodes of
-    the hidden tokens have. Grown codes have as many for each node, give or take one, and shuffled ones, which stand for
+    the hidden tokens have. Grown codes have as many for each node, give or take one, and shuffled ones, standing for
     them, nearly so in the mean. Raises ValueError, beginning with `place`, for a model that cannot be.
     """
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
