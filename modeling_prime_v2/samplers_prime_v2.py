@@ -361,8 +361,9 @@ class Units:
             return confidence(logits, score).unsqueeze(1)
         probabilities = logits.softmax(-1)
         if self.kind == "digit":
-            sums = probabilities @ self.one_hot.to(probabilities.dtype)
-            return confidence(sums.log().unflatten(-1, (self.per_token, self.table.base)), score)
+            sums = (probabilities @ self.one_hot.to(probabilities.dtype)).unflatten(-1, (self.per_token, -1))
+            last = (1 - sums.sum(-1, keepdim=True)).clamp(min=0)  # precise enough for a score, and a product less
+            return confidence(torch.cat([sums, last], -1).log(), score)
         found, stages = logits.new_empty(len(logits), 1, 2), self.stages_visible(states)
         for stage in range(len(self.stage_ends)):
             rows = stages == stage
@@ -377,8 +378,9 @@ class Units:
 
     @cached_property
     def one_hot(self) -> Tensor:
-        """The tokens' digits one-hot, (V, S * base) float32: `PrimeV2CodeTable.one_hot`."""
-        return self.table.one_hot()
+        """The tokens' digits one-hot without the last value of each, (V, S * (base - 1)) float32."""
+        hot = self.table.one_hot().unflatten(1, (self.per_token, self.table.base))
+        return hot[:, :, :-1].flatten(1).contiguous()
 
     @cached_property
     def nodes(self) -> list[Tensor]:
