@@ -70,4 +70,5 @@ def _origin(record: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     **{f"compare_{name}": partial(record_table, name) for name in RECORDS},
     "isoflop": best_table,
+    "tuning": partial(settings_table, "tuning"),
 }
