@@ -210,13 +210,21 @@ def checked_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def _of_sampler(name: str, value: Any) -> str | None:
+    """What to do with an option of `generate` that was given to `log_likelihood`."""
+    if name not in ("sampler_config", "max_denoising_steps", "block_length", "cache", "temperature", "top_p"):
+        return None
+    return f"give method='sampler' and generation_config=PrimeV2GenerationConfig({name}=...)"
+
+
 def scoring_options(function: Callable, given: dict[str, Any], rows: int) -> dict[str, Any]:
     """The keywords of a `log_likelihood` or `greedy_matches` whose work `function` does, as checked Python numbers.
 
     Raises ValueError for names that it has not, seeds and counts that are no integers or too small, flags that are no
     bool, and keys that are not (B,) integers.
     """
-    refuse_unknown(function.__name__, given, arguments_of(function))
+    where = function.__name__.removeprefix("sampler_")  # what the caller called
+    refuse_unknown(where, given, arguments_of(function), _of_sampler)
     checked = dict(given)
     for name, value in given.items():
         if name in LEAST:

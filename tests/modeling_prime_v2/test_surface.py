@@ -297,6 +297,7 @@ def test_integers_of_numpy_are_integers(model):
         ({"keys": torch.arange(3)}, "keys=.* must be 2 integers of 64 bits"),
         ({"keys": 3}, "keys=3 must be 2 integers of 64 bits"),
         ({"num_sample": 4}, r"log_likelihood has no argument num_sample=4; did you mean num_samples\?"),
+        ({"method": "sampler", "cache": "dual"}, r"log_likelihood .*generation_config=PrimeV2GenerationConfig\(cache"),
     ],
     ids=str,
 )
