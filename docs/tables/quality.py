@@ -8,6 +8,8 @@ from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin
 from prime_v2.studies.quality.report import about_models, notes, sections, with_ends
 
+PARTS = ("cells", "best", "digits")  # of a record of `prime-v2 quality`, each entry of one model
+
 
 def families_table(results: Path) -> str:
     """All tables of results/quality.json, its notes and its origin."""
@@ -19,30 +21,47 @@ def families_table(results: Path) -> str:
 
 
 def samplers_table(results: Path) -> str:
-    """Samplers of one model by passes, with paired differences to the best of a column; then passes of digits."""
+    """For each model its samplers by passes, with differences to the best of a column; then passes of digits."""
     record = read_record(results / "quality_samplers.json")
     found = record["results"]
-    passes = list(dict.fromkeys(cell["passes"] for cell in found["cells"]))
-    differences = {(row["passes"], row["sampler"]): row for row in found["best"]}
+    several = len(found["models"]) > 1
+    parts = [about_models(found, markdown)]
+    parts.append(
+        "Nats per token of held-out text, in brackets what a sampler is above the best of its column; and digit-wise "
+        "passes over the token-wise passes whose nats per token they reach.\n"
+    )
+    for model in found["models"]:
+        own = {part: [each for each in found[part] if each["model"] == model["name"]] for part in PARTS}
+        parts += [f"**{model['family']}**\n"] * several
+        parts += [table for table in (_laws(own), _shares(own)) if table]
+    return "\n".join(parts) + "\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"
+
+
+def _laws(own: dict[str, list[dict[str, Any]]]) -> str:
+    differences = {(row["passes"], row["sampler"]): row for row in own["best"]}
     rows: dict[str, list[str]] = {}
-    for cell in found["cells"]:
+    for cell in own["cells"]:
         law, row = cell["law"], differences.get((cell["passes"], cell["sampler"]))
         text = f"{'=' if law['is_exact'] else '≤'} {law['nats_per_token']:.3f}"
         if row is not None:
             half = (row["interval_95"][1] - row["interval_95"][0]) / 2
             text += f" ({row['difference']:+.3f} ± {half:.3f})"
         rows.setdefault(cell["sampler"], []).append(text)
-    heads = [f"{each} passes" for each in passes]
-    laws = markdown(["sampler", *heads], [[name, *cells] for name, cells in rows.items()])
+    return markdown(["sampler", *_heads(own)], [[name, *cells] for name, cells in rows.items()])
+
+
+def _shares(own: dict[str, list[dict[str, Any]]]) -> str:
+    """ "" for a model without digits."""
     shares: dict[str, dict[int, str]] = {}
-    for each in found["digits"]:
+    for each in own["digits"]:
         shares.setdefault(each["rule"], {})[round(each["passes"])] = _share(each)
+    passes = list(dict.fromkeys(cell["passes"] for cell in own["cells"]))
     lines = [[name, *(cells.get(each, "–") for each in passes)] for name, cells in shares.items()]
-    return (
-        f"{about_models(found, markdown)}\nNats per token of held-out text, in brackets what a sampler is above the "
-        f"best of its column:\n\n{laws}\nDigit-wise passes over the token-wise passes whose nats per token they "
-        f"reach:\n\n{markdown(['rule', *heads], lines)}\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"
-    )
+    return markdown(["rule", *_heads(own)], lines) if lines else ""
+
+
+def _heads(own: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [f"{each} passes" for each in dict.fromkeys(cell["passes"] for cell in own["cells"])]
 
 
 def _share(each: dict[str, Any]) -> str:
