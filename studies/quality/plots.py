@@ -7,7 +7,7 @@ from typing import Any
 
 from prime_v2.output.figures import new_figure, save_figure
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H")
 PANEL = (5.4, 4.0)  # inches
 LEGEND_WIDTH = 3.0
 
@@ -29,7 +29,7 @@ def plot_quality(results: dict[str, Any], path: Path) -> Path:
         draw(axes, results, style)
         axes.grid(alpha=0.25)
     figure.legend(handles=style.handles(sampled), loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(f"texts of {results['length']} tokens, {results['samples']} a set", fontsize=12)
+    figure.suptitle(f"texts of {results['length']} tokens, {results['samples']} a set", fontsize=12, x=0.02, ha="left")
     return save_figure(figure, path)
 
 
