@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from .code_table_prime_v2 import num_nodes
 from .linear_prime_v2 import add_product, linear, plain_weight, product
 
+TAKEN = "the gradient of this loss was already taken; compute the loss again"
+
 
 class CodeTree:
     """Where the rows of a head in stages are: level by level, whole tokens last, each level in the order of the codes.
@@ -28,9 +30,8 @@ class CodeTree:
     def __init__(self, codes: Tensor, base: int, ends: tuple[int, ...]):
         self.num_tokens, num_subtokens, self.ends = len(codes), codes.shape[1], ends
         widths = (base ** (end - start) for start, end in zip((0, *ends[:-1]), ends, strict=True))
-        self.most_children = sum(
-            min(width, self.num_tokens) for width in widths
-        )  # of a token's nodes, over the stages
+        # Of a token's nodes, over the stages.
+        self.most_children = sum(min(width, self.num_tokens) for width in widths)
         powers = base ** torch.arange(num_subtokens - 1, -1, -1, device=codes.device)
         value = (codes * powers).sum(1)  # (V,)
         self.order = value.argsort()  # (V,), token ids
@@ -163,10 +164,13 @@ class _LateRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
+        if ctx.parts is None:
+            raise RuntimeError(TAKEN)
+        parts, ctx.parts = ctx.parts, None
         total = grad_loss.new_zeros(ctx.shape)
-        for inputs, tokens, gradient, blocks in ctx.parts:
+        for inputs, tokens, gradient, blocks in parts:
             _add_rows(total, gradient, inputs[tokens], blocks)
-        ctx.parts.clear()
+        parts.clear()
         return total.mul_(grad_loss).to(ctx.dtype), None
 
 
@@ -213,7 +217,7 @@ class _StageLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         """Scales the gradients in place, so that they can be used once."""
         if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss was already taken; compute the loss again")
+            raise RuntimeError(TAKEN)
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
             None if each is None else each.mul_(grad_loss).to(dtype)

@@ -338,3 +338,18 @@ def test_digits_that_are_visible_in_any_order_take_the_composed_probabilities():
     expected = model.log_likelihood(some_ids(2, 3), method="subtoken").value
     del model.head
     torch.testing.assert_close(model.log_likelihood(some_ids(2, 3), method="subtoken").value, expected)
+
+
+@pytest.mark.parametrize("trained", ["all of it", "the head only"])
+def test_a_second_backward_pass_is_refused_and_gives_no_gradient_of_zero(trained):
+    """The gradients are formed once, those of the rows after the network's (`LateGradient`)."""
+    model = small_model(
+        head="stages", objective="joint", vocab_size=64, num_subtokens=6, reveal_order="nested", stage_digits=[3, 6]
+    ).train()
+    model.model.requires_grad_(trained == "all of it")
+    ids = some_ids(1, 8, 64)
+    loss = model(ids, labels=ids, noise_keys=torch.arange(1), noise_levels=torch.tensor([0.5]).double()).loss
+    loss.backward(retain_graph=True)
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="already taken; compute the loss again"):
+        loss.backward()
