@@ -62,7 +62,15 @@ def compare(
     from prime_v2.output.records import code_version
     from prime_v2.studies.compare.children import Stopped
     from prime_v2.studies.compare.config import read_comparison
-    from prime_v2.studies.compare.run import Running, check_out, plan, run_comparison, with_times_of_records
+    from prime_v2.studies.compare.run import (
+        Running,
+        check_out,
+        known_runs,
+        plan,
+        run_comparison,
+        with_times_of_records,
+    )
+    from prime_v2.studies.compare.search import number_of_runs
 
     quiet_libraries()
     comparison, code = read_comparison(config), code_version()
@@ -71,14 +79,16 @@ def compare(
         if output is not None:
             raise ValueError("--output needs results, which --dry-run makes none of; leave one of them out")
         check_out(folder, comparison)
-        _print_plan(comparison, with_times_of_records(plan(comparison, folder, measure=True)), as_json)
+        planned = with_times_of_records(plan(known_runs(comparison, folder), folder, measure=True))
+        _print_plan(comparison, planned, number_of_runs(comparison) - len(planned), as_json)
         return
     try:
         trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed))
     except Stopped as stopped:
         done = sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
         print(
-            f"{stopped}; {done} of {len(comparison.runs)} runs are finished, the same command goes on from there",
+            f"{stopped}; {done} of {number_of_runs(comparison)} runs are finished, the same command goes on from "
+            "there",
             file=sys.stderr,
         )
         raise typer.Exit(128 + stopped.number) from None
@@ -112,8 +122,8 @@ def _finish(
         print(f"\n{folder}/: {SUMMARY}, README.md, {', '.join(each.name for each in figures)}")
 
 
-def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: bool) -> None:
-    """The runs with what they cost and where they are."""
+def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", later: int, as_json: bool) -> None:
+    """The runs with what they cost and where they are; later: how many follow at sizes that are not yet chosen."""
     from prime_v2.output.numbers import duration, quantity
     from prime_v2.output.tables import aligned
     from prime_v2.studies.compare.config import number
@@ -140,7 +150,8 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
         )
     left = sum(row["seconds"] for row in rows if row["state"] != "finished")
     if as_json:
-        print(json.dumps({"count": comparison.count, "runs": rows, "seconds_left": left}, allow_nan=False))
+        found = {"count": comparison.count, "runs": rows, "runs_later": later, "seconds_left": left}
+        print(json.dumps(found, allow_nan=False))
         return
     heads = ["run", "size", "budget", "seed", "N", "D", "steps", "FLOPs, 6ND", "measured", "time", "state"]
     lines = [
@@ -161,3 +172,8 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", as_json: 
     ]
     print(aligned([heads, *lines]))
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
+    if later:
+        print(
+            f"{later} more follow: the other seeds, at the size of each run that is best at seed "
+            f"{comparison.search_seed}"
+        )

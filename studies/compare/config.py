@@ -13,7 +13,7 @@ import yaml
 from prime_v2.training.recipes import find_recipe
 
 KIND = "compare"  # of its recipes
-FIELDS = ("train", "budgets", "count", "shapes", "seeds", "runs", "baseline")
+FIELDS = ("train", "budgets", "count", "shapes", "seeds", "search_seed", "runs", "baseline")
 RUN_FIELDS = ("label", "family", "model", "train", "shapes", "budgets")
 COUNTS = {"6nd": "flops_6nd", "measured": "flops_measured"}  # how FLOPs are counted, and their name in a record
 # Options of train.py that a comparison sets itself, and from what.
@@ -72,12 +72,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison as its file describes it; `runs` in the order of budgets, shapes, seeds and names."""
+    """A comparison as its file describes it; `runs` in the order of budgets, shapes, seeds and names.
+
+    search_seed: the seed at which all shapes are trained, so that the others take the best (`search`); None: all do.
+    """
 
     name: str
     count: str
     baseline: str
     runs: tuple[Run, ...]
+    search_seed: int | None = None
 
     def values(self, name: str) -> list[Any]:
         """The different labels, shapes, budgets or seeds of its runs, in their order."""
@@ -121,6 +125,7 @@ def read_comparison(given: str) -> Comparison:
         raise ValueError(f"{path}: count={count} is not one of {', '.join(COUNTS)}")
     budgets, seeds = _budgets(content.get("budgets"), str(path)), _seeds(content.get("seeds", [0]), str(path))
     shapes = _shapes(content.get("shapes"), str(path))
+    search_seed = _search_seed(content.get("search_seed"), seeds, shapes, str(path))
     runs = _mapping(content, "runs", str(path))
     if not runs:
         raise ValueError(f"{path}: there are no runs; write e.g. `runs: {{ARM: {{family: arm}}}}`")
@@ -139,7 +144,7 @@ def read_comparison(given: str) -> Comparison:
     names = list(runs)
     order = {each.name: number for number, each in enumerate(shapes)}
     made.sort(key=lambda run: (run.budget, order[run.shape], seeds.index(run.seed), names.index(run.name)))
-    return Comparison(path.stem, count, baseline, tuple(made))
+    return Comparison(path.stem, count, baseline, tuple(made), search_seed)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -297,6 +302,14 @@ def _seeds(value: Any, path: str) -> list[int]:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 or found.count(seed) > 1:
             raise ValueError(f"{path}: seeds={found} must be different whole numbers from 0, e.g. [0, 1, 2]")
     return found
+
+
+def _search_seed(value: Any, seeds: list[int], shapes: list[_Shape], path: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or value not in seeds):
+        raise ValueError(f"{path}: search_seed={value} is not among the seeds {_listed(map(str, seeds))}")
+    if value is not None and len(shapes) < 2:
+        raise ValueError(f"{path}: search_seed={value} chooses among several `shapes`; give them, or leave it out")
+    return value
 
 
 def _check_keys(entry: dict[str, Any], known: Sequence[str], place: str) -> None:

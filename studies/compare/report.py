@@ -14,8 +14,8 @@ from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of,
 from prime_v2.output.numbers import duration, quantity
 from prime_v2.output.tables import aligned, markdown
 from prime_v2.studies.compare.config import COMMON, COUNTS, Comparison, Run, number
+from prime_v2.studies.compare.search import Trained, best_shapes
 
-Trained = tuple[Run, dict[str, Any]]  # a run and the record of it that train.py wrote
 BOUND_FIELDS = (
     "method", "is_bound", "is_exact", "nats_per_token", "nats_per_token_interval_95", "stderr", "degrees",
     "num_clusters", "interval_over", "monte_carlo_stderr", "num_tokens", "num_sequences", "num_samples",
@@ -100,17 +100,17 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
     """The results of a comparison, JSON-ready; ValueError for records that cannot stand side by side.
 
     rows: one for each run; groups: one for each name, shape and budget, over the seeds; best: for each name and budget
-    the shape with the lowest dev bound, where there are several shapes.
+    the shape with the lowest dev bound (`search.best_shapes`), where there are several shapes.
     """
     check_one_experiment(trained, allow_mixed)
     records = dict(trained)
-    scores = {run: record["results"]["evaluation"]["bound"] for run, record in trained}
-    baselines = {(run.shape, run.budget, run.seed): run for run in scores if run.name == comparison.baseline}
+    baselines = {(run.shape, run.budget, run.seed): run for run in records if run.name == comparison.baseline}
     rows = []
     for run, record in trained:
         other = baselines.get((run.shape, run.budget, run.seed))
-        row = _row(run, record, comparison.count, _difference(scores, run, other))
-        rows.append(row | {"sampler": _sampler(record, None if other in (None, run) else records[other])})
+        theirs = None if other in (None, run) else records[other]
+        difference = None if theirs is None else paired(_bound_of(record), _bound_of(theirs))
+        rows.append(_row(run, record, comparison.count, difference) | {"sampler": _sampler(record, theirs)})
     groups = [_group(rows, key) for key in dict.fromkeys((row["name"], row["shape"], row["budget"]) for row in rows)]
     return {
         "comparison": comparison.name,
@@ -118,11 +118,12 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
         "baseline": _baseline(comparison),
         "names": comparison.values("label"),
         **{f"{name}s": comparison.values(name) for name in ("shape", "budget", "seed")},
+        "search_seed": comparison.search_seed,
         "commits": sorted({_commit(record) for _, record in trained}),
         "data": {str(run.seed): record["results"]["data"] for run, record in trained},
         "rows": rows,
         "groups": groups,
-        "best": _best(comparison, rows, scores) if len(comparison.values("shape")) > 1 else [],
+        "best": _best(comparison, rows, trained) if len(comparison.values("shape")) > 1 else [],
     }
 
 
@@ -131,10 +132,8 @@ def _baseline(comparison: Comparison) -> str:
     return next(run.label for run in comparison.runs if run.name == comparison.baseline)
 
 
-def _difference(scores: dict[Run, dict[str, Any]], run: Run, other: Run | None) -> dict[str, Any] | None:
-    if other is None or other == run:
-        return None
-    return paired(scores[run], scores[other])
+def _bound_of(record: dict[str, Any]) -> dict[str, Any]:
+    return record["results"]["evaluation"]["bound"]
 
 
 def _sampler(record: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
@@ -228,29 +227,23 @@ def _sampler_group(laws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return over_seeds(laws) | {"difference": None if None in differences else over_seeds(differences)}
 
 
-def _best(
-    comparison: Comparison, rows: Sequence[dict[str, Any]], scores: dict[Run, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """For each name and budget the shape whose last dev bound is the lowest, over the seeds, and its test bound."""
-    baseline = _baseline(comparison)
-    runs = {(run.label, run.shape, run.budget, run.seed): run for run in scores}
-    last: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["curve"]:
-            found = last.setdefault((row["name"], row["budget"]), {}).setdefault(row["shape"], [])
-            found.append(row["curve"][-1]["bound"])
-    shapes = {key: min(found, key=lambda shape: fmean(found[shape])) for key, found in last.items()}
+def _best(comparison: Comparison, rows: Sequence[dict[str, Any]], trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """For each name and budget its best shape with the test bound; differences are to the baseline's best shape."""
+    records = {(run.name, run.shape, run.budget, run.seed): record for run, record in trained}
+    labels = {run.name: run.label for run, _ in trained}
+    shapes = best_shapes(comparison, trained)
     best = []
-    for (name, budget), shape in shapes.items():
-        group = _group(rows, (name, shape, budget))
-        other = shapes.get((baseline, budget))
-        group["difference"] = None
-        if name != baseline and other is not None:
-            pairs = [
-                _difference(scores, runs[name, shape, budget, seed], runs[baseline, other, budget, seed])
-                for seed in group["seeds"]
-            ]
-            group["difference"] = over_seeds(pairs)
+    for (run_name, budget), shape in shapes.items():
+        name, other = labels[run_name], shapes.get((comparison.baseline, budget))
+        chosen = [dict(row) for row in rows if (row["name"], row["shape"], row["budget"]) == (name, shape, budget)]
+        for row in chosen:
+            mine = records[run_name, shape, budget, row["seed"]]
+            theirs = None
+            if run_name != comparison.baseline and other is not None:
+                theirs = records[comparison.baseline, other, budget, row["seed"]]
+            row["difference"] = None if theirs is None else paired(_bound_of(mine), _bound_of(theirs))
+            row["sampler"] = _sampler(mine, theirs)
+        group = _group(chosen, (name, shape, budget))
         sizes = {row["training"]["parameters_non_embedding"] for row in rows if row["name"] == name}
         edges = (min(sizes), max(sizes)) if len(sizes) > 1 else ()  # shapes may differ in their settings only
         best.append(group | {"at_the_edge": group["parameters_non_embedding"] in edges})
@@ -276,8 +269,11 @@ def score_table(
 
 
 def sampler_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] | None:
-    """(headings, lines) of the laws of ancestral sampling at few passes; None where no run has one."""
-    groups = [group for group in results["groups"] if group.get("sampler")]
+    """(headings, lines) of the laws of ancestral sampling at few passes; None where no run has one.
+
+    Of the best shapes, where there are several.
+    """
+    groups = [group for group in results["best"] or results["groups"] if group.get("sampler")]
     if not groups:
         return None
     heads: list[str] = []
@@ -341,8 +337,10 @@ def notes(results: dict[str, Any]) -> list[str]:
     bound = results["rows"][0]["evaluation"]["bound"]
     entropy = fmean(group["unigram_entropy"] for group in results["groups"])
     over = bound.get("interval_over", "sequences")
+    searched = results.get("search_seed") is not None
     intervals = (
         f"over {seeds} seeds (Student t), each with its own text, tokenizer, order, weights and noise"
+        f"{'; where a size has one seed only, over ' + over + ' and draws' if searched else ''}"
         if seeds > 1
         else f"over {over} and draws; one seed, so another training run may differ by more"
     )

@@ -31,6 +31,7 @@ from prime_v2.output.progress import say
 from prime_v2.output.records import code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, Run, number
+from prime_v2.studies.compare.search import narrowed, searched
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 from prime_v2.training.course import Holds, check_folder, course_of
 from prime_v2.training.flops import count_parameters, measure_flops
@@ -274,18 +275,26 @@ def run_comparison(comparison: Comparison, out: Path, running: Running) -> list[
     with stopping_on_signals(), folder_lock(out, f"--out {out}") as lock:
         check_out(out, comparison)
         try:
-            planned, waiting = _prepared(comparison, out, running)
+            planned, waiting = _prepared(searched(comparison), out, running)
         except Exception:
             if new:
                 shutil.rmtree(out)
             raise
         failures = _train(waiting, len(planned) - len(waiting), out, running, lock.descriptor)
+        if comparison.search_seed is not None and not failures:
+            say(f"all sizes are trained at seed {comparison.search_seed}; the other seeds take the best of each run")
+            planned, waiting = _prepared(narrowed(comparison, _records(planned)), out, running)
+            failures = _train(waiting, len(planned) - len(waiting), out, running, lock.descriptor)
         for each in planned:
             tidy(Path(each.options["output_dir"]), running.keep_models)
     if failures:
         name, why = next(iter(failures.items()))
         more = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
         raise ValueError(f"run {name} failed{more}: {why}; the same command tries again and keeps what is finished")
+    return _records(planned)
+
+
+def _records(planned: list[PlannedRun]) -> list[tuple[Run, dict[str, Any]]]:
     return [(each.run, read_record(record_of(each))) for each in planned]
 
 
@@ -387,6 +396,15 @@ def tidy(folder: Path, keep_models: bool) -> None:
     if not keep_models:
         for weights in folder.glob("*.safetensors*"):
             weights.unlink()
+
+
+def known_runs(comparison: Comparison, out: Path) -> Comparison:
+    """The comparison with the runs that can be named before anything else is trained: those of a search, or all."""
+    first = searched(comparison)
+    paths = {run: out / run.folder / "results" / "train.json" for run in first.runs}
+    if comparison.search_seed is None or not all(path.exists() for path in paths.values()):
+        return first
+    return narrowed(comparison, [(run, read_record(path)) for run, path in paths.items()])
 
 
 def with_times_of_records(planned: list[PlannedRun]) -> list[PlannedRun]:
