@@ -19,15 +19,15 @@ UPPER_END = "The value of a bound is an estimate; what bounds with 97.5% confide
 NOT_CLUSTERED = "Recorded by an earlier version: intervals take sequences as independent, which is too narrow."
 
 
-def half_width(stderr: Any, degrees: Any = None) -> Any:
-    """Half of the 95% interval of an estimate: the two-sided point of Student's t with so many degrees, times stderr.
+def half_width(stderr: Any, degrees: Any = None, level: float = 0.95) -> Any:
+    """Half of the interval of an estimate: the two-sided point of Student's t with so many degrees, times stderr.
 
     Numbers or arrays that broadcast. degrees: None where they are not known, which is the normal law. A stderr of None
     is not known either and has no width: 0.
     """
     from scipy.stats import t
 
-    return 0.0 if stderr is None else t.ppf(0.975, math.inf if degrees is None else degrees) * stderr
+    return 0.0 if stderr is None else t.ppf(0.5 + level / 2, math.inf if degrees is None else degrees) * stderr
 
 
 def standard_errors_as_sure(as_of_normal: float, degrees: float) -> float:

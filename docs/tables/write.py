@@ -17,6 +17,7 @@ from docs.tables.compare import TABLES as COMPARE_TABLES
 from docs.tables.files import TABLES as FILE_TABLES
 from docs.tables.quality import TABLES as QUALITY_TABLES
 from docs.tables.scaling import TABLES as SCALING_TABLES
+from docs.tables.study import TABLES as STUDY_TABLES
 from prime_v2.commands.demo import report
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
 from prime_v2.eval.plugin import DEMO
@@ -268,6 +269,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **FILE_TABLES,
     **COMPARE_TABLES,
     **QUALITY_TABLES,
+    **STUDY_TABLES,
     **SCALING_TABLES,
 }
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from docs.tables.compare import settings_table
+from docs.tables.study import settings_table
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
@@ -276,7 +276,7 @@ def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
     write_json(tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0))
     heads, _, mdm, arm = settings_table("tuning", tmp_path).splitlines()[:4]
     assert heads.startswith("| run | 16x1 | 32x1 | test")
-    assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and mdm.endswith("| – |")
+    assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and "| – |" in mdm
     assert arm.startswith("| ARM | 2.000 | **1.000** | = ")
 
 
