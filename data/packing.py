@@ -220,6 +220,11 @@ class PackedBlocks:
         """The first `count` blocks, or all of fewer: (n, block_size) int64."""
         return torch.from_numpy(self._ids[:count].astype(np.int64))
 
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of all blocks one after another, (tokens,), unsigned, read from disk on demand."""
+        return self._ids.reshape(-1)
+
     def __reduce__(self):
         # A memmap would pickle as a copy of the data; worker processes open the file themselves.
         return PackedBlocks, (self.path,)

@@ -1,5 +1,6 @@
 """From a source of text to a tokenizer and packed splits in a run's folder."""
 
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from prime_v2.data.docs_corpus import docs_versions
 from prime_v2.data.documents import read_documents
+from prime_v2.data.overlap import LENGTHS, overlap
 from prime_v2.data.packing import PackedBlocks, pack_blocks
 from prime_v2.data.sources import change_of, fingerprint_of, is_fingerprint
 from prime_v2.data.splits import deduplicate, split_of
@@ -55,8 +57,10 @@ class TextOptions:
     seed: int
 
 
-def documents_by_side(text: TextOptions) -> Iterator[tuple[str, str]]:
+def documents_by_side(text: TextOptions, on_repeat: Callable[[], object] | None = None) -> Iterator[tuple[str, str]]:
     """(split, document) of each document, once: train, dev or test by the document's content and the seed.
+
+    on_repeat is called for each document that is left out, being equal to an earlier one.
 
     A stream is not deduplicated, since the digests of a hub-scale set would fill the memory; equal documents are on
     the same side of the split all the same.
@@ -69,7 +73,7 @@ def documents_by_side(text: TextOptions) -> Iterator[tuple[str, str]]:
         max_documents=text.max_documents,
     )
     side_of = partial(split_of, seed=text.seed, dev_share=text.dev_share, test_share=text.test_share)
-    for document in documents if text.streaming else deduplicate(documents):
+    for document in documents if text.streaming else deduplicate(documents, on_repeat):
         yield side_of(document), document
 
 
@@ -163,6 +167,14 @@ def prepared_source(shared: Path) -> dict[str, Any]:
     return _description(shared)["source"]
 
 
+def measured_of(shared: Path) -> dict[str, Any]:
+    """What was counted when text was prepared: repeated_documents, test_ngrams_in_train (a list of `overlap`).
+
+    Empty of a stream, and of text that an earlier version prepared.
+    """
+    return _description(shared).get("measured", {})
+
+
 def _description(shared: Path) -> dict[str, Any]:
     """What text.json says of prepared text: its options and its source; ValueError for a file that is damaged."""
     try:
@@ -186,7 +198,9 @@ def _check_same_text(text: TextOptions, shared: Path) -> None:
 def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
     fingerprint = fingerprint_of(text.data)  # before it is read, so that a change meanwhile is seen later
     tokenizer = None if text.tokenizer == "bpe" else _whole_tokens_of(text.tokenizer)
-    with _documents_by_side_on_disk(text, folder / "documents", splits) as documents_of:
+    repeats = itertools.count()
+    on_disk = _documents_by_side_on_disk(text, folder / "documents", splits, partial(next, repeats))
+    with on_disk as documents_of:
         if tokenizer is None:
             bpe = train_bpe(documents_of("train"), text.bpe_vocab_size, eos_token=EOS_TOKEN)
             special = {"eos_token": EOS_TOKEN}
@@ -207,7 +221,12 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
                 shares = f"dev_share={text.dev_share}, test_share={text.test_share}"
                 raise ValueError(f"the {split} split ({shares}): {error}, or other shares") from None
     tokenizer.save_pretrained(folder / WHOLE_TOKENS)
-    write_json(folder / "text.json", {**vars(text), "source": fingerprint})
+    measured: dict[str, Any] = {}
+    if not text.streaming:
+        measured["repeated_documents"] = next(repeats)
+        train, test = (PackedBlocks(folder / split) for split in ("train", "test"))
+        measured["test_ngrams_in_train"] = [overlap(train, test, length) for length in LENGTHS]
+    write_json(folder / "text.json", {**vars(text), "source": fingerprint, "measured": measured})
     write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
 
 
@@ -224,7 +243,7 @@ def _whole_tokens_of(name: str) -> PrimeV2Tokenizer:
 
 @contextmanager
 def _documents_by_side_on_disk(
-    text: TextOptions, folder: Path, splits: tuple[str, ...]
+    text: TextOptions, folder: Path, splits: tuple[str, ...], on_repeat: Callable[[], object]
 ) -> Iterator[Callable[[str], Iterator[str]]]:
     """Reads the source once, into files in `folder`, which go at the end; yields a reader of the documents of a split.
 
@@ -245,7 +264,7 @@ def _documents_by_side_on_disk(
     try:
         with ExitStack() as stack:
             files = {split: stack.enter_context(open(folder / split, "w", encoding="utf-8")) for split in splits}
-            for split, document in documents_by_side(text):
+            for split, document in documents_by_side(text, on_repeat):
                 if left.get(split, 0) > 0:
                     files[split].write(json.dumps(document) + "\n")
                     left[split] -= 1

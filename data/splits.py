@@ -4,7 +4,7 @@ All are pure functions of the texts: the same documents give the same sides on e
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 def _digest(text: str) -> bytes:
@@ -15,14 +15,19 @@ def _normalised(document: str) -> str:
     return " ".join(document.casefold().split())
 
 
-def deduplicate(documents: Iterable[str]) -> Iterator[str]:
-    """The documents without those equal to an earlier one up to case and whitespace; in order, 16 bytes each held."""
+def deduplicate(documents: Iterable[str], on_repeat: Callable[[], object] | None = None) -> Iterator[str]:
+    """The documents without those equal to an earlier one up to case and whitespace; in order, 16 bytes each held.
+
+    on_repeat is called for each that is left out.
+    """
     seen = set()
     for document in documents:
         key = _digest(_normalised(document))
         if key not in seen:
             seen.add(key)
             yield document
+        elif on_repeat is not None:
+            on_repeat()
 
 
 def split_of(document: str, *, seed: int = 0, dev_share: float = 0.02, test_share: float = 0.02) -> str:

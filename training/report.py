@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from prime_v2.data.packing import PackedBlocks
-from prime_v2.data.preparation import prepared_source
+from prime_v2.data.preparation import measured_of, prepared_source
 from prime_v2.data.supervised import Examples
 from prime_v2.data.token_vectors import costs_in
 from prime_v2.eval.intervals import UPPER_END, plus_minus
@@ -283,6 +283,7 @@ def finish(
             **_versions_read(run, data["dev"]),
             "fingerprints": {split: blocks.fingerprint for split, blocks in data.items()},
             **sizes,
+            **(measured_of(data["dev"].path.parent) if isinstance(data["dev"], PackedBlocks) else {}),
         },
         "evaluation": evaluation,
         "history": trainer.state.log_history,

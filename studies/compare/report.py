@@ -360,11 +360,28 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"{sum(each > 1 for each in read)} of {len(read)} runs read the training text more than once, up to "
             f"{max(read):.1f} times."
         )
+    found += _text_notes(results)
     if len(results["commits"]) > 1:
         found.append(
             f"The runs are of {len(results['commits'])} versions of the code: {', '.join(results['commits'])}."
         )
     return found
+
+
+def _text_notes(results: dict[str, Any]) -> list[str]:
+    """What the splits share, where it was counted when the text was prepared."""
+    counted = [each for each in results["data"].values() if each.get("test_ngrams_in_train")]
+    if not counted:
+        return []
+    shares = [
+        f"{fmean(each['share'] or 0 for each in parts):.1%} of its runs of {parts[0]['length']} tokens"
+        for parts in zip(*(each["test_ngrams_in_train"] for each in counted), strict=True)
+    ]
+    dropped = fmean(each["repeated_documents"] for each in counted)
+    return [
+        f"Of the test text, {' and '.join(shares)} are also in the training text; {dropped:,.0f} documents equal to "
+        f"an earlier one were left out before the split."
+    ]
 
 
 def render(results: dict[str, Any]) -> str:

@@ -12,6 +12,12 @@ def test_deduplicate_keeps_the_first_of_equal_texts():
     assert list(deduplicate(documents)) == ["One two", "three", "", "three."]
 
 
+def test_deduplicate_tells_of_each_document_that_it_leaves_out():
+    calls = []
+    kept = list(deduplicate(["a b", "A  b", "c", "a b", "d"], lambda: calls.append(1)))
+    assert (kept, len(calls)) == (["a b", "c", "d"], 2)
+
+
 def test_split_is_a_function_of_text_and_seed_with_the_asked_shares():
     documents = [f"Document {i}" for i in range(20000)]
     sides = [split_of(document, seed=3, dev_share=0.1, test_share=0.2) for document in documents]

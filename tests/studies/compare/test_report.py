@@ -223,6 +223,17 @@ def test_notes_say_what_the_interval_of_one_seed_covers():
     assert "Recorded by an earlier version: intervals take sequences as independent" in render(results)
 
 
+def test_notes_say_what_the_splits_share_where_it_was_counted():
+    comparison, trained = compared(seeds=(0, 1))
+    for run, record in trained:
+        shares = [{"length": length, "share": (1 + run.seed) / length} for length in (8, 32)]
+        record["results"]["data"] |= {"repeated_documents": 1200, "test_ngrams_in_train": shares}
+    text = render(summarise(comparison, trained))
+    assert "18.8% of its runs of 8 tokens and 4.7% of its runs of 32 tokens are also in the training text" in text
+    assert "1,200 documents equal to an earlier one were left out" in text
+    assert "in the training text" not in render(summarise(*compared()))
+
+
 def test_the_best_size_is_chosen_on_the_dev_split_and_compared_with_the_baselines_best():
     comparison, trained = compared(names=("MDM", "ARM"), shapes=("16x1", "32x1", "64x1"))
     wanted = {"MDM": "64x1", "ARM": "32x1"}
