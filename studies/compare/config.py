@@ -93,6 +93,7 @@ class _Shape:
     name: str
     model: dict[str, Any]
     train: dict[str, Any]
+    scale: dict[str, float]  # what options of `train` are multiplied by, whichever part of the file gives them
 
 
 class _Loader(yaml.SafeLoader):
@@ -224,6 +225,12 @@ def _runs_of(
                 "model": common_model[family] | shape.model | model,
                 "label": _label(name, entry),
             }
+            for key, factor in shape.scale.items():
+                if key not in options:
+                    raise ValueError(
+                        f"{place}: shape {shape.name} scales {key}, which the run has not; give it in `train`"
+                    )
+                options[key] = factor * _float(options[key], f"{place}: {key}")
             for seed in seeds:
                 yield Run(name, shape.name, budget, seed, options | {"seed": seed})
 
@@ -268,20 +275,34 @@ def _label(name: str, entry: dict[str, Any]) -> str:
 def _shapes(value: Any, path: str) -> list[_Shape]:
     """The sizes; one without a name where there is no list of them."""
     if value is None:
-        return [_Shape("", {}, {})]
+        return [_Shape("", {}, {}, {})]
     found: dict[str, _Shape] = {}
     for entry in _list(value, f"{path}: shapes"):
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: {entry!r} in shapes must hold fields such as `hidden_size: 64`")
-        model = {key: each for key, each in entry.items() if key not in ("name", "train")}
+        model = {key: each for key, each in entry.items() if key not in ("name", "train", "scale")}
         train = _mapping(entry, "train", f"{path}: shapes")
         _check_train(train, f"{path}: shapes: train", own=True)
         sizes = [str(model[key]) for key in ("hidden_size", "num_hidden_layers") if key in model]
         name = _slug(entry.get("name", "x".join(sizes)))
         if not name or name in found:
             raise ValueError(f"{path}: two shapes, or none of them, are called {name!r}; give each a `name`")
-        found[name] = _Shape(name, model, train)
+        found[name] = _Shape(name, model, train, _scale(entry, train, f"{path}: shapes: {name}"))
     return list(found.values())
+
+
+def _scale(entry: dict[str, Any], train: dict[str, Any], place: str) -> dict[str, float]:
+    """The factors of a shape; ValueError for one of an option that the shape sets, that must be common, or below 0."""
+    scale = _mapping(entry, "scale", place)
+    _check_train(scale, f"{place}: scale", own=True)
+    for key in scale:
+        if key in train:
+            raise ValueError(f"{place}: {key} is in `train` and in `scale`; write one of them")
+    factors = {key: _float(value, f"{place}: scale: {key}") for key, value in scale.items()}
+    for key, factor in factors.items():
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{place}: scale: {key}={factor} must be a factor above 0, e.g. 0.5")
+    return factors
 
 
 def _budgets(value: Any, place: str) -> list[float]:

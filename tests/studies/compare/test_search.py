@@ -7,7 +7,7 @@ import yaml
 from command_runs import of_command
 from compare_runs import NETWORK, Fork, three_runs, use_forks, write
 
-from prime_v2.studies.compare.config import Comparison, Run
+from prime_v2.studies.compare.config import Comparison, Run, read_comparison
 from prime_v2.studies.compare.search import best_shapes, narrowed, number_of_runs, searched
 
 run, _ = of_command("compare")
@@ -104,4 +104,33 @@ def test_a_search_that_cannot_be_is_refused(tmp_path, changes, message):
     path = tmp_path / "mini.yaml"
     path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
     result = run(path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_a_shape_scales_the_options_of_each_run(tmp_path):
+    shapes = [{**NETWORK, "name": "as it is"}, {**NETWORK, "name": "half", "scale": {"learning_rate": 0.5}}]
+    content = three_runs(tmp_path) | {"shapes": shapes}
+    content["runs"]["ARM"] |= {"train": {"learning_rate": 0.04}}
+    found = {
+        (each.name, each.shape): each.options["learning_rate"]
+        for each in read_comparison(write(tmp_path, content)).runs
+    }
+    assert found["MDM", "as_it_is"] == 0.01 and found["MDM", "half"] == 0.005
+    assert found["ARM", "as_it_is"] == 0.04 and found["ARM", "half"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"scale": {"weight_decay": 2}}, "shape a scales weight_decay, which the run has not; give it in `train`"),
+        ({"scale": {"learning_rate": -1}}, "learning_rate=-1.0 must be a factor above 0, e.g. 0.5"),
+        ({"scale": {"learning_rate": "much"}}, "scale: learning_rate: 'much' is no number"),
+        ({"scale": {"global_batch": 2}}, "global_batch must be the same for all runs"),
+        ({"scale": {"learning_rate": 2}, "train": {"learning_rate": 1}}, "is in `train` and in `scale`"),
+        ({"scale": 2}, "scale is 2; it holds lines"),
+    ],
+)
+def test_a_factor_that_cannot_be_is_refused(tmp_path, shape, message):
+    content = three_runs(tmp_path) | {"shapes": [{"name": "a", **NETWORK, **shape}]}
+    result = run(write(tmp_path, content), "--out", tmp_path / "out")
     assert result.exit_code == 2 and message in result.stderr, result.output
