@@ -13,7 +13,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import FOLDER, Json, Output
 
 KEPT = ("nats_per_token", "stderr", "degrees", "perplexity", "is_bound", "is_exact", "unigram_entropy", "num_tokens")
-LABELS = {"published": "published: binary digits, shuffled", "nested": "nested: codes grown from the text"}
+LABELS = {"published": "published: binary digits, shuffled", "coarse_first": "coarse_first: codes grown from the text"}
 PICTURE = "denoising.svg"
 PROMPT, NEW_TOKENS = "Return the number of", 18  # of the sample: documentation begins like this
 SEED = 0
@@ -42,9 +42,10 @@ def demo(
 ) -> None:
     """Train two small models, compare them and sample.
 
-    They learn from this machine's documentation. One has the published form, the other codes grown from the text; each
-    has half of about five minutes on two cores. Both are runs of configs/demo.yaml and need no network. The same
-    command continues what was stopped, and prints the results again when all is done.
+    They learn from this machine's documentation. One has the published form; the other has codes grown from the text
+    and reveals the first digits of all tokens before the others. Both get the same measured FLOPs, about five minutes
+    together on two cores. They are runs of configs/demo.yaml and need no network. The same command continues what was
+    stopped, and prints the results again when all is done.
     """
     from prime_v2.eval.plugin import DEMO
     from prime_v2.output.drawing import save_drawing
@@ -123,6 +124,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "family": record["results"]["family"],
         "parameters": training["parameters"],
         "tokens": training["tokens"],
+        "flops_measured": training["flops_measured"],
         "seconds": training["seconds"],
         **{
             name: {key: evaluation[name][key] for key in KEPT if key in evaluation[name]}
@@ -143,25 +145,28 @@ def report(results: dict[str, Any], out: Path) -> str:
     first = runs[better]["bound"]
     entropy = first["unigram_entropy"]
     rows = [
-        ["held-out text, nats/token", "bound", "perplexity", "the paper's loss", "trained on", "in"],
-        ["token frequencies (unigram entropy)", f"{entropy:.3f}", f"{math.exp(entropy):.0f}", "", "", ""],
+        ["held-out text, nats/token", "bound", "perplexity", "the paper's loss", "tokens", "FLOPs", "time"],
+        ["token frequencies (unigram entropy)", f"{entropy:.3f}", f"{math.exp(entropy):.0f}", "", "", "", ""],
     ]
     for name, run in runs.items():
         bound, loss = run["bound"], run.get("paper_loss")
+        flops = run.get("flops_measured")  # None and another name of a run: the record is of an earlier version
         rows.append(
             [
-                LABELS[name],
+                LABELS.get(name, name),
                 f"<= {bound['nats_per_token']:.3f}{plus_minus(bound)}",
                 f"<= {bound['perplexity']:.0f}",
                 "-" if loss is None else f"{loss['nats_per_token']:.3f} (no bound)",
-                f"{quantity(run['tokens'])} tokens",
+                quantity(run["tokens"]),
+                "-" if flops is None else f"{flops:.2e}",
                 duration(run["seconds"]),
             ]
         )
     sample_text = indent(results["sample"].translate(PICTURES), "    ")
     return (
         f"\n{aligned(rows)}\n\n"
-        f"Both were measured on the same {first['num_tokens']:,} tokens; lower is better, ± is a 95% interval.\n"
+        f"Both were measured on the same {first['num_tokens']:,} tokens; lower is better, ± is a 95% interval. "
+        f"FLOPs are of training, as measured.\n"
         f"The paper's loss is no bound on the likelihood: it says nothing about which model is better.\n\n"
         f"A sample of {better}, after the prompt {PROMPT!r}:\n\n{sample_text}\n\n"
         f"how it denoised    {out / PICTURE}\n"

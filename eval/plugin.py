@@ -6,7 +6,7 @@ from pathlib import Path
 
 MODEL_NAME = "prime_v2"
 DEMO = Path("runs") / "demo"  # where `make demo` leaves its models
-DEMO_RUNS = ("published", "nested")
+DEMO_RUNS = ("published", "coarse_first")
 MODEL_CLASS = "prime_v2.eval.lm:PrimeV2LM"
 
 

@@ -9,7 +9,10 @@ from command_runs import of_command
 from tiny_runs import write_text
 
 from prime_v2.commands.generate import PICTURES
+from prime_v2.eval.plugin import DEMO_RUNS
 from prime_v2.output.records import read_record
+from prime_v2.studies.compare.run import cost_of
+from prime_v2.training.options import RaisingParser, parse_options
 from prime_v2.training.trainer import DiffusionTrainer
 
 STEPS = (
@@ -35,8 +38,8 @@ def test_both_forms_are_measured_on_the_same_text_and_the_lower_bound_is_the_bet
     folder, _ = finished
     results = read_record(folder.parent / "demo.json")["results"]
     runs = results["runs"]
-    assert list(runs) == ["published", "nested"]
-    assert runs["published"]["bound"]["unigram_entropy"] == runs["nested"]["bound"]["unigram_entropy"]
+    assert list(runs) == ["published", "coarse_first"]
+    assert runs["published"]["bound"]["unigram_entropy"] == runs["coarse_first"]["bound"]["unigram_entropy"]
     assert runs[results["better"]]["bound"]["nats_per_token"] == min(
         r["bound"]["nats_per_token"] for r in runs.values()
     )
@@ -44,9 +47,10 @@ def test_both_forms_are_measured_on_the_same_text_and_the_lower_bound_is_the_bet
         record = read_record(folder / name / "results" / "train.json")["results"]
         assert each["bound"]["nats_per_token"] == record["evaluation"]["bound"]["nats_per_token"]
         assert each["bound"]["is_bound"]
+        assert each["flops_measured"] == record["training"]["flops_measured"]
     assert not runs["published"]["paper_loss"]["is_bound"]
-    assert "paper_loss" not in runs["nested"]
-    assert not list((folder / "nested" / "data").glob("train*")), "the prepared text is shared"
+    assert "paper_loss" not in runs["coarse_first"]
+    assert not list((folder / "coarse_first" / "data").glob("train*")), "the prepared text is shared"
 
 
 def test_the_same_command_prints_one_table_the_sample_and_where_all_is(finished):
@@ -58,9 +62,11 @@ def test_the_same_command_prints_one_table_the_sample_and_where_all_is(finished)
     lines = again.stdout.splitlines()
     table = lines[1:5]
     assert table[0].split()[:1] == ["held-out"]
-    assert [line.split()[0] for line in table[1:]] == ["token", "published:", "nested:"]
+    assert [line.split()[0] for line in table[1:]] == ["token", "published:", "coarse_first:"]
     assert f"{results['runs']['published']['paper_loss']['nats_per_token']:.3f} (no bound)" in table[2]
-    assert f"<= {results['runs']['nested']['bound']['nats_per_token']:.3f}" in table[3]
+    assert f"<= {results['runs']['coarse_first']['bound']['nats_per_token']:.3f}" in table[3]
+    for name, line in zip(results["runs"], table[2:], strict=True):
+        assert f"{results['runs'][name]['flops_measured']:.2e}" in line.split()
     assert " ".join(results["sample"].translate(PICTURES).split()) in " ".join(again.stdout.split())
     assert f"how it denoised    {folder / 'denoising.svg'}" in lines
     description = ElementTree.parse(folder / "denoising.svg").find("{http://www.w3.org/2000/svg}desc")
@@ -86,6 +92,16 @@ def test_a_demo_that_was_stopped_goes_on_where_it_was(finished, monkeypatch):
     assert taken == [0, 1, 2, 2, 3, 0, 1, 2, 3]
     runs, unbroken = json.loads(result.stdout)["runs"], read_record(folder.parent / "demo.json")["results"]["runs"]
     assert runs["published"]["bound"] == unbroken["published"]["bound"]
+
+
+def test_both_runs_of_the_demo_plan_the_same_measured_flops():
+    """Within 1%: the number of steps is whole, and a record's count is that of the same noise."""
+    planned = {}
+    for name in DEMO_RUNS:
+        options, training, model = parse_options(["--config", f"demo:{name}"], parser_class=RaisingParser)
+        cost = cost_of(options, training, model, options.bpe_vocab_size, True, name)
+        planned[name] = cost.flops("measured") * training.max_steps * options.global_batch * options.block_size
+    assert planned["coarse_first"] == pytest.approx(planned["published"], rel=0.01)
 
 
 def test_what_the_demo_decides_and_what_train_py_does_not_know_are_refused(tmp_path):

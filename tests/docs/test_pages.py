@@ -85,7 +85,7 @@ def test_the_training_commands_of_readme_are_options_that_train_py_takes(line, m
 
 def test_the_python_of_readme_runs_on_a_model_and_prints_what_its_comments_say(tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-    folder = tmp_path / "runs" / "demo" / "nested"
+    folder = tmp_path / "runs" / "demo" / "coarse_first"
     one_layer(vocab_size=280, max_position_embeddings=64).save_pretrained(folder)
     text = ["return the number of elements of the list"] * 9
     build_tokenizer(train_bpe(text, 280), special_tokens={"eos_token": "<|endoftext|>"}).save_pretrained(folder)

@@ -126,7 +126,7 @@ def test_without_a_model_the_better_one_of_the_demo_is_taken(folder, questions, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no model was named; add --model_args pretrained=DIR"):
         PrimeV2LM()
-    for name, nats in (("published", 6.2), ("nested", 5.1)):
+    for name, nats in (("published", 6.2), ("coarse_first", 5.1)):
         place = shutil.copytree(folder, tmp_path / "runs" / "demo" / name)
         (place / "results").mkdir()
         record = {"results": {"evaluation": {"bound": {"nats_per_token": nats}}}}
@@ -134,17 +134,17 @@ def test_without_a_model_the_better_one_of_the_demo_is_taken(folder, questions, 
     capsys.readouterr()
     assert PrimeV2LM().config.hidden_size == 16
     said = "prime_v2: no model was named; taking runs/demo/{}, the better model of make demo"
-    assert capsys.readouterr().err.splitlines().count(said.format("nested")) == 1
+    assert capsys.readouterr().err.splitlines().count(said.format("coarse_first")) == 1
 
     task = ["--tasks", "boolq", "--data", str(questions), "--limit", "1"]
     result = CliRunner().invoke(app, ["eval", *task, "--json", "--output", "eval.json"])
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines().count(said.format("nested")) == 1
+    assert result.stderr.splitlines().count(said.format("coarse_first")) == 1
     model = json.loads(Path("eval.json").read_text())["results"]["config"]["model_args"]["pretrained"]
-    assert model == "runs/demo/nested"
+    assert model == "runs/demo/coarse_first"
 
     demo = tmp_path / "runs" / "demo"
-    (demo / "nested" / "results" / "train.json").unlink()  # a run that has not finished
+    (demo / "coarse_first" / "results" / "train.json").unlink()  # a run that has not finished
     PrimeV2LM()
     assert said.format("published") in capsys.readouterr().err
     (demo / "published" / "model.safetensors").unlink()

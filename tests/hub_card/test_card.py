@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
+from prime_v2.diffusion_prime_v2 import KINDS
 from prime_v2.eval.perplexity import score_windows
 from prime_v2.hub_card.card import find_record, render_card, write_card
 from prime_v2.hub_card.export import export_model
@@ -99,6 +100,22 @@ def test_card_states_the_numbers_of_the_record(record):
         "second\nsample",
     ):
         assert expected in text
+
+
+REVEALED = {
+    "digit": "the digits step by step, in any order.",
+    "token": "whole tokens step by step, in any order.",
+    "nested": "the tokens step by step, the leading digits of each before its others.",
+    "coarse_first": "the leading digits of all tokens step by step, and then the others.",
+    "windows": "the leading digits of each before its others, in windows of time.",
+}
+
+
+@pytest.mark.parametrize("order", KINDS)
+def test_card_says_in_which_order_generation_reveals(record, order):
+    record["results"]["config"]["reveal_order"] = order
+    (said,) = re.findall("generation reveals (.*?) It has", render_card(record, model_name="my-model"))
+    assert said.endswith(REVEALED[order])
 
 
 def test_metadata_is_what_the_hub_reads(record):
