@@ -1,6 +1,6 @@
 """Arithmetic of a training step: the 6 N D rule and a count of the products that really run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 # Dense matrix rates of accelerators in bf16, FLOP/s, by what their names contain. From NVIDIA's data sheets, which
 # give those of the H100 and H200 with sparsity: half of it here. "H100 80GB HBM3" is the SXM card; others are slower.
+COUNTED_BATCHES = 8  # micro-batches: how many tokens the noise hides, and so what a head costs, varies with each
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
 
 
@@ -34,6 +35,15 @@ def measure_flops(step: Callable[[], torch.Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         step().backward()
     return counter.get_total_flops()
+
+
+def flops_per_token(step: Callable[[dict[str, torch.Tensor]], torch.Tensor], batches: Iterable[dict]) -> float:
+    """FLOPs a token of training, over some batches: step(batch) is the loss, batches have `input_ids` (B, L)."""
+    flops, tokens = 0, 0
+    for batch in batches:
+        flops += measure_flops(lambda batch=batch: step(batch))
+        tokens += batch["input_ids"].numel()
+    return flops / tokens
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,5 +1,6 @@
 """What train.py says before and after training: cost, held-out bound, samples, record, plot and card."""
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from prime_v2.output.numbers import duration
 from prime_v2.output.records import make_record
 from prime_v2.tokenization.plain_text import not_kept
 from prime_v2.training.finetuning import answers, merge_adapter, scored_ids
-from prime_v2.training.flops import count_parameters, measure_flops, peak_flops, six_n_d
+from prime_v2.training.flops import COUNTED_BATCHES, count_parameters, flops_per_token, peak_flops, six_n_d
 from prime_v2.training.loss_plot import plot_training
 from prime_v2.training.sharding import whole
 from prime_v2.training.trainer import TRACE, DiffusionTrainer
@@ -88,20 +89,20 @@ def score_dev(
 
 
 def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
-    """Count and time one micro-batch, and print what the run will take."""
+    """Count and time the first micro-batches, and print what the run will take."""
     training = trainer.args
     model: Any = trainer.model
-    batch = next(iter(trainer.get_train_dataloader()))
-    batch = {key: value.to(training.device) for key, value in batch.items() if key not in TRACE}
+    first = itertools.islice(trainer.get_train_dataloader(), COUNTED_BATCHES)
+    batches = [{key: value.to(training.device) for key, value in each.items() if key not in TRACE} for each in first]
 
-    def step() -> torch.Tensor:
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with trainer.accelerator.autocast():
             return model(**batch).loss
 
     model.train()
-    measured = measure_flops(step) / batch["input_ids"].numel()
+    measured = flops_per_token(step, batches)
     started = time.time()
-    step().backward()
+    step(batches[0]).backward()
     if training.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.time() - started
@@ -118,7 +119,7 @@ def estimate(trainer: DiffusionTrainer, run: Any) -> dict[str, float]:
         "flops_measured": measured * tokens,
     }
     trainer.flops_per_token = measured
-    expected = seconds * tokens / batch["input_ids"].numel() / training.world_size
+    expected = seconds * tokens / batches[0]["input_ids"].numel() / training.world_size
     if not trainer.is_world_process_zero():
         return numbers
     print(

@@ -34,7 +34,7 @@ from prime_v2.studies.compare.config import Comparison, Run, number
 from prime_v2.studies.compare.search import narrowed, searched
 from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 from prime_v2.training.course import Holds, check_folder, course_of
-from prime_v2.training.flops import count_parameters, measure_flops
+from prime_v2.training.flops import COUNTED_BATCHES, count_parameters, flops_per_token
 from prime_v2.training.options import RaisingParser, RunOptions, parse_options
 from prime_v2.training.run import make_model, text_options
 from prime_v2.training.trainer import Collator
@@ -168,7 +168,7 @@ def cost_of(
     measure: bool,
     place: str,
 ) -> Cost:
-    """The cost of a run's network, measured on the micro-batch that train.py measures; ids are random.
+    """The cost of a run's network, measured on the micro-batches that train.py measures; ids are random.
 
     FLOPs depend on what the noise hides, not on the ids; with a head in stages also on how many children the nodes of
     the hidden tokens have. Grown codes have as many for each node, give or take one, and shuffled ones, standing for
@@ -188,32 +188,35 @@ def cost_of(
     counts = count_parameters(model)
     if not measure:
         return Cost(counts["total"], counts["non_embedding"], None, None)
-    batch = _micro_batch(run, training, vocab_size)
+    batches = _micro_batches(run, training, vocab_size)
     model.train()
 
-    def step() -> torch.Tensor:
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(training.device.type, torch.bfloat16, enabled=training.bf16):
             return model(**batch).loss
 
-    tokens = batch["input_ids"].numel()
-    measured = measure_flops(step) / tokens
+    measured = flops_per_token(step, batches)
     seconds = []
     for _ in range(TIMED_STEPS):
         started = time.monotonic()
-        step().backward()
+        step(batches[0]).backward()
         if training.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - started)
-    return Cost(counts["total"], counts["non_embedding"], measured, min(seconds) / tokens)
+    return Cost(counts["total"], counts["non_embedding"], measured, min(seconds) / batches[0]["input_ids"].numel())
 
 
-def _micro_batch(run: RunOptions, training: TrainingArguments, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Random ids under the noise of the first micro-batch of a run."""
-    generator = torch.Generator().manual_seed(training.seed)
-    ids = torch.randint(vocab_size, (training.per_device_train_batch_size, run.block_size), generator=generator)
-    samples = [{"input_ids": row, "labels": row, "sample_number": torch.tensor(i)} for i, row in enumerate(ids)]
-    batch = Collator(run.global_batch, training.seed, run.short_share)(samples)
-    return {key: value.to(training.device) for key, value in batch.items()}
+def _micro_batches(run: RunOptions, training: TrainingArguments, vocab_size: int) -> list[dict[str, torch.Tensor]]:
+    """Random ids under the noise of the first micro-batches of a run."""
+    generator, size = torch.Generator().manual_seed(training.seed), training.per_device_train_batch_size
+    collate, made = Collator(run.global_batch, training.seed, run.short_share), []
+    for first in range(0, COUNTED_BATCHES * size, size):
+        ids = torch.randint(vocab_size, (size, run.block_size), generator=generator)
+        samples = [
+            {"input_ids": row, "labels": row, "sample_number": torch.tensor(first + i)} for i, row in enumerate(ids)
+        ]
+        made.append({key: value.to(training.device) for key, value in collate(samples).items()})
+    return made
 
 
 def state_of(planned: PlannedRun) -> str:
