@@ -312,7 +312,7 @@ def special_ids(name: str, value: Any, vocab_size: int | None = None) -> list[in
 def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
     """Update in place; a length given here under one of its two names replaces an earlier one under the other.
 
-    do_sample=False given here takes away the sampling options given earlier.
+    do_sample=False given here takes away sampling options given earlier, and an earlier sampler that acts at random.
     """
     if given.get("max_new_tokens") is not None:
         merged.pop("max_length", None)
@@ -321,4 +321,7 @@ def _override(merged: dict[str, Any], given: dict[str, Any]) -> None:
     if given.get("do_sample") is False:
         for name in SAMPLING_OPTIONS:
             merged.pop(name, None)
+        sampler = sampler_from(merged.get("sampler_config"))
+        if sampler is not None and sampler.kind != "rule":
+            merged.pop("sampler_config")
     merged.update(given)

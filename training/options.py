@@ -14,6 +14,7 @@ from prime_v2.training.finetuning import TRAINING_FIELDS, check_start
 from prime_v2.training.initialisation import check_initialisation
 from prime_v2.training.option_checks import FOLLOWS_EVALUATION, check_values, refused_values
 from prime_v2.training.recipes import CONFIGS, find_recipe, recipe_names
+from prime_v2.training.stage_passes import check_stage_passes
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, nearest
 
 
@@ -80,6 +81,12 @@ class RunOptions:
         metadata={"help": "Passes at which the law of ancestral sampling is evaluated at the end, e.g. 64 8 4."},
     )
     sampler_sequences: int = field(default=160, metadata={"help": "Blocks of the test split for --sampler_passes."})
+    stage_passes: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Of a coarse-first model, the share of generate's passes for each stage, such as 0.75 0.25."
+        },
+    )
     num_generated: int = field(default=3, metadata={"help": "Samples generated at the end."})
     record: str | None = field(default=None, metadata={"help": "A further place for the record of the run (JSON)."})
 
@@ -277,6 +284,7 @@ def check_options(run: RunOptions, training: TrainingArguments, model_options: d
     problems += refused_values(training)
     problems += check_start(run)
     problems += check_initialisation(run, model_options)
+    problems += check_stage_passes(run, model_options)
     problems += _schedule_problems(training)
     if run.record is not None:
         try:

@@ -35,6 +35,7 @@ from prime_v2.training.options import RunOptions, parse_options
 from prime_v2.training.processes import from_first_process
 from prime_v2.training.report import bytes_held, estimate, finish, print_summary, score_dev
 from prime_v2.training.sharding import prepare_sharding
+from prime_v2.training.stage_passes import set_stage_passes
 from prime_v2.training.trainer import Collator, DiffusionTrainer, Progress, StopOnSignal
 
 
@@ -225,8 +226,10 @@ def _inputs(run: RunOptions, training: TrainingArguments, model_options: dict[st
             place = folder / "data" / "vectors"
             vectors = token_vectors(place, train, config.vocab_size, config.hidden_size, training.seed, num_samples)
             set_vectors(model, torch.from_numpy(vectors))
-        return tokenizer, model, data
-    model, tokenizer, data = start_from(run, training, model_options, text, folder)
+    else:
+        model, tokenizer, data = start_from(run, training, model_options, text, folder)
+    if run.stage_passes:
+        set_stage_passes(model, run.stage_passes)
     return tokenizer, model, data
 
 
