@@ -47,6 +47,10 @@ def quality(
             show_default="the test side of what MODEL was trained on",
         ),
     ] = None,
+    dev: Annotated[
+        bool,
+        typer.Option("--dev", help="Without --text the dev side instead of the test side, to choose settings on."),
+    ] = False,
     training_text: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +140,7 @@ def quality(
         code, names = code_version(), [model, *(also or [])]
         made = _plan(names, sampler, passes, temperature, frontier_passes, length)
     plan = made(samples=samples, prompt=prompts, draws=draws, batch=batch, seed=seed, law_only=law_only)
-    study = Study(names, judge, text, training_text, mauve, out, device, dtype)
+    study = Study(names, judge, text, dev, training_text, mauve, out, device, dtype)
     try:
         results = study.run(plan)
     except KeyboardInterrupt:
@@ -189,6 +193,7 @@ class Study:
     models: list[str]
     judge: str | None
     text: str | None
+    dev: bool
     training_text: str | None
     mauve: bool
     out: Path
@@ -304,6 +309,10 @@ class Study:
 
     def _check_text(self) -> None:
         if self.text is not None:
+            if self.dev:
+                raise ValueError(
+                    f"--dev is a side of what MODEL was trained on, not of --text {self.text}; leave one out"
+                )
             return
         if self.training_text is not None:
             raise ValueError(f"--training-text {self.training_text} goes with --text SOURCE; add it")
@@ -328,8 +337,9 @@ class Study:
             for number, document in enumerate(documents, 1):
                 sides[split_of(document, **shares)].append(document)
                 show(number, None)
-        about = {"source": f"{options['data']}, test side", "training_text": f"{options['data']}, training side"}
-        return sides["test"], sides["train"], about
+        side = "dev" if self.dev else "test"
+        about = {"source": f"{options['data']}, {side} side", "training_text": f"{options['data']}, training side"}
+        return sides[side], sides["train"], about
 
 
 def _documents(options: dict[str, Any]) -> Generator[str, None, None]:

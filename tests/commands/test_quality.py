@@ -9,6 +9,8 @@ import torch
 from command_runs import DOCUMENTS, of_command
 
 from prime_v2 import PrimeV2ArmConfig, PrimeV2ForCausalLM, build_tokenizer
+from prime_v2.commands.quality import Study
+from prime_v2.data.splits import split_of
 from prime_v2.output.paths import without_places
 from prime_v2.output.records import read_record
 from prime_v2.studies.quality import run as study_run
@@ -73,6 +75,20 @@ def test_quality_prints_tables_records_the_numbers_and_draws_them(study, text_fi
     assert without_places(json.loads(again.stdout)) == found, "from the finished parts"
 
 
+@pytest.mark.parametrize("side", ["test", "dev"])
+def test_held_out_is_a_side_of_what_the_model_was_trained_on(tmp_path, side):
+    texts = [f"document {i} of words {i * i}" for i in range(60)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in [*texts, texts[0]]))
+    shares = {"seed": 3, "dev_share": 0.3, "test_share": 0.3}
+    (tmp_path / "run.json").write_text(json.dumps({"data": str(path), "text_field": "text", **shares}))
+    study = Study([str(tmp_path)], None, None, side == "dev", None, False, tmp_path, None, None)
+    held, training, about = study._texts()
+    assert held == [each for each in texts if split_of(each, **shares) == side] and len(held) > 5
+    assert training == [each for each in texts if split_of(each, **shares) == "train"]
+    assert about["source"].endswith(f"{side} side")
+
+
 def test_prompts_are_continued_and_a_law_needs_no_judge(study, model_dir, text_file, tmp_path):
     result = quality(*study, "--prompts", 4)
     assert "sampled texts, 4 tokens given" in result.stdout
@@ -94,6 +110,7 @@ def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_
         ([*study, "--temperature", 0], "must be positive and finite"),
         ([*study, "--length", 65], "max_position_embeddings=64"),
         ([*alone, "--law-only", "--mauve"], "--mauve judges samples, which --law-only draws none of"),
+        ([*study, "--dev"], "--dev is a side of what MODEL was trained on, not of --text"),
         ([model_dir, "--also", arm_dir, *SMALL], "does not exist, which says what"),
         ([model_dir, "--also", arm_dir, *SMALL, "--training-text", text_file], "goes with --text SOURCE"),
     ):
