@@ -354,10 +354,13 @@ def test_a_launcher_that_is_not_there_is_refused(content, tmp_path):
 
 
 def one_sequence_a_micro_batch(comparison: Comparison) -> Comparison:
-    """FLOPs are measured on a micro-batch, and those for a GPU take minutes here."""
-    runs = [
-        dataclasses.replace(run, options=run.options | {"per_device_train_batch_size": 1}) for run in comparison.runs
-    ]
+    """FLOPs are measured on micro-batches, and those for a GPU take minutes here; nor is GPT-2's tokenizer at hand."""
+    runs = []
+    for run in comparison.runs:
+        options = run.options | {"per_device_train_batch_size": 1}
+        if options["tokenizer"] == "gpt2":
+            options |= {"tokenizer": "bpe", "bpe_vocab_size": 50_257}
+        runs.append(dataclasses.replace(run, options=options))
     return dataclasses.replace(comparison, runs=tuple(runs))
 
 
