@@ -150,19 +150,18 @@ def report(results: dict[str, Any], out: Path) -> str:
     ]
     for name, run in runs.items():
         bound, loss = run["bound"], run.get("paper_loss")
-        flops = run.get("flops_measured")  # None and another name of a run: the record is of an earlier version
         rows.append(
             [
-                LABELS.get(name, name),
+                LABELS[name],
                 f"<= {bound['nats_per_token']:.3f}{plus_minus(bound)}",
                 f"<= {bound['perplexity']:.0f}",
                 "-" if loss is None else f"{loss['nats_per_token']:.3f} (no bound)",
                 quantity(run["tokens"]),
-                "-" if flops is None else f"{flops:.2e}",
+                f"{run['flops_measured']:.2e}",
                 duration(run["seconds"]),
             ]
         )
-    sample_text = indent(results["sample"].translate(PICTURES), "    ")
+    sample_text = indent(results["sample"].rstrip().translate(PICTURES), "    ")
     return (
         f"\n{aligned(rows)}\n\n"
         f"Both were measured on the same {first['num_tokens']:,} tokens; lower is better, ± is a 95% interval. "

@@ -1,4 +1,4 @@
-"""Tables of docs/findings.md about the study of docs/protocol.md: settings and sizes."""
+"""Tables of the study of docs/protocol.md, in README.md and docs/findings.md: settings, sizes, families, verdict."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,12 +7,18 @@ from statistics import fmean
 from typing import Any
 
 from docs.tables.compare import origin
+from prime_v2.eval.intervals import half_width
 from prime_v2.output.numbers import quantity
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
+from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
-SETTINGS = ("tuning",)  # records with a choice on the dev split
+BUDGETS = ("1e12",)  # that are recorded, of the protocol's three
+SETTINGS = ("tuning", "tuning_arm", *(f"study_{budget}" for budget in BUDGETS))
+WHOLE_TOKENS = ("MDM", "MDM, tree embedding")  # the arms of which the better one is to be beaten
+DIGITS = ("MDM-Prime-v2", "nested 6-11", "coarse-first 6-11")  # the arms that diffuse digits
+COMPARISONS = 9  # of the protocol: three arms at three budgets
 
 
 def settings_table(name: str, results: Path) -> str:
@@ -55,6 +61,64 @@ def _dev_cell(found: dict[str, Any], name: str, shape: str, best: str) -> str:
     return f"**{value}**" if shape == best else value
 
 
+def families_table(results: Path) -> str:
+    """The arms at the largest budget that is recorded, each at its best size: bound, distance, the paper's loss."""
+    record = read_record(results / f"compare_study_{BUDGETS[-1]}.json")
+    found, lines = record["results"], []
+    for each in found["best"]:
+        bound, difference, loss = each["bound"], each["difference"], each["paper_loss"]
+        paper = "–" if loss is None else f"{loss['nats_per_token']:.2f}"
+        lines.append(
+            [
+                each["name"],
+                "yes" if each["name"] in DIGITS else "no",
+                f"{'=' if bound['is_exact'] else '≤'} {with_interval(bound, '.2f', 2)}",
+                "–" if difference is None else with_interval(difference, "+.2f", 2),
+                f"{paper} (the same bound)" if loss is not None and loss["is_bound"] else paper,
+            ]
+        )
+    heads = ["model", "diffuses digits", "bound, nats/token ± 95%", f"minus {found['baseline']}", "the paper's loss"]
+    return f"{markdown(heads, lines)}\n{origin(record)}"
+
+
+def verdict_table(results: Path) -> str:
+    """A line an arm that diffuses digits and a number, a column a budget: its distance to the best over whole tokens.
+
+    That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands.
+    """
+    records = [read_record(results / f"compare_study_{budget}.json") for budget in BUDGETS]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        found = record["results"]
+        best = {each["name"]: each for each in found["best"]}
+        _check_baseline(found, best)
+        for name in DIGITS:
+            seeds = len(best[name]["seeds"])
+            differences = {"bound": best[name]["difference"]}
+            differences |= {f"{passes} passes": law["difference"] for passes, law in best[name]["sampler"].items()}
+            for what, difference in differences.items():
+                lines.setdefault((name, what), []).append(_verdict(difference, seeds))
+    heads = ["arm", "of", *(f"{number(record['results']['budgets'][0])} FLOPs" for record in records)]
+    return markdown(heads, [[*key, *cells] for key, cells in lines.items()]) + "\n" + "\n".join(map(origin, records))
+
+
+def _verdict(difference: dict[str, Any], seeds: int) -> str:
+    """A difference with its 95% interval, what that says, and the half width at the level of all comparisons."""
+    low, high = difference["interval_95"]
+    said = "below" if high < 0 else "above" if low > 0 else "level"
+    wide = half_width(difference["stderr"], seeds - 1, 1 - 0.05 / COMPARISONS)
+    return f"{with_interval(difference, '+.3f')}, {said} (± {wide:.3f} for {COMPARISONS} comparisons)"
+
+
+def _check_baseline(found: dict[str, Any], best: dict[str, Any]) -> None:
+    """ValueError unless the baseline is the better of the arms over whole tokens on the dev split."""
+    dev = {name: float(_dev_cell(found, name, best[name]["shape"], "")) for name in WHOLE_TOKENS}
+    if min(dev, key=dev.__getitem__) != found["baseline"]:
+        raise ValueError(f"the baseline {found['baseline']} of {found['comparison']} is not the best on dev: {dev}")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     **{name: partial(settings_table, name) for name in SETTINGS},
+    "families": families_table,
+    "verdict": verdict_table,
 }

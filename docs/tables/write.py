@@ -33,20 +33,6 @@ def about_intervals(scores: Iterable[dict[str, Any]]) -> str:
     return f"{UPPER_END}\n" + ("" if clustered else f"{NOT_CLUSTERED}\n")
 
 
-def families_table(results: Path) -> str:
-    """The families of README: the valid bound of each, and the paper's loss where it has one."""
-    record = read_record(results / "compare_families.json")
-    found = {row["name"]: row["evaluation"] for row in record["results"]["rows"]}
-    rows = []
-    for name in ("ARM", "MDM", "MDM-Prime", "MDM-Prime-v2", "uniform-state", "interpolating, alpha_0 = 0.5"):
-        bound, loss = found[name]["bound"], found[name].get("paper_loss")
-        sign = "=" if bound["is_exact"] else "≤"
-        note = "–" if loss is None else f"{loss['nats_per_token']:.2f}"
-        note += " (the same bound)" if loss is not None and loss["is_bound"] else ""
-        rows.append([name, f"{sign} {bound['nats_per_token']:.2f}{plus_minus(bound, 2)}", note])
-    return with_origin(["family", "bound, nats/token ± 95%", "the paper's loss"], rows, record)
-
-
 def demo_text(results: Path) -> str:
     """What `make demo` prints."""
     record = read_record(results / "demo.json")
@@ -257,7 +243,6 @@ def perplexity_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo_text,
-    "families": families_table,
     "training": training_table,
     "entropy": entropy_table,
     "paper_loss": paper_loss_table,

@@ -412,11 +412,11 @@ def markdown_text(results: dict[str, Any]) -> str:
     return "\n".join([*parts, "\n".join(notes(results)) + "\n"])
 
 
-def with_interval(estimate: dict[str, Any], form: str = ".3f") -> str:
-    """Nats per token of an estimate, "2.345 ± 0.012" where it has an interval."""
+def with_interval(estimate: dict[str, Any], form: str = ".3f", digits: int = 3) -> str:
+    """Nats per token of an estimate, "2.345 ± 0.012" where it has an interval, of so many digits."""
     interval = estimate["interval_95"]
     value = f"{estimate['nats_per_token']:{form}}"
-    return value if interval is None else f"{value} ± {(interval[1] - interval[0]) / 2:.3f}"
+    return value if interval is None else f"{value} ± {(interval[1] - interval[0]) / 2:.{digits}f}"
 
 
 def _perplexity(bound: dict[str, Any]) -> str:

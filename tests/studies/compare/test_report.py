@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_records import LENGTH, compared, settings_compared
 from matplotlib.figure import Figure
 from scipy import stats
 
-from docs.tables.study import settings_table
-from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
-from prime_v2.studies.compare.config import Comparison, Run
+from prime_v2.studies.compare.config import Run
 from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
     cost_table,
@@ -23,83 +21,6 @@ from prime_v2.studies.compare.report import (
     score_table,
     summarise,
 )
-
-SEQUENCES, LENGTH = 12, 8  # scored sequences and their tokens
-CLUSTERS = [3, 3, 3, 3]  # sequences that share a document
-TOKENS = np.array(CLUSTERS) * LENGTH
-SIZES = {"": 1000, "16x1": 1000, "32x1": 4000, "64x1": 16000}
-FAMILIES = {"MDM": ("MDM", False), "Prime": ("MDM-Prime-v2", False), "ARM": ("ARM", True)}
-
-
-def record_of(run: Run, shift: float = 0.0) -> dict:
-    """As train.py writes it. The nats depend on name, shape, seed and sequence; `shift` is added to each token's."""
-    rng = np.random.default_rng([sum(map(ord, run.name + run.shape)), run.seed])
-    nats = (4 + shift + np.arange(SEQUENCES) / 5 + rng.normal(0, 0.2, SEQUENCES)) * LENGTH
-    family, exact = FAMILIES[run.name]
-    mean = nats.sum() / SEQUENCES / LENGTH
-    bound = {
-        "method": "causal" if exact else "subtoken",
-        "is_bound": True,
-        "is_exact": exact,
-        "nats_per_token": mean,
-        "nats_per_token_interval_95": [mean - 0.3, mean + 0.3],
-        "stderr": 0.1,
-        "degrees": 3.0,
-        "num_clusters": 4,
-        "interval_over": "documents",
-        "num_tokens": SEQUENCES * LENGTH,
-        "num_sequences": SEQUENCES,
-        "num_samples": 0 if exact else 2,
-        "unigram_entropy": 5.5,
-        "nats_of_sequences": nats.tolist(),
-        "clusters": {
-            "sequences": CLUSTERS,
-            "squares": TOKENS.tolist(),
-            "over": "documents",
-            "tokens": TOKENS.tolist(),
-        },
-    }
-    loss = {**bound, "method": "paper_loss", "is_bound": run.name == "MDM", "nats_per_token": mean / 2}
-    size, tokens = SIZES[run.shape], 100 * SEQUENCES
-    history = [
-        {"eval_bound": mean + 20 / step, "eval_bound_stderr": 0.1, "eval_unigram_entropy": 5.4, "tokens": step * 10}
-        for step in (1, 10, 100)
-    ]
-    training = {"parameters": size + 7, "parameters_non_embedding": size, "steps": 100, "tokens": tokens}
-    training |= {"flops_6nd": 6 * size * tokens, "flops_measured": 9.0 * size * tokens, "seconds": 90, "device": "cpu"}
-    return {
-        "command": "train.py",
-        "commit": "a" * 40,
-        "uncommitted_changes": False,
-        "time_utc": "2026-01-01T00:00:00Z",
-        "results": {
-            "family": family,
-            "config": {},
-            "options": {"seed": run.seed, "block_size": LENGTH},
-            "data": {
-                "source": "docs",
-                "train_tokens": 500,
-                "fingerprints": {"train": "t", "dev": "d", "test": f"test{run.seed}"},
-            },
-            "training": training,
-            "evaluation": {"bound": bound, **({} if exact else {"paper_loss": loss})},
-            "history": [*history, {"loss": 1.0, "tokens": 5}],
-        },
-    }
-
-
-def compared(names=("MDM", "Prime", "ARM"), shapes=("",), budgets=(1e9,), seeds=(0,), **shifts: float):
-    """(comparison, runs with records) of all combinations."""
-    runs = tuple(
-        Run(name, shape, budget, seed, {})
-        for budget in budgets
-        for shape in shapes
-        for seed in seeds
-        for name in names
-    )
-    return Comparison("made_up", "6nd", "MDM", runs), [
-        (run, record_of(run, shifts.get(run.name, 0.0))) for run in runs
-    ]
 
 
 def nats_of(record: dict) -> np.ndarray:
@@ -268,27 +189,10 @@ def test_laws_of_ancestral_sampling_are_paired_with_the_baselines_at_as_many_pas
     assert "law of ancestral sampling" not in render(summarise(*compared()))
 
 
-def settings_compared():
-    """Two settings of one size: a setting is at no edge of the sizes."""
-    comparison, trained = compared(names=("MDM", "ARM"), shapes=("16x1", "32x1"))
-    for run, record in trained:
-        record["results"]["training"]["parameters_non_embedding"] = 1000
-        record["results"]["history"][2]["eval_bound"] = 1.0 if (run.shape == "32x1") == (run.name == "ARM") else 2.0
-    return summarise(comparison, trained)
-
-
 def test_settings_of_one_size_are_at_no_edge_of_the_sizes():
     results = settings_compared()
     assert [each["at_the_edge"] for each in results["best"]] == [False, False]
     assert "At the edge" not in render(results)
-
-
-def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
-    write_json(tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0))
-    heads, _, mdm, arm = settings_table("tuning", tmp_path).splitlines()[:4]
-    assert heads.startswith("| run | 16x1 | 32x1 | test")
-    assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and "| – |" in mdm
-    assert arm.startswith("| ARM | 2.000 | **1.000** | = ")
 
 
 def test_records_of_other_code_are_refused_unless_allowed():

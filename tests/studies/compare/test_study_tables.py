@@ -1,0 +1,65 @@
+"""Tables of the study, from records that are made up here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up_records import record_of, settings_compared
+from scipy import stats
+
+from docs.tables import study as tables
+from docs.tables.study import families_table, settings_table, verdict_table
+from prime_v2.output.atomic import write_json
+from prime_v2.output.records import make_record
+from prime_v2.studies.compare.config import Comparison, Run
+from prime_v2.studies.compare.report import summarise
+
+
+def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
+    write_json(tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0))
+    heads, _, mdm, arm = settings_table("tuning", tmp_path).splitlines()[:4]
+    assert heads.startswith("| run | 16x1 | 32x1 | test")
+    assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and "| – |" in mdm
+    assert arm.startswith("| ARM | 2.000 | **1.000** | = ")
+
+
+def recorded_study(folder: Path, better: str = "MDM, tree") -> dict:
+    """A record of three arms, three seeds and laws of four passes; the dev bound of `better` is the lowest."""
+    names = {"MDM": "MDM", "MDM, tree": "MDM", "Prime": "Prime"}
+    runs = [Run(name, "16x1", 1e9, seed, {}) for seed in (0, 1, 2) for name in names]
+    runs.append(Run("Prime", "32x1", 1e9, 0, {}))
+    trained = []
+    for run in runs:
+        record = record_of(replace(run, name=names[run.name]), {"MDM": 0.5, "MDM, tree": 0.0, "Prime": -0.5}[run.name])
+        evaluation = record["results"]["evaluation"]
+        evaluation["sampler"] = {"4": evaluation["bound"]}
+        record["results"]["history"][2]["eval_bound"] = 1.0 if run.name == better else 2.0 + (run.shape == "32x1")
+        trained.append((run, record))
+    results = summarise(Comparison("study_1e9", "measured", "MDM, tree", tuple(runs), 0), trained)
+    write_json(folder / "compare_study_1e9.json", make_record("compare", results, seed=0))
+    return results
+
+
+def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path, monkeypatch):
+    for name, value in (("BUDGETS", ("1e9",)), ("WHOLE_TOKENS", ("MDM", "MDM, tree")), ("DIGITS", ("Prime",))):
+        monkeypatch.setattr(tables, name, value)
+    results = recorded_study(tmp_path)
+    difference = {each["name"]: each for each in results["best"]}["Prime"]["difference"]
+    half = (difference["interval_95"][1] - difference["interval_95"][0]) / 2
+    at_level = half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.05 / 9 / 2, 2)
+    cell = f"{difference['nats_per_token']:+.3f} ± {half:.3f}, below (± {at_level:.3f} for 9 comparisons)"
+    text = verdict_table(tmp_path)
+    assert f"| Prime | bound | {cell} |" in text and f"| Prime | 4 passes | {cell} |" in text
+    assert tables._verdict({"nats_per_token": 1.0, "interval_95": [0.5, 1.5], "stderr": 0.1}, 3).startswith(
+        "+1.000 ± 0.500, ab"
+    )
+    assert ", level (" in tables._verdict({"nats_per_token": 0.1, "interval_95": [-0.5, 0.7], "stderr": 0.1}, 3)
+    families = families_table(tmp_path)
+    bound = {each["name"]: each for each in results["best"]}["Prime"]["bound"]["nats_per_token"]
+    assert f"| Prime | yes | ≤ {bound:.2f} ± " in families and "| MDM, tree | no | ≤ " in families
+    settings = settings_table("study_1e9", tmp_path)
+    assert "| Prime | **2.000** | 3.000 | ≤ " in settings and "law of ancestral sampling" in settings
+    # The seeds at which nothing was chosen are in no dev bound.
+    recorded_study(tmp_path, better="MDM")
+    with pytest.raises(ValueError, match="the baseline MDM, tree of study_1e9 is not the best on dev"):
+        verdict_table(tmp_path)
