@@ -118,7 +118,7 @@ def _save(figure: Any, handles: list[Any], title: str, path: Path) -> Path:
             ncols=-(-len(handles) // LEGEND_ROWS),
             fontsize=9,
         )
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")  # clear of the legend
     return save_figure(figure, path)
 
 
