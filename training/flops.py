@@ -1,6 +1,7 @@
 """Arithmetic of a training step: the 6 N D rule and a count of the products that really run."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def flops_per_token(step: Callable[[dict[str, torch.Tensor]], torch.Tensor], bat
     """FLOPs a token of training, over some batches: step(batch) is the loss, batches have `input_ids` (B, L)."""
     flops, tokens = 0, 0
     for batch in batches:
-        flops += measure_flops(lambda batch=batch: step(batch))
+        flops += measure_flops(partial(step, batch))
         tokens += batch["input_ids"].numel()
     return flops / tokens
 
