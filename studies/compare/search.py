@@ -25,14 +25,17 @@ def searched(comparison: Comparison) -> Comparison:
 def narrowed(comparison: Comparison, trained: Sequence[Trained]) -> Comparison:
     """The comparison with the runs of the search and those of other seeds at the best shapes.
 
-    trained: all runs of `searched`.
+    trained: all runs of `searched`. ValueError for a run that was not evaluated on the dev split.
     """
     best = best_shapes(comparison, trained)
+    for run, _ in trained:
+        if (run.name, run.budget) not in best:
+            raise ValueError(f"{run} has no dev bound to choose a shape by; leave search_seed out, or train it longer")
     order = [run for run in comparison.runs if run.seed == comparison.search_seed]  # the first decides the steps
     order += [
         run
         for run in comparison.runs
-        if run.seed != comparison.search_seed and best.get((run.name, run.budget)) == run.shape
+        if run.seed != comparison.search_seed and best[run.name, run.budget] == run.shape
     ]
     return dataclasses.replace(comparison, runs=tuple(order))
 

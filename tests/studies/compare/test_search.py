@@ -45,6 +45,13 @@ def test_other_seeds_are_trained_at_the_best_shape_of_the_search_seed_alone(seed
     }
 
 
+def test_a_run_without_a_dev_bound_is_refused_and_its_other_seeds_are_not_dropped():
+    comparison, trained = made_up(0)
+    bare = [(run, {"results": {"history": []}} if run.name == "ARM" else record) for run, record in trained]
+    with pytest.raises(ValueError, match="ARM, a, 1e9 FLOPs, seed 0 has no dev bound to choose a shape by"):
+        narrowed(comparison, bare)
+
+
 def test_a_comparison_with_a_search_trains_reports_and_plans_what_it_says(tmp_path, monkeypatch):
     content = three_runs(tmp_path)
     content["runs"] = {"MDM": {"model": {"num_subtokens": 1}}, "ARM": {"family": "arm", "shapes": ["high"]}}
