@@ -44,18 +44,7 @@ class PrimeV2ArmConfig(PrimeV2CodedConfig):
     def validate_architecture(self):
         """Part of `@strict` validation, see `PrimeV2CodedConfig`; also what needs codes."""
         super().validate_architecture()
-        ancestors = self.subtoken_embedding == "ancestors"
-        for name, given in (("head='stages'", self.head == "stages"), ("subtoken_embedding='ancestors'", ancestors)):
-            if given and self.num_subtokens == 1:
-                raise ValueError(
-                    f"{name} needs codes, but num_subtokens=1 leaves tokens whole; use num_subtokens=None"
-                )
-        if self.tree_levels is not None and not ancestors:
-            raise ValueError(f"tree_levels={self.tree_levels} is for subtoken_embedding='ancestors'; leave it out")
-        self.check_ends("tree_levels")
-        if ancestors:
-            self.check_nodes("subtoken_embedding='ancestors'", (0, *self.levels))
-        self.check_head()
+        self.check_tree()
 
 
 # So that save_pretrained copies this file and those it imports into the folder.

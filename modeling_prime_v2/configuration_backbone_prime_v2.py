@@ -333,6 +333,21 @@ class PrimeV2CodedConfig(PrimeV2BackboneConfig):
         if rows > MAX_STATES:
             raise ValueError(f"{what} would need {rows} rows, more than {MAX_STATES}; use fewer digits")
 
+    def check_tree(self) -> None:
+        """ValueError for a tree of codes in embedding or head that cannot be, of a family that has no reveal_order."""
+        ancestors = self.subtoken_embedding == "ancestors"
+        for name, given in (("head='stages'", self.head == "stages"), ("subtoken_embedding='ancestors'", ancestors)):
+            if given and self.num_subtokens == 1:
+                raise ValueError(
+                    f"{name} needs codes, but num_subtokens=1 leaves tokens whole; use num_subtokens=None"
+                )
+        if self.tree_levels is not None and not ancestors:
+            raise ValueError(f"tree_levels={self.tree_levels} is for subtoken_embedding='ancestors'; leave it out")
+        self.check_ends("tree_levels")
+        if ancestors:
+            self.check_nodes("subtoken_embedding='ancestors'", (0, *self.levels))
+        self.check_head()
+
     def check_head(self) -> None:
         """ValueError for a head in stages that cannot be, once the other fields are right."""
         if self.head == "full":

@@ -13,8 +13,7 @@ class Family:
     """`name` is the value of `--family`; config and model are classes of `module_prime_v2`s, imported when asked for.
 
     bound: the method of `log_likelihood` that is reported, None where it depends on the configuration; methods: all
-    that there are. digits: whether a token can be split (`num_subtokens` above 1). one_pass_chain: whether one pass
-    gives the probabilities of all tokens left to right, not one pass a token.
+    that there are. digits: whether a token can be split (`num_subtokens` above 1).
     """
 
     name: str
@@ -24,7 +23,6 @@ class Family:
     methods: tuple[str, ...]
     bound: str | None
     digits: bool
-    one_pass_chain: bool = False
 
     @property
     def config_class(self) -> Any:
@@ -77,8 +75,7 @@ FAMILIES = {
             ("modeling_interpolating_prime_v2", "PrimeV2ForInterpolatingDiffusion"),
             ("interpolating", "chain"),
             "interpolating",
-            digits=False,
-            one_pass_chain=True,
+            digits=True,
         ),
     )
 }
@@ -100,11 +97,14 @@ def bound_method(config: Any) -> str:
 def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int) -> int:
     """Rows of the network that `log_likelihood` runs for a sequence of so many tokens, at least."""
     family = FAMILY_OF_TYPE.get(config.model_type)
-    if family is None or method in ("causal", "sampler") or getattr(config, "alpha_0", None) == 0:
+    if family is None or method in ("causal", "sampler"):
         return 1
+    if family.name == "interpolating":
+        second = int(config.stage_digits is not None)  # its row
+        return second + (1 if method == "chain" or config.alpha_0 == 0 else num_samples)
     if method == "chain":
         stages = len(config.stage_digits) if getattr(config, "reveal_order", None) == "coarse_first" else 1
-        return 1 if family.one_pass_chain else num_tokens * stages
+        return num_tokens * stages
     return num_samples * num_tokens if method == "orders" else num_samples
 
 
@@ -114,10 +114,17 @@ def label_of(config: Any) -> str:
     kind = values["model_type"]
     if kind == "prime_v2_uniform":
         return "uniform-state"
-    if kind == "prime_v2_interpolating":
-        return f"interpolating, alpha_0 = {values['alpha_0']:g}"
-    name = _label_of_codes(kind, values)
+    name = _label_of_interpolating(values) if kind == "prime_v2_interpolating" else _label_of_codes(kind, values)
     return f"{name}, head in stages" if values.get("head") == "stages" else name
+
+
+def _label_of_interpolating(values: dict[str, Any]) -> str:
+    alpha_0 = f"alpha_0 = {values['alpha_0']:g}"
+    if values.get("stage_digits") is not None:
+        return f"sub-tokens, first stage interpolating, {alpha_0}, then left to right"
+    is_tree, digits = values.get("subtoken_embedding") == "ancestors", values.get("num_subtokens", 1)
+    embedding = ", tree embedding" if is_tree else ", sub-token embedding" if digits > 1 else ""
+    return f"interpolating, {alpha_0}{embedding}"
 
 
 def _label_of_codes(kind: str, values: dict[str, Any]) -> str:

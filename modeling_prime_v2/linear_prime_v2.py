@@ -58,6 +58,11 @@ def plain_weight(layer: Any) -> Tensor | None:
     return layer.weight
 
 
+def whole_weight(layer: Any) -> Tensor | None:
+    """`plain_weight` of a linear layer that is nothing but its weight: None with a bias, too."""
+    return None if getattr(layer, "bias", None) is not None else plain_weight(layer)
+
+
 def linear(layer: Any, inputs: Tensor) -> Tensor:
     """`layer(inputs)`, inputs (..., K) to (..., N), with `product` where it pays."""
     weight = None if torch.compiler.is_compiling() else plain_weight(layer)
@@ -69,7 +74,7 @@ def linear(layer: Any, inputs: Tensor) -> Tensor:
 
 def head_of(layer: Any, vocab_size: int, shared: Tensor | None = None) -> Tensor | HeadCall:
     """The head that a linear layer is, its weight (V, D) where that is all of it; `shared` (V, D) adds to its rows."""
-    weight = None if getattr(layer, "bias", None) is not None else plain_weight(layer)
+    weight = whole_weight(layer)
     if weight is not None:
         return weight if shared is None else weight + shared
     if shared is None:

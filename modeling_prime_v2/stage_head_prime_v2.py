@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .code_table_prime_v2 import num_nodes
-from .linear_prime_v2 import add_product, linear, plain_weight, product
+from .linear_prime_v2 import add_product, linear, product, whole_weight
 
 TAKEN = "the gradient of this loss was already taken; compute the loss again"
 
@@ -97,8 +97,8 @@ class StageHead:
 
     @property
     def weight(self) -> Tensor | None:
-        """The rows; None where something acts on the call of the layer."""
-        return plain_weight(self.layer)
+        """The rows; None where something acts on the call of the layer, or it has a bias."""
+        return whole_weight(self.layer)
 
     def call(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (..., D) to log p(token) with nothing visible, (..., V), at least float32.
@@ -149,7 +149,7 @@ class LateGradient:
     @classmethod
     def of(cls, layer: Any) -> "LateGradient | None":
         """Of a linear layer that is its weight and is trained; else None."""
-        weight = plain_weight(layer)
+        weight = whole_weight(layer)
         if weight is None or not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
         return cls(weight)

@@ -361,6 +361,8 @@ class OptimalInterpolatingDenoiser(nn.Module):
     With a cache it keeps ids and places of inputs as keys, as a network keeps what it knows of them.
     """
 
+    code_table = None  # tokens are whole
+
     def __init__(self, law: Tensor, vocab_size: int, length: int):
         super().__init__()
         self.law, self.sequences = law, all_sequences(vocab_size, length)

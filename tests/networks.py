@@ -116,6 +116,16 @@ KINDS: dict[str, tuple[str, dict]] = {
     ),
     "uniform": ("uniform", {"time_embedding_size": 8}),
     "interpolating": ("interpolating", {"alpha_0": 0.5}),
+    "interpolating, two stages": (
+        "interpolating",
+        {
+            "num_subtokens": 4,
+            "base": 2,
+            "stage_digits": [2, 4],
+            "subtoken_embedding": "ancestors",
+            "head": "stages",
+        },
+    ),
 }
 
 

@@ -31,6 +31,18 @@ FIELDS["prime, nested"] = {
     "head_ancestors": True,
 }
 FIELDS["prime, coarse-first"] = {"num_subtokens": 5, "reveal_order": "coarse_first", "stage_digits": [2, 5]}
+FIELDS["prime, head in stages"] = {
+    "num_subtokens": 5,
+    "reveal_order": "coarse_first",
+    "stage_digits": [2, 5],
+    "head": "stages",
+}
+FIELDS["interpolating, two stages"] = {
+    "num_subtokens": 5,
+    "stage_digits": [2, 5],
+    "subtoken_embedding": "ancestors",
+    "head": "stages",
+}
 UNTIED = [case for case in FIELDS if "tied" not in case]
 
 

@@ -30,6 +30,7 @@ EXACT = {
     "prime, head in stages": ("prime", TREE | {"reveal_order": "nested", "stage_digits": [2, 4], "head": "stages"}),
     "arm, tree": ("arm", TREE_OF_ARM),
     "prime, tied": ("prime", WHOLE | {"tie_word_embeddings": True}),
+    "interpolating, tree": ("interpolating", TREE_OF_ARM),
     "arm": ("arm", {}),
     "arm, tied": ("arm", {"tie_word_embeddings": True}),
     "uniform": ("uniform", {}),
