@@ -89,8 +89,9 @@ def prepare_text(
 
     code_options: arguments of `build_tokenizer` (base, num_subtokens, shuffle_*). folder: the run's own, which keeps
     its tokenizer. shared: folder of the splits, by default the run's own; runs with other digits can share it.
-    codes: "shuffle", or what they are made from: "similarity" or "frequency" in the text that the run trains on, or an
-    .npy file of vectors (V, K) of the tokens. num_samples: blocks that the run reads, by default each once.
+    codes: "shuffle", or what they are made from: "similarity", "clusters" or "frequency" in the text that the run
+    trains on, or an .npy file of vectors (V, K) of the tokens. num_samples: blocks that the run reads, by default each
+    once.
     Returns the tokenizer and the splits train (not when streaming), dev and test. Text that is there already is read
     against its checksums, and its source against the fingerprint that was taken before it was read. Raises ValueError
     for a bad source, see `read_documents`, `pack_blocks`, for a shared folder that was made of other text, and for

@@ -28,7 +28,8 @@ def table_of(
 ) -> tuple[dict[str, Any], dict[str, float] | None]:
     """Arguments of `recode_tokenizer` for codes that are made, and what they cost; None for those of a file.
 
-    codes: "similarity" or "frequency" in the text, or an .npy file of vectors (V, K). options: base, num_subtokens.
+    codes: "similarity", "clusters" or "frequency" in the text, or an .npy file of vectors (V, K). options: base,
+    num_subtokens.
     train: the packed training text. seed, num_samples: of the run, see `TrainingOrder`.
     ValueError for codes that there are not, and a shuffle beside made codes.
     """

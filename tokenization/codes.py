@@ -13,15 +13,17 @@ REFINEMENTS = 20  # most rounds of a split; few are needed
 ROUNDING = 1e-10  # of the longest vector: what is shorter is the rounding of a zero, whose direction means nothing
 ZERO = 1e-6  # of the largest singular value: smaller ones are noise, since Lanczos has squares of them
 MOST_DENSE = 1024  # smaller side up to which a matrix is decomposed whole: exact for low ranks too, the same each time
-SOURCES = ("similarity", "frequency")
+SOURCES = ("similarity", "clusters", "frequency")
 
 
 def codes_from_text(
     source: str, blocks: np.ndarray, vocab_size: int, base: int, num_subtokens: int
 ) -> tuple[np.ndarray, int]:
-    """The table C (V, S) int64 of a `source`, "similarity" of neighbouring tokens or "frequency", and its FLOPs.
+    """The table C (V, S) int64 of a `source`, and its FLOPs.
 
-    blocks (N, L): token ids of the training text. "frequency": tokens of like frequency share leading digits.
+    "similarity": tokens with like neighbours share leading digits, as many tokens each prefix; "clusters": the same,
+    in parts of their natural size, which needs more than log_base V digits; "frequency": tokens of like frequency.
+    blocks (N, L): token ids of the training text.
     Raises ValueError for another source and a vocabulary that the codes do not hold.
     """
     if source not in SOURCES:
@@ -31,7 +33,8 @@ def codes_from_text(
         vectors, flops = np.log1p(counts)[:, None], blocks.size
     else:
         vectors, flops = neighbour_vectors(blocks, vocab_size)
-    return tree_codes(vectors, base, num_subtokens), flops + tree_flops(vectors.shape, num_subtokens)
+    table = tree_codes(vectors, base, num_subtokens, is_balanced=source != "clusters")
+    return table, flops + tree_flops(vectors.shape, num_subtokens)
 
 
 def neighbour_vectors(blocks: np.ndarray, vocab_size: int, width: int = NUM_DIMENSIONS) -> tuple[np.ndarray, int]:
@@ -99,12 +102,16 @@ def tree_flops(shape: tuple[int, ...], num_subtokens: int) -> int:
     return num_subtokens * number * (2 * width * width + 2 * width * (2 * REFINEMENTS + 1))
 
 
-def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray:
+def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int, is_balanced: bool = True) -> np.ndarray:
     """The table C (V, S) int64 of a tree in which each split cuts tokens (vectors (V, K)) into `base` parts alike.
 
     A split orders the tokens along their first principal direction and cuts the order into parts of equal number; for
     two parts the direction is then moved to the difference of their means until the parts stay (balanced 2-means).
+    is_balanced False: two parts meet halfway between their means, as far as the codes that are left hold them
+    (2-means); ValueError for another base.
     """
+    if not is_balanced and base != 2:
+        raise ValueError(f"codes=clusters splits tokens in two, but base={base}; use base=2, or codes=similarity")
     number = len(vectors)
     if number > base**num_subtokens:
         raise ValueError(f"{number} tokens do not fit in {num_subtokens} digits of base {base}; use more digits")
@@ -114,7 +121,7 @@ def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray
         room = base ** (num_subtokens - digit - 1)
         children = []
         for node in nodes:
-            for value, part in enumerate(_split(vectors[node], base, room)):
+            for value, part in enumerate(_split(vectors[node], base, room, is_balanced)):
                 codes[node[part], digit] = value
                 if len(part):
                     children.append(node[part])
@@ -122,8 +129,8 @@ def tree_codes(vectors: np.ndarray, base: int, num_subtokens: int) -> np.ndarray
     return codes
 
 
-def _split(vectors: np.ndarray, base: int, room: int) -> list[np.ndarray]:
-    """Positions of `base` parts of equal number, each within `room`; the last ones empty where tokens are few."""
+def _split(vectors: np.ndarray, base: int, room: int, is_balanced: bool) -> list[np.ndarray]:
+    """Positions of `base` parts, each within `room`, of equal number if balanced; last ones empty for few tokens."""
     number = len(vectors)
     parts = max(1, min(base, number), -(-number // room))
     if number == 1:
@@ -133,10 +140,14 @@ def _split(vectors: np.ndarray, base: int, room: int) -> list[np.ndarray]:
     order = np.argsort(vectors @ direction, kind="stable")
     for _ in range(REFINEMENTS if parts == 2 else 0):
         low, high = vectors[order[: cuts[1]]].mean(0), vectors[order[cuts[1] :]].mean(0)
-        moved = np.argsort(vectors @ (high - low), kind="stable")
-        if set(moved[: cuts[1]]) == set(order[: cuts[1]]):
+        places = vectors @ (high - low)
+        moved, cut = np.argsort(places, kind="stable"), cuts[1]
+        if not is_balanced:
+            nearer = (places < (high + low) @ (high - low) / 2).sum()
+            cut = np.clip(nearer, max(1, number - room), min(number - 1, room))
+        if set(moved[:cut]) == set(order[: cuts[1]]):
             break
-        order = moved
+        order, cuts = moved, np.array([0, cut, number])
     return [order[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 

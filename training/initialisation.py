@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prime_v2.tokenization.codes import SOURCES
 from prime_v2.tree_embedding_prime_v2 import node_rows
 
 INITS = ("random", "distributional")
@@ -21,7 +22,7 @@ def check_initialisation(run: Any, model_options: dict[str, Any]) -> list[str]:
     problems = []
     if run.embedding_init not in INITS:
         problems.append(f"--embedding_init {run.embedding_init} is not one of {', '.join(INITS)}")
-    if run.streaming and run.codes in ("similarity", "frequency"):
+    if run.streaming and run.codes in SOURCES:
         problems.append(
             f"--codes {run.codes} reads the training text before training, which --streaming does not keep; leave one "
             f"of them out, or give --codes an .npy of vectors"

@@ -61,7 +61,9 @@ class RunOptions:
     tokenizer: str = field(default="bpe", metadata={"help": "Name or folder of a fast tokenizer; bpe trains one."})
     codes: str = field(
         default="shuffle",
-        metadata={"help": "shuffle, or codes made from the training text: similarity, frequency, a .npy of vectors."},
+        metadata={
+            "help": "shuffle, or codes made of the training text: similarity, clusters, frequency, .npy of vectors."
+        },
     )
     embedding_init: str = field(
         default="random",

@@ -14,12 +14,13 @@ from prime_v2.tokenization.codes import codes_from_text, neighbour_vectors, tree
 
 @given(
     number=st.integers(1, 60), base=st.integers(2, 4), extra=st.integers(0, 2), seed=st.integers(0, 5),
-    width=st.integers(1, 5),
+    width=st.integers(1, 5), is_balanced=st.booleans(),
 )  # fmt: skip
-def test_every_tree_gives_each_token_a_code_of_its_own(number, base, extra, seed, width):
+def test_every_tree_gives_each_token_a_code_of_its_own(number, base, extra, seed, width, is_balanced):
+    base = base if is_balanced else 2
     digits = extra + next(s for s in range(1, 9) if base**s >= number)
     vectors = np.random.default_rng(seed).normal(size=(number, width))
-    codes = tree_codes(vectors, base, digits)
+    codes = tree_codes(vectors, base, digits, is_balanced)
     assert codes.shape == (number, digits)
     assert codes.min() >= 0 and codes.max() < base
     assert len(np.unique(codes, axis=0)) == number
@@ -46,6 +47,21 @@ def text_of_classes(generator) -> np.ndarray:
     """Tokens of four classes that follow one another in a cycle; within a class any token."""
     classes = (np.arange(2000)[None] + generator.integers(0, 4, size=(20, 1))) % 4
     return classes * 8 + generator.integers(0, 8, size=classes.shape)
+
+
+def test_unbalanced_codes_follow_clusters_of_unequal_size():
+    """Three clusters of 2, 7 and 23 tokens: the first two digits tell them apart, as balanced ones cannot."""
+    generator = np.random.default_rng(1)
+    cluster = generator.permutation(np.repeat(np.arange(3), [2, 7, 23]))
+    vectors = np.array([[0, 0], [0, 10], [30, 0]])[cluster] + generator.normal(size=(32, 2)) / 4
+
+    def clusters_of(digits):
+        return [set(cluster[(digits[:, :2] == each).all(1)]) for each in np.unique(digits[:, :2], axis=0)]
+
+    assert all(len(each) == 1 for each in clusters_of(tree_codes(vectors, 2, 7, is_balanced=False)))
+    assert any(len(each) > 1 for each in clusters_of(tree_codes(vectors, 2, 5)))
+    with pytest.raises(ValueError, match="splits tokens in two, but base=3; use base=2"):
+        tree_codes(vectors, 3, 7, is_balanced=False)
 
 
 def test_tokens_with_the_same_neighbours_share_leading_digits():
@@ -122,7 +138,7 @@ def test_a_model_takes_made_codes_and_keeps_them(tmp_path):
 
 
 def test_bad_codes_are_refused():
-    with pytest.raises(ValueError, match="codes='colour' is not one of similarity, frequency"):
+    with pytest.raises(ValueError, match="codes='colour' is not one of similarity, clusters, frequency"):
         codes_from_text("colour", np.zeros((1, 4), dtype=int), 4, 2, 2)
     with pytest.raises(ValueError, match="use a block_size of at least 2"):
         codes_from_text("similarity", np.zeros((4, 1), dtype=int), 4, 2, 2)
