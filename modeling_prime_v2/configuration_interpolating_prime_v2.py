@@ -14,16 +14,13 @@ class PrimeV2InterpolatingConfig(PrimeV2CodedConfig):
 
     Args:
         vocab_size: V, the number of tokens that can be predicted. The mask token has the id V.
-        num_subtokens: S, the digits of a token. 1, the default, leaves tokens whole, and `base`, the shuffle and
+        num_subtokens: S, the digits whose vectors make up the embedding of a token, and by which a head in stages
+            predicts it; tokens are hidden and revealed whole for every S. With 1, the default, `base`, the shuffle and
             `subtoken_embedding` change nothing. None means ceil(log_base V).
-        stage_digits: None, the default, reveals whole tokens. [d, S] reveals the first d digits of all tokens, by the
-            diffusion and then left to right as alpha_0 says, and then the other digits of all from left to right,
-            with the first digits of the whole text in sight.
-        alpha_0: the chance that a token, or its first stage, is revealed by the diffusion, in random order; what is
-            left follows from left to right. 1 is masked diffusion (MDM), 0 is left-to-right autoregression.
+        alpha_0: the chance that a token is revealed by the diffusion, in random order; what is left follows from left
+            to right. 1 is masked diffusion (MDM), 0 is left-to-right autoregression.
         ar_share: the share of a training batch that is spent on the left-to-right term; None means 1 - alpha_0, kept
-            in [0.05, 0.95] unless alpha_0 is 0 or 1, where the share is 1 or 0. With `stage_digits` a share
-            `FINE_SHARE` goes to the second stage, and this one is of the rest.
+            in [0.05, 0.95] unless alpha_0 is 0 or 1, where the share is 1 or 0.
         loss_weight: "elbo" or "low_variance" (weight 1 instead of n/k in the diffusion term, no bound).
         mask_token_id: always `vocab_size`.
         The other fields are those of `PrimeV2CodedConfig` and `PrimeV2BackboneConfig`.
@@ -34,7 +31,6 @@ class PrimeV2InterpolatingConfig(PrimeV2CodedConfig):
     model_type = "prime_v2_interpolating"
 
     num_subtokens: int | None = 1
-    stage_digits: list[int] | None = None
     alpha_0: int | float = 0.5
     ar_share: int | float | None = None
     loss_weight: str = "elbo"
@@ -52,25 +48,12 @@ class PrimeV2InterpolatingConfig(PrimeV2CodedConfig):
     def validate_architecture(self):
         """Part of `@strict` validation: refuse every impossible combination by name, value and a value that works."""
         super().validate_architecture()
-        self._check_stages()
         self.check_tree()
         if self.loss_weight not in LOSS_WEIGHTS:
             raise ValueError(f"loss_weight={self.loss_weight!r} is not one of {', '.join(LOSS_WEIGHTS)}")
         if not 0 <= self.alpha_0 <= 1:
             raise ValueError(f"alpha_0={self.alpha_0} is outside [0, 1]; use 0.5")
         self._check_share()
-
-    @property
-    def order_ends(self) -> tuple[int, ...]:
-        return tuple(self.stage_digits or ())
-
-    def _check_stages(self):
-        stages, digits = self.stage_digits, self.num_subtokens
-        if stages is not None and not (len(stages) == 2 and 0 < stages[0] < stages[1] == digits):
-            raise ValueError(
-                f"stage_digits={stages} must be two digit counts that rise from at least 1 to num_subtokens={digits}; "
-                + (f"use [{digits // 2}, {digits}]" if digits > 1 else "use num_subtokens=None, or leave it out")
-            )
 
     def _check_share(self):
         """A term with weight needs a share of the batch, one without takes none."""

@@ -31,16 +31,6 @@ the nats of the masked tokens M, all given the clean ones, and g(M) their nats f
 where k - 1 ~ Binomial(n - 1, 1 - alpha_0) in the first (one token is surely left) and P(k) = P(|D| > n - k) /
 (n alpha_0) in the second. So a row has the weight n/k and its weighted nats hardly depend on k. No weight has a pole,
 and nothing is clamped where m comes near 0; for alpha_0 = 1 it is the count form of `diffusion_prime_v2`.
-
-**Two stages** (`stage_digits`). The process above reveals the first digits a_l of all tokens; then their other digits
-follow from left to right:
-
-    -log p(x) <= (the bound above, of a in place of x) + sum over l, left to right, of -log p(x_l | a, x_1 .. x_l-1).
-
-The last sum is exact for every a, one row of the network: it is the chain rule of p(x | a), and p(x) = p(a) p(x | a)
-since a is a function of x. Its inputs are the given tokens and the partly known ones, all of which see each other; the
-tokens; and for each a query that holds its first digits and sees those before it. A token of which only the first
-stage is known has the id V + 1 + v in all inputs, for any v with these digits (`partial_ids`).
 """
 
 from dataclasses import dataclass, fields
@@ -52,7 +42,6 @@ from .backbone_prime_v2 import NOT_SCORED
 from .random_prime_v2 import Stream, uniforms
 
 LEAST_SHARE = 0.05  # of the rows, for a term that has any weight
-FINE_SHARE = 0.5  # of the training rows, for the second of two stages
 NEVER_SEEN = 2**31  # the order id of queries and of padding, above every place in an order
 
 
@@ -79,10 +68,10 @@ class ScoredTexts:
 class SortedInputs:
     """What the network is fed: R rows of E tokens and queries, in any arrangement, since attention goes by order ids.
 
-    ids (R, E) int64, the mask id V for a query, of the second stage a partial id; position_ids (R, E) int64, places in
-    the text; order_ids (R, E) int64, places in the sorted order, NEVER_SEEN for queries and padding; visible_until
-    (R, E) int64: an input attends to those with order_ids <= visible_until and to itself; target_ids (R, E) int64: the
-    token that a query predicts, a partial id where it predicts the first stage, NOT_SCORED elsewhere.
+    ids (R, E) int64, the mask id V for a query; position_ids (R, E) int64, places in the text; order_ids (R, E) int64,
+    places in the sorted order, NEVER_SEEN for queries and padding; visible_until (R, E) int64: an input attends to
+    those with order_ids <= visible_until and to itself; target_ids (R, E) int64: the token that a query predicts,
+    NOT_SCORED elsewhere.
     """
 
     ids: Tensor
@@ -237,53 +226,6 @@ def sequential_inputs(texts: ScoredTexts, places: Tensor, num_clean: Tensor) -> 
     return SortedInputs(*(torch.cat([getattr(text, name), getattr(queries, name)], dim=1) for name in FIELDS))
 
 
-def partial_ids(ids: Tensor, mask_id: int) -> Tensor:
-    """The ids (...) of tokens in [0, V) of which only the first stage is known: V + 1 + id."""
-    return ids + mask_id + 1
-
-
-def first_stage(texts: ScoredTexts) -> ScoredTexts:
-    """The texts with the first stage of the scored tokens in place of these: what the first stage's terms reveal."""
-    ids = torch.where(texts.scored, partial_ids(texts.ids, texts.mask_id), texts.ids)
-    return ScoredTexts(ids, texts.given, texts.scored, texts.position_ids, texts.mask_id)
-
-
-def fine_inputs(texts: ScoredTexts) -> SortedInputs:
-    """L + 2 H inputs a row, H the most scored tokens of one: the second stage of all of them, left to right.
-
-    Given tokens and first stages, which see each other; the scored tokens; a query for each, which sees the former and
-    the tokens before it.
-    """
-    real = texts.given | texts.scored
-    columns, is_token = leading_columns(texts.scored)
-    rank = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
-    ids, places = texts.ids.gather(1, columns), texts.position_ids.gather(1, columns)
-    unscored = torch.full_like(texts.ids, NOT_SCORED)
-    first = SortedInputs(
-        torch.where(real, first_stage(texts).ids, texts.mask_id),
-        texts.position_ids,
-        torch.where(real, 0, NEVER_SEEN),
-        real.long() - 1,
-        unscored,
-    )
-    tokens = SortedInputs(
-        ids,
-        places,
-        torch.where(is_token, rank + 1, NEVER_SEEN),
-        torch.where(is_token, rank + 1, -1),
-        unscored[:, : columns.shape[1]],
-    )
-    queries = SortedInputs(
-        partial_ids(ids, texts.mask_id),
-        places,
-        torch.full_like(columns, NEVER_SEEN),
-        torch.where(is_token, rank, -1),
-        torch.where(is_token, ids, NOT_SCORED),
-    )
-    parts = (first, tokens, queries)
-    return SortedInputs(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in FIELDS))
-
-
 def leading_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The True columns of chosen (B, L), left to right, (B, H), H the most of a row; and which of them are, bool."""
     columns = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
@@ -312,24 +254,6 @@ def draw_terms(
     k = diffusion_counts((levels[rows] - share) / (1 - share), num_tokens[rows], most, alpha_0)
     factor = alpha_0 / (1 - share) if share < 1 else 0.0
     return sequential, _term(diffusion_inputs, texts, places, rows, k, factor, loss_weight)
-
-
-def draw_stages(
-    texts: ScoredTexts, keys: Tensor, levels: Tensor, alpha_0: float, share: float, loss_weight: str = "elbo"
-) -> tuple[Term, Term, Term]:
-    """`draw_terms` of two stages: (left-to-right rows, diffusion rows, rows of the second stage).
-
-    Levels below FINE_SHARE are rows of the second stage, of weight 1 / FINE_SHARE; the others, spread over (0, 1), are
-    those of the first stage's two terms, of 1 / (1 - FINE_SHARE) times their weight.
-    """
-    is_fine = levels < FINE_SHARE
-    rows = (~is_fine).nonzero().squeeze(1)
-    rest = (levels[rows] - FINE_SHARE) / (1 - FINE_SHARE)
-    terms = draw_terms(first_stage(texts.rows(rows)), keys[rows], rest, alpha_0, share, loss_weight)
-    coarse = [Term(rows[each.texts], each.inputs, each.weights / (1 - FINE_SHARE)) for each in terms]
-    rows = is_fine.nonzero().squeeze(1)
-    inputs = fine_inputs(texts.rows(rows)) if len(rows) else SortedInputs.blank(rows.device)
-    return coarse[0], coarse[1], Term(rows, inputs, torch.full_like(levels[rows], 1 / FINE_SHARE))
 
 
 def _term(make_inputs, texts: ScoredTexts, places: Tensor, rows: Tensor, k: Tensor, factor, loss_weight: str) -> Term:

@@ -100,8 +100,7 @@ def rows_of_sequence(config: Any, method: str, num_tokens: int, num_samples: int
     if family is None or method in ("causal", "sampler"):
         return 1
     if family.name == "interpolating":
-        second = int(config.stage_digits is not None)  # its row
-        return second + (1 if method == "chain" or config.alpha_0 == 0 else num_samples)
+        return 1 if method == "chain" or config.alpha_0 == 0 else num_samples
     if method == "chain":
         stages = len(config.stage_digits) if getattr(config, "reveal_order", None) == "coarse_first" else 1
         return num_tokens * stages
@@ -120,8 +119,6 @@ def label_of(config: Any) -> str:
 
 def _label_of_interpolating(values: dict[str, Any]) -> str:
     alpha_0 = f"alpha_0 = {values['alpha_0']:g}"
-    if values.get("stage_digits") is not None:
-        return f"sub-tokens, first stage interpolating, {alpha_0}, then left to right"
     is_tree, digits = values.get("subtoken_embedding") == "ancestors", values.get("num_subtokens", 1)
     embedding = ", tree embedding" if is_tree else ", sub-token embedding" if digits > 1 else ""
     return f"interpolating, {alpha_0}{embedding}"

@@ -157,9 +157,8 @@ def log_likelihood(
         "uniform"       bound over all times from 0 to 1, both ends included; `num_samples` samples of (number of
                         replaced tokens, time, replacements), stratified over that number.
       interpolating diffusion
-        "interpolating" bound, both terms; `num_samples` stratified samples, a row each. Exact for alpha_0 = 0. Of a
-                        model with stage_digits these are of the first stage; a row more is all of the second.
-        "chain"         exact for decoding left to right from all masked; one row a stage, nothing drawn.
+        "interpolating" bound, both terms; `num_samples` stratified samples, a row each. Exact for alpha_0 = 0.
+        "chain"         exact for decoding left to right from all masked; one row, nothing drawn.
     exhaustive: sum over all masks (all orders) instead of drawing where they are no more than `num_samples`: the
         expectation itself, with standard error 0. Times of uniform-state diffusion are always drawn.
     seed: the draws of a sequence are a pure function of (seed, its ids, which of them are scored).

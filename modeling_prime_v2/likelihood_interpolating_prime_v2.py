@@ -5,7 +5,7 @@ of (0, 1), rising: the first `sequential_share(alpha_0)` of them are left-to-rig
 within a term they spread evenly over the number of masked tokens. The rows of a term carry one over its share as a
 factor, so the mean of the K samples estimates the sum of the terms, and `stratified_stderr` and `stratified_degrees`
 take both in. The share is that of the config's default, whatever the training used: near the share of the term in the
-bound. With `stage_digits` these terms are of the first stage, and one row more, the last, is all of the second.
+bound.
 """
 
 import itertools
@@ -22,8 +22,6 @@ from .diffusion_interpolating_prime_v2 import (
     SortedInputs,
     diffusion_inputs,
     draw_terms,
-    fine_inputs,
-    first_stage,
     revealed_chances,
     sequential_inputs,
     sequential_share,
@@ -53,19 +51,11 @@ class PrimeV2InterpolatingLikelihood(Likelihood):
     def rows(self, ids: Tensor, scored: Tensor, key: Tensor) -> Iterator[Rows]:
         positions = torch.arange(len(ids), device=ids.device)
         text = ScoredTexts(ids[None], ~scored[None], scored[None], positions[None], self.config.mask_token_id)
-        if self.config.stage_digits is None:
-            yield from self._rows(text, key)
-        else:
-            yield from self._rows(first_stage(text), key)
-            yield Rows(vars(fine_inputs(text)), torch.ones_like(ids[:1], dtype=torch.double))
-
-    def _rows(self, text: ScoredTexts, key: Tensor) -> Iterator[Rows]:
-        """Those of whole tokens, or of the first stage."""
         if self.is_exact:
-            nothing = torch.zeros_like(text.ids[:, 0])
-            places = text.scored.cumsum(1) - 1
+            nothing = torch.zeros_like(ids[:1])
+            places = scored[None].cumsum(1) - 1
             yield Rows(vars(sequential_inputs(text, places, nothing)), nothing.double() + 1)
-        elif self.is_enumerated(int(text.scored.sum())):
+        elif self.is_enumerated(int(scored.sum())):
             yield from all_rows(text, self.config.alpha_0)
         else:
             share = sequential_share(self.config.alpha_0)
@@ -74,12 +64,6 @@ class PrimeV2InterpolatingLikelihood(Likelihood):
                 for term in draw_terms(texts, keys, levels, self.config.alpha_0, share):
                     if len(term.texts):  # rising levels: the rows come in the order of the samples
                         yield Rows(vars(term.inputs), term.weights)
-
-    def summarise(self, nats: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        """As of other families; the second stage, which is not drawn, adds its nats to every sample."""
-        if self.config.stage_digits is not None and not self.is_enumerated(num_tokens):
-            nats = nats[:-1] + nats[-1]
-        return super().summarise(nats, num_tokens)
 
     def row_loss(self, model: Any, inputs: dict[str, Tensor], attention_mask: Tensor | None) -> Tensor:
         ones = torch.ones(len(inputs["ids"]), dtype=torch.double, device=inputs["ids"].device)

@@ -9,14 +9,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_prime_v2 import NOT_SCORED, PrimeV2Backbone
-from .chunked_loss_prime_v2 import HiddenTokens, hidden_nll
+from .chunked_loss_prime_v2 import token_nll
 from .code_table_prime_v2 import PrimeV2CodeTable, check_ids
 from .configuration_interpolating_prime_v2 import PrimeV2InterpolatingConfig
 from .diffusion_interpolating_prime_v2 import (
     NEVER_SEEN,
     ScoredTexts,
     SortedInputs,
-    draw_stages,
     draw_terms,
     is_bound,
     sequential_share,
@@ -66,17 +65,6 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
             return all_vectors(self.embed_tokens, self.config.vocab_size)
         return self.embed_subtokens.forward(self.code_table.codes[:-1].unsqueeze(0)).squeeze(0)  # see all_vectors
 
-    def states(self, ids: Tensor) -> Tensor:
-        """Digits (..., S) of ids (...) in [0, 2 V], base = masked; those above V are `partial_ids`."""
-        table, mask_id = self.code_table, self.config.mask_token_id
-        assert table is not None
-        if self.config.stage_digits is None:
-            return table.digits_of(ids)
-        partial = ids > mask_id
-        digits = table.digits_of(torch.where(partial, ids - mask_id - 1, ids))
-        later = torch.arange(table.num_subtokens, device=ids.device) >= self.config.stage_digits[0]
-        return digits.masked_fill(partial.unsqueeze(-1) & later, table.base)
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -89,7 +77,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         cache=None,
         **kwargs,
     ) -> BaseModelOutput:
-        """input_ids (B, E) int64 in [0, V], V = a query, or partial ids; position_ids (B or 1, E), None for 0..E-1.
+        """input_ids (B, E) int64 in [0, V], V = a query; position_ids (B or 1, E), None for 0..E-1.
 
         order_ids (B, C + E) and visible_until (B, E) int64 as of `SortedInputs`, C the inputs in `cache`; the caller
         has then checked ids and lengths. None: the known tokens became known from left to right, and each
@@ -103,7 +91,7 @@ class PrimeV2InterpolatingModel(PrimeV2Backbone):
         if self.code_table is None:
             hidden_states = self.embed_tokens(input_ids)
         else:
-            hidden_states = self.embed_subtokens(self.states(input_ids))
+            hidden_states = self.embed_subtokens(self.code_table.digits_of(input_ids))
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         mask = self._attention_mask(order_ids, visible_until, hidden_states.dtype)
@@ -164,8 +152,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGen
         """Logits of masked tokens, or, with labels, the training loss on noise drawn here.
 
         input_ids (B, L): token ids, V = masked. Without labels the known tokens are taken to have become known from
-            left to right; the logits (B, L, V) of a known token exclude all others. With `stage_digits` those of a
-            masked one are the head's where no digit of it is known.
+            left to right; the logits (B, L, V) of a known token exclude all others.
         labels (B, L): clean ids; -100 is neither masked nor scored. With labels, input_ids must hold the same ids (or
             the mask) where labels are scored.
         noise_keys (B,) int64 and noise_levels (B,) float64 in (0, 1) fix the noise (see `draw_terms`; a level below
@@ -194,17 +181,6 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGen
         )
         return PrimeV2Output(loss, self.loss_is_bound, loss_per_sequence=each)
 
-    def token_logits(self, hidden_states: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Hidden states (..., D) of queries to logits (..., V), at least float32.
-
-        ids (...): the queries' own, as of `SortedInputs`; tokens without the digits that they show are -inf. None:
-        they show none.
-        """
-        logits = super().token_logits(hidden_states)
-        if ids is None or self.config.stage_digits is None or self.code_table is None:
-            return logits
-        return logits.masked_fill(~self.code_table.consistent(self.model.states(ids)), -torch.inf)
-
     def _loss(
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -218,11 +194,10 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGen
         given = real & ~scored & (ids != config.mask_token_id)
         texts = ScoredTexts(ids, given, scored, position_ids.expand_as(ids), config.mask_token_id)
         share = sequential_share(config.alpha_0, config.ar_share)
-        draw: Any = draw_terms if config.stage_digits is None else draw_stages
-        terms = draw(texts, batch.noise_keys, batch.noise_levels, config.alpha_0, share, config.loss_weight)
+        terms = draw_terms(texts, batch.noise_keys, batch.noise_levels, config.alpha_0, share, config.loss_weight)
         # A term without rows in this batch has a row of padding: every process makes the same calls of the network,
         # in which sharded weights are gathered.
-        kept = [term for term, weight in zip(terms, (share, 1 - share, 1), strict=False) if weight > 0]
+        kept = [term for term, weight in zip(terms, (share, 1 - share), strict=True) if weight > 0]
         total, nats = self.sequence_nll([each.inputs for each in kept], [each.weights for each in kept], **kwargs)
         pieces = zip(kept, nats, strict=True)
         parts = [sum_by_row(each[: len(term.texts)] * term.weights, term.texts, len(ids)) for term, each in pieces]
@@ -233,7 +208,7 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGen
 
         weights: (R,) of each part. One pass of the network a part, one of the head for all.
         """
-        hidden_states, ids, targets, each_weight, rows = [], [], [], [], []
+        hidden_states, ids, each_weight, rows = [], [], [], []
         for part, weight in zip(parts, weights, strict=True):
             outputs = self.model(
                 part.ids,
@@ -244,29 +219,12 @@ class PrimeV2ForInterpolatingDiffusion(PrimeV2HeadModel, PrimeV2InterpolatingGen
             )
             at, columns = (part.target_ids != NOT_SCORED).nonzero(as_tuple=True)
             hidden_states.append(outputs.last_hidden_state[at, columns])
-            ids.append(part.ids[at, columns])
-            targets.append(part.target_ids[at, columns])
+            ids.append(part.target_ids[at, columns])
             each_weight.append(weight[at])
             rows.append(at)
-        total, nats = self._query_nll(*map(torch.cat, (hidden_states, ids, targets, each_weight)))
+        total, nats = token_nll(torch.cat(hidden_states), self.head(), torch.cat(ids), torch.cat(each_weight))
         pieces = zip(parts, rows, nats.split([len(each) for each in rows]), strict=True)
         return total, [sum_by_row(each, at, len(part.ids)) for part, at, each in pieces]
-
-    def _query_nll(self, hidden_states: Tensor, ids: Tensor, targets: Tensor, weights: Tensor):
-        """Weighted nats of N queries, differentiable, and the nats of each, (N,): `hidden_nll`.
-
-        hidden_states (N, D); ids, targets (N,) int64 as of `SortedInputs`; weights (N,).
-        """
-        stages, table = self.config.stage_digits, self.code_table
-        if stages is None:
-            visible = None if table is None else torch.zeros_like(table.codes[targets], dtype=torch.bool)
-            tokens = HiddenTokens(targets, visible, weights)
-            return hidden_nll(hidden_states, self.head(), table, tokens, "token", carry_over=False)
-        assert table is not None
-        mask_id = self.config.mask_token_id
-        goal = self.model.states(targets) != table.base
-        tokens = HiddenTokens(targets % (mask_id + 1), self.model.states(ids) != table.base, weights, goal)
-        return hidden_nll(hidden_states, self.head(), table, tokens, "prefix")
 
 
 def left_to_right(input_ids: Tensor, attention_mask: Tensor | None, mask_id: int) -> tuple[Tensor, Tensor]:

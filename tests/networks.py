@@ -116,15 +116,9 @@ KINDS: dict[str, tuple[str, dict]] = {
     ),
     "uniform": ("uniform", {"time_embedding_size": 8}),
     "interpolating": ("interpolating", {"alpha_0": 0.5}),
-    "interpolating, two stages": (
+    "interpolating, tree": (
         "interpolating",
-        {
-            "num_subtokens": 4,
-            "base": 2,
-            "stage_digits": [2, 4],
-            "subtoken_embedding": "ancestors",
-            "head": "stages",
-        },
+        {"num_subtokens": 4, "base": 2, "subtoken_embedding": "ancestors", "head": "stages"},
     ),
 }
 

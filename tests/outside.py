@@ -37,12 +37,7 @@ FIELDS["prime, head in stages"] = {
     "stage_digits": [2, 5],
     "head": "stages",
 }
-FIELDS["interpolating, two stages"] = {
-    "num_subtokens": 5,
-    "stage_digits": [2, 5],
-    "subtoken_embedding": "ancestors",
-    "head": "stages",
-}
+FIELDS["interpolating, tree"] = {"num_subtokens": 5, "subtoken_embedding": "ancestors", "head": "stages"}
 UNTIED = [case for case in FIELDS if "tied" not in case]
 
 

@@ -9,6 +9,7 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -
 import argparse
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,9 @@ def tasks_table(results: Path) -> str:
     return markdown(["task", "metric", "split", "questions", *names], rows) + f"\n{commands}"
 
 
-def perplexity_table(results: Path) -> str:
-    """A perplexity suite (`prime-v2 ppl --suite`): sets and models, bounds as bounds."""
-    record = read_record(results / "ppl_suite.json")
+def perplexity_table(name: str, results: Path) -> str:
+    """Texts and models of a record of `prime-v2 ppl`, bounds as bounds."""
+    record = read_record(results / f"{name}.json")
     rows = []
     for row in record["results"]["rows"]:
         low, high = row["perplexity_interval_95"]
@@ -249,7 +250,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "likelihood_settings": settings_table,
     "sciq_protocol": sciq_table,
     "tasks": tasks_table,
-    "perplexity": perplexity_table,
+    "perplexity": partial(perplexity_table, "ppl_suite"),
     **BENCHMARK_TABLES,
     **FILE_TABLES,
     **COMPARE_TABLES,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prime_v2 import diffusion_prime_v2
 from prime_v2 import diffusion_uniform_prime_v2 as diffusion_uniform_prime_v2
-from prime_v2.diffusion_interpolating_prime_v2 import ScoredTexts, diffusion_inputs, first_stage, random_places
+from prime_v2.diffusion_interpolating_prime_v2 import ScoredTexts, diffusion_inputs, random_places
 from prime_v2.random_prime_v2 import Stream, hash64
 
 
@@ -117,8 +117,6 @@ def _interpolating(model: Any, ids: Tensor, share: float, keys: Tensor) -> Fed:
     scored = torch.ones_like(ids, dtype=torch.bool)
     places = torch.arange(length, device=ids.device).expand_as(ids)
     texts = ScoredTexts(ids, ~scored, scored, places, model.config.mask_token_id)
-    if model.config.stage_digits is not None:
-        texts = first_stage(texts)
     num_hidden = math.ceil(share * length)
     fed = diffusion_inputs(texts, random_places(scored, keys), torch.full_like(ids[:, 0], length - num_hidden))
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)

@@ -35,10 +35,10 @@ RUNS = {
         "interpolating, alpha_0 = 0.25",
         "interpolating",
     ),
-    "interpolating_stages": (
+    "interpolating_tree": (
         ["--family", "interpolating", "--codes", "similarity"],
-        ["alpha_0=0.25", "num_subtokens=9", "stage_digits=[4,9]", "subtoken_embedding=ancestors", "head=stages"],
-        "sub-tokens, first stage interpolating, alpha_0 = 0.25, then left to right, head in stages",
+        ["alpha_0=0.25", "num_subtokens=9", "tree_levels=[4,9]", "subtoken_embedding=ancestors", "head=stages"],
+        "interpolating, alpha_0 = 0.25, tree embedding, head in stages",
         "interpolating",
     ),
     "nested": (
@@ -162,7 +162,6 @@ def test_the_commands_take_it(run, source, tmp_path):
         "interpolating": "An interpolating",
     }
     assert expected.get(name.split("_")[0], "A masked diffusion language model over sub-tokens") in card
-    assert ("leading digits is filled in by masked diffusion" in card) == (name == "interpolating_stages")
     assert ("≤" in card) != name.startswith("arm")
 
 

@@ -27,7 +27,7 @@ CONTEXT, CONTINUATION = "Every token is", " written as binary digits"
 FIELDS: dict[str, dict] = {
     "prime": {"shuffle_seed": 4, "subtoken_embedding": "sum"},
     "arm": {"num_subtokens": 9, "base": 2, "shuffle_seed": 4},  # so that its code table is saved too
-    "interpolating": {"alpha_0": 0.4, "num_subtokens": 9, "base": 2, "shuffle_seed": 4, "stage_digits": [4, 9]},
+    "interpolating": {"alpha_0": 0.4, "num_subtokens": 9, "base": 2, "shuffle_seed": 4},
 }
 
 # What a model computes, the same in both processes.
