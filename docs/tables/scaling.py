@@ -10,6 +10,7 @@ from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
 
 PUBLISHED, PUBLISHED_PRIME, OWN = "scaling_published.json", "scaling_published_prime_v2.json", "scaling_isoflop.json"
+STUDY = "scaling_study.json"
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -101,5 +102,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "isoflop_law": partial(law_table, OWN),
     "isoflop_minima": partial(minima_table, OWN),
     "isoflop_efficiency": partial(efficiency_table, OWN, (("MDM", "ARM"), ("MDM-Prime-v2", "ARM"))),
+    "study_minima": partial(minima_table, STUDY),
     "scaling_not_a_bound": not_a_bound_table,
 }
