@@ -251,6 +251,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sciq_protocol": sciq_table,
     "tasks": tasks_table,
     "perplexity": partial(perplexity_table, "ppl_suite"),
+    **{f"zero_shot_{name}": partial(perplexity_table, f"zero_shot_{name}") for name in ("wikitext", "speeches")},
     **BENCHMARK_TABLES,
     **FILE_TABLES,
     **COMPARE_TABLES,
