@@ -1,6 +1,7 @@
 """Tables of docs/quality.md, from the records of `prime-v2 quality`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ def families_table(results: Path) -> str:
     return "\n".join(parts) + "\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"
 
 
-def samplers_table(results: Path) -> str:
+def samplers_table(name: str, results: Path) -> str:
     """For each model its samplers by passes, with differences to the best of a column; then passes of digits."""
-    record = read_record(results / "quality_samplers.json")
+    record = read_record(results / f"{name}.json")
     found = record["results"]
     several = len(found["models"]) > 1
     parts = [about_models(found, markdown)]
@@ -71,4 +72,8 @@ def _share(each: dict[str, Any]) -> str:
     return f"at most {share}" if each["reached"] == "at once" else share
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"quality": families_table, "quality_samplers": samplers_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "quality": families_table,
+    "quality_samplers": partial(samplers_table, "quality_samplers"),
+    "quality_stage_passes": partial(samplers_table, "quality_stage_passes"),
+}
