@@ -15,16 +15,17 @@ from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
 BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
-SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_1e12", "study_1e13")
+SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_1e12", "study_1e13", "arm_subtokens")
+OF_THE_PAPERS_LOSS = ("shuffle_ratio",)  # whose question the paper answers by its loss: a column more
 WHOLE_TOKENS = ("MDM", "MDM, tree embedding")  # the arms of which the better one is to be beaten
 DIGITS = ("MDM-Prime-v2", "nested 6-11", "coarse-first 6-11")  # the arms that diffuse digits
 COMPARISONS = 9  # of the protocol: three arms at three budgets
 
 
-def settings_table(name: str, results: Path) -> str:
+def settings_table(name: str, results: Path, papers_loss: bool = False) -> str:
     """A line a run, a column a shape: the last dev bounds, the lowest in bold, with its test bound, cost and laws.
 
-    The record has one budget.
+    The record has one budget. papers_loss: a column of the paper's loss, beside the test bound.
     """
     record = read_record(results / f"compare_{name}.json")
     found = record["results"]
@@ -33,13 +34,15 @@ def settings_table(name: str, results: Path) -> str:
         cells = [_dev_cell(found, arm, shape, best[arm]["shape"]) for shape in found["shapes"]]
         bound, difference = best[arm]["bound"], best[arm]["difference"]
         score = f"{'=' if bound['is_exact'] else '≤'} {with_interval(bound)}"
+        loss = [_papers_loss(best[arm], "{:.3f}")] if papers_loss else []
         delta = "–" if difference is None else with_interval(difference, "+.3f")
         costs = [quantity(best[arm]["tokens"]), f"{best[arm]['flops_6nd']:.2e}"]
-        lines.append([arm, *cells, score, delta, *costs])
+        lines.append([arm, *cells, score, *loss, delta, *costs])
     heads = [
         "run",
         *found["shapes"],
         "test ± 95%, of the one in bold",
+        *(["the paper's loss"] if papers_loss else []),
         f"minus {found['baseline']} ± 95%",
         "D",
         "6 N D",
@@ -61,20 +64,27 @@ def _dev_cell(found: dict[str, Any], name: str, shape: str, best: str) -> str:
     return f"**{value}**" if shape == best else value
 
 
+def _papers_loss(best: dict[str, Any], form: str) -> str:
+    """No bound for digits that are hidden separately, and said to be one where it is."""
+    loss = best["paper_loss"]
+    if loss is None:
+        return "–"
+    return form.format(loss["nats_per_token"]) + (" (the same bound)" if loss["is_bound"] else "")
+
+
 def families_table(results: Path) -> str:
     """The arms at the largest budget that is recorded, each at its best size: bound, distance, the paper's loss."""
     record = read_record(results / f"compare_study_{BUDGETS[-1]}.json")
     found, lines = record["results"], []
     for each in found["best"]:
-        bound, difference, loss = each["bound"], each["difference"], each["paper_loss"]
-        paper = "–" if loss is None else f"{loss['nats_per_token']:.2f}"
+        bound, difference = each["bound"], each["difference"]
         lines.append(
             [
                 each["name"],
                 "yes" if each["name"] in DIGITS else "no",
                 f"{'=' if bound['is_exact'] else '≤'} {with_interval(bound, '.2f', 2)}",
                 "–" if difference is None else with_interval(difference, "+.2f", 2),
-                f"{paper} (the same bound)" if loss is not None and loss["is_bound"] else paper,
+                _papers_loss(each, "{:.2f}"),
             ]
         )
     heads = ["model", "diffuses digits", "bound, nats/token ± 95%", f"minus {found['baseline']}", "the paper's loss"]
@@ -119,6 +129,7 @@ def _check_baseline(found: dict[str, Any], best: dict[str, Any]) -> None:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     **{name: partial(settings_table, name) for name in SETTINGS},
+    **{name: partial(settings_table, name, papers_loss=True) for name in OF_THE_PAPERS_LOSS},
     "families": families_table,
     "verdict": verdict_table,
 }

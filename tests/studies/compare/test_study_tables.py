@@ -23,6 +23,16 @@ def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
     assert arm.startswith("| ARM | 2.000 | **1.000** | = ")
 
 
+def test_the_papers_loss_is_a_column_where_it_is_asked_for(tmp_path):
+    results = settings_compared()
+    write_json(tmp_path / "compare_shuffle_ratio.json", make_record("compare", results, seed=0))
+    heads, _, mdm, arm = settings_table("shuffle_ratio", tmp_path, papers_loss=True).splitlines()[:4]
+    loss = {each["name"]: each for each in results["best"]}["MDM"]["paper_loss"]
+    assert "| test ± 95%, of the one in bold | the paper's loss | minus " in heads
+    assert f" | {loss['nats_per_token']:.3f} (the same bound) | " in mdm and loss["is_bound"]
+    assert arm.count("|") == heads.count("|")
+
+
 def recorded_study(folder: Path, better: str = "MDM, tree") -> dict:
     """A record of three arms, three seeds and laws of four passes; the dev bound of `better` is the lowest."""
     names = {"MDM": "MDM", "MDM, tree": "MDM", "Prime": "Prime"}
