@@ -291,7 +291,7 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
     """
     from prime_v2.eval.causal import METHOD
     from prime_v2.eval.loading import is_causal, load_config
-    from prime_v2.families import FAMILIES, FAMILY_OF_TYPE, bound_method
+    from prime_v2.families import FAMILIES, FAMILY_OF_TYPE, bound_method, check_method, methods_of
     from prime_v2.validation_keywords_prime_v2 import one_of
 
     if asked is not None:
@@ -302,7 +302,9 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
         own = METHOD
         if not is_causal(name):
             config = load_config(name)
-            methods, own = FAMILY_OF_TYPE[config.model_type].methods, bound_method(config)
+            methods, own = methods_of(config), bound_method(config)
+            if len(models) == 1 and asked in FAMILY_OF_TYPE[config.model_type].methods:
+                check_method(config, asked)  # says why it has not
         chosen.append(asked if asked in methods else own)
         there.append(f"{name} has {', '.join(methods)}")
     if asked is not None and asked not in chosen:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from prime_v2 import validation_inputs_prime_v2 as validation_inputs_prime_v2
-from prime_v2.diffusion_prime_v2 import RevealOrder
 from prime_v2.eval.answers import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
 from prime_v2.eval.samplers import description, named_config
-from prime_v2.families import FAMILY_OF_TYPE, bound_method, label_of
+from prime_v2.families import FAMILY_OF_TYPE, bound_method, check_method, label_of
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
-from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_text
 from prime_v2.output.places import check_new_file
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, one_of
@@ -163,8 +161,7 @@ def make_scoring(
             raise ValueError(f"published=true is for MDM-Prime models, not {label_of(config)}; leave it out")
         method = "paper_loss"
     of_answers = method or (DEFAULT_METHOD if DEFAULT_METHOD in methods else bound_method(config))
-    if of_answers in SAMPLED_METHODS:
-        RevealOrder.from_config(config, SAMPLED_METHODS[of_answers][0])
+    check_method(config, of_answers)
     if of_answers != "paper_loss":
         for name, off in NOT_FOR_BOUNDS.items():
             if given[name] != off:

@@ -13,7 +13,7 @@ class Family:
     """`name` is the value of `--family`; config and model are classes of `module_prime_v2`s, imported when asked for.
 
     bound: the method of `log_likelihood` that is reported, None where it depends on the configuration; methods: all
-    that there are. digits: whether a token can be split (`num_subtokens` above 1).
+    that a configuration may have (`methods_of`). digits: whether a token can be split (`num_subtokens` above 1).
     """
 
     name: str
@@ -87,6 +87,18 @@ def family_named(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"--family {name} is not one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def methods_of(config: Any) -> tuple[str, ...]:
+    """The methods of `log_likelihood` that a model of this configuration has."""
+    return FAMILY_OF_TYPE[config.model_type].model_class.likelihood_class.methods_of(config)
+
+
+def check_method(config: Any, method: str) -> None:
+    """ValueError, with the reason, for a method of the family that a model of this configuration has not."""
+    if method != "sampler":
+        likelihood = FAMILY_OF_TYPE[config.model_type].model_class.likelihood_class
+        likelihood(config, method, num_samples=1, exhaustive=False, round_number=0)
 
 
 def bound_method(config: Any) -> str:

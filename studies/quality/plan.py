@@ -133,7 +133,7 @@ def check_samplers(configs: Sequence[Any], asked: Sequence[str]) -> None:
 
 def law_method(model: Any, sampler: str) -> str:
     """The method of `log_likelihood` for what a sampler writes, or, where that has no law, the model's own bound."""
-    has_method = "sampler" in FAMILY_OF_TYPE[model.config.model_type].methods
+    has_method = "sampler" in model.likelihood_methods
     if has_method and config_of(model, Cell(sampler, 1)).sampler_config.kind in ("ancestral", "rule"):
         return "sampler"
     return bound_method(model.config)

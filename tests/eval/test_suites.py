@@ -289,6 +289,17 @@ def test_what_is_no_bound_has_no_perplexity_in_a_table(diffusion, arm, data):
     assert [row["method"] for row in rows] == ["subtoken", "causal"]
 
 
+def test_a_model_without_the_methods_order_keeps_its_own(diffusion, data, tmp_path):
+    """Both are of one family; only one has stages."""
+    staged = shutil.copytree(diffusion, tmp_path / "staged")
+    config = json.loads((staged / "config.json").read_text())
+    (staged / "config.json").write_text(json.dumps(config | {"reveal_order": "nested", "stage_digits": [4, 9]}))
+    arguments = [staged, "--suite", "zero-shot", "--data", data, "--only", "arxiv", "--also", diffusion]
+    arguments += ["--method", "coarse_first", "--num-samples", 1]
+    rows = json.loads(run(*arguments, "--json").stdout)["rows"]
+    assert [row["method"] for row in rows] == ["coarse_first", "subtoken"]
+
+
 def test_a_set_that_a_run_read_is_named(diffusion, arm, data, tmp_path):
     """train.py holds documents out all over its text, and not the last 100,000 of OpenWebText."""
     read = {"data": "Skylion007/openwebtext", "data_split": "train"}

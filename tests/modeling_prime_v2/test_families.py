@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from prime_v2.commands.main import app
 from prime_v2.eval.lm import PrimeV2LM
 from prime_v2.eval.loading import load_model_and_tokenizer
-from prime_v2.families import FAMILIES, bound_method, family_named, label_of
+from prime_v2.families import FAMILIES, bound_method, check_method, family_named, label_of, methods_of
 from prime_v2.training import run as training
 
 OPTIONS = (
@@ -184,6 +184,39 @@ def test_each_familys_classes_and_methods_are_what_its_entry_says():
         assert model.bound_method == bound_method(config)
     with pytest.raises(ValueError, match="is not one of prime, arm, uniform, interpolating"):
         family_named("mamba")
+
+
+TREE = {"num_subtokens": 4, "subtoken_embedding": "ancestors", "tree_levels": [2, 4]}
+STAGES = {"stage_digits": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("prime", {}),
+        ("prime", {"num_subtokens": 1}),
+        ("prime", {**STAGES, "reveal_order": "nested"}),
+        ("prime", {**TREE, "reveal_order": "token"}),
+        ("prime", {**TREE, **STAGES, "reveal_order": "coarse_first"}),
+        ("prime", {**TREE, **STAGES, "reveal_order": "windows", "stage_windows": [[0, 0.8], [0.2, 1]]}),
+        ("arm", TREE),
+        ("uniform", {}),
+        ("interpolating", TREE),
+    ],
+)
+def test_the_methods_of_a_configuration_are_those_that_its_models_take(name, fields):
+    family = FAMILIES[name]
+    config = family.config_class(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, **fields)
+    methods = methods_of(config)
+    assert methods == family.model_class(config).likelihood_methods
+    refused = []
+    for method in family.methods:
+        try:
+            check_method(config, method)
+        except ValueError as error:
+            assert re.search("needs a config with|use one of", str(error))
+            refused.append(method)
+    assert set(refused) == set(family.methods) - set(methods)
 
 
 def test_text_of_other_options_is_not_shared(run, source, capsys):
