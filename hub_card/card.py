@@ -28,6 +28,7 @@ SHAPE = (
     "shuffle_domain",
     "objective",
     "reveal_order",
+    "training_order",
     "head",
     "hidden_size",
     "intermediate_size",

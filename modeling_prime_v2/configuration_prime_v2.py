@@ -38,6 +38,8 @@ class PrimeV2Config(PrimeV2CodedConfig):
             leading digits that end at the counts in `stage_digits`, e.g. [6, 11]. Stages of all tokens are revealed in
             any order ("nested"), first stages of all tokens first ("coarse_first"), or each stage within its window of
             time ("windows", e.g. stage_windows=[[0, 0.8], [0.2, 1]]); of equal windows that is "nested".
+        training_order: of the noise of the training loss, where that is another order of the same stages: a network
+            trained on "nested" sees the states of all three. None is `reveal_order`, which bounds and samplers take.
         whole_token_above: hide whole tokens when the masked share exceeds this (the published 1.1B recipe uses 0.5).
         mask_token_id: always `vocab_size`.
         The other fields are those of `PrimeV2CodedConfig` and `PrimeV2BackboneConfig`.
@@ -51,6 +53,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
     loss_weight: str = "elbo"
     noise_form: str = "count"
     reveal_order: str = "digit"
+    training_order: str | None = None
     stage_digits: list[int] | None = None
     stage_windows: list[list[int | float]] | None = None
     head_ancestors: bool = False
@@ -81,6 +84,7 @@ class PrimeV2Config(PrimeV2CodedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
         super().validate_architecture()
         self._check_objective()
+        self._check_training_order()
         self._check_stages()
         self._check_embedding()
         self.check_head()
@@ -113,9 +117,19 @@ class PrimeV2Config(PrimeV2CodedConfig):
                 )
         self._check_windows()
 
+    def _check_training_order(self):
+        if self.training_order is None:
+            return
+        if self.training_order not in STAGED or self.reveal_order not in STAGED:
+            raise ValueError(
+                f"training_order={self.training_order!r} with reveal_order={self.reveal_order!r}: both must be orders "
+                f"of stages ({', '.join(STAGED)}); use e.g. training_order='nested' with reveal_order='coarse_first', "
+                f"or leave training_order out"
+            )
+
     def _check_windows(self):
         windows, stages = self.stage_windows, len(self.stage_digits or ())
-        if (self.reveal_order == "windows") != (windows is not None):
+        if ("windows" in (self.reveal_order, self.training_order)) != (windows is not None):
             raise ValueError(
                 f"reveal_order={self.reveal_order!r} with stage_windows={windows}: 'windows' needs them, the others "
                 f"take none; use e.g. reveal_order='windows' and stage_windows={[[0, 1]] * max(1, stages)}"

@@ -65,6 +65,11 @@ class RevealOrder:
             raise ValueError("the reveal order windows needs a config with stage_windows, e.g. [[0, 0.8], [0.2, 1]]")
         return cls(kind, config.num_subtokens, tuple(config.stage_digits), windows)
 
+    @classmethod
+    def of_training(cls, config) -> "RevealOrder":
+        """The order of the training loss's noise."""
+        return cls.from_config(config, config.training_order)
+
     @property
     def units_per_token(self) -> int:
         return {"digit": self.num_subtokens, "token": 1}.get(self.kind, len(self.stage_digits))

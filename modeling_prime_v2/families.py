@@ -146,8 +146,8 @@ def _label_of_codes(kind: str, values: dict[str, Any]) -> str:
         return "MDM"
     if order == "token":  # whole tokens are hidden: no digit diffuses
         return f"MDM, {'tree' if is_tree else 'sub-token'} embedding"
-    if order == "windows":
-        return "sub-tokens, stages in windows"
     if order != "digit":
-        return f"sub-tokens, {order.replace('_', '-')} order"
+        trained = values.get("training_order") or order
+        kind = "stages in windows" if order == "windows" else f"{order.replace('_', '-')} order"
+        return f"sub-tokens, {kind}" + ("" if trained == order else f", trained {trained.replace('_', '-')}")
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"

@@ -123,7 +123,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
     @property
     def loss_is_bound(self) -> bool:
         """Whether the loss is an upper bound on -log p(x) per token, see `diffusion_prime_v2.is_bound`."""
-        config, order = self.config, RevealOrder.from_config(self.config)
+        config, order = self.config, RevealOrder.of_training(self.config)
         return is_bound(config.objective, config.loss_weight, config.num_subtokens, order, config.whole_token_above)
 
     @can_return_tuple
@@ -177,7 +177,7 @@ class PrimeV2ForMaskedDiffusion(PrimeV2HeadModel, PrimeV2GenerationMixin):
     def _loss(
         self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
     ):
-        config, order = self.config, RevealOrder.from_config(self.config)
+        config, order = self.config, RevealOrder.of_training(self.config)
         batch = training_batch(config, input_ids, attention_mask, labels, noise_keys, noise_levels)
         ids, scored = batch.ids, batch.scored
         keys, levels = batch.noise_keys, batch.noise_levels

@@ -113,6 +113,18 @@ REFUSED = [
     ),
     ({"stage_digits": [2, 4]}, r"reveal_order='digit' with stage_digits=\[2, 4\]"),
     (
+        {"training_order": "nested"},
+        "training_order='nested' with reveal_order='digit': both must be orders of stages",
+    ),
+    (
+        {"reveal_order": "nested", "stage_digits": [2, 4], "training_order": "token"},
+        "training_order='token' with reveal_order='nested': .* or leave training_order out",
+    ),
+    (
+        {"reveal_order": "coarse_first", "stage_digits": [2, 4], "training_order": "windows"},
+        "stage_windows=None: 'windows' needs them",
+    ),
+    (
         {"reveal_order": "nested", "stage_digits": [2, 2, 4]},
         r"stage_digits=\[2, 2, 4\] must rise from at least 1 to .*4",
     ),
@@ -156,6 +168,7 @@ def test_a_shuffle_of_the_vocabulary_alone_may_have_many_unused_codes():
         {},
         {"reveal_order": "nested", "stage_digits": [1, 3, 4], "objective": "marginal", "shuffle_ratio": 0.25},
         {"reveal_order": "coarse_first", "stage_digits": [1, 4]},
+        {"reveal_order": "coarse_first", "stage_digits": [1, 4], "training_order": "nested"},
         {"reveal_order": "windows", "stage_digits": [1, 4], "stage_windows": [[0, 0.75], [0.25, 1]]},
         {"num_subtokens": 1, "eos_token_id": [1, 2], "pad_token_id": 0, "rope_parameters": {"rope_theta": 500.0}},
         {"whole_token_above": 0.5, "qk_norm": True, "tie_word_embeddings": True, "num_key_value_heads": 1},

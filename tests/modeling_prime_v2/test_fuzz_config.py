@@ -103,6 +103,7 @@ PRIME = {
     "objective": ["joint", "marginal"],
     "noise_form": ["count", "time"],
     "reveal_order": ["digit", "token", "nested", "coarse_first", "windows"],
+    "training_order": [None, "nested", "coarse_first"],
     "stage_digits": [None, [1], [1, 2], [2, 4], [4], [1, 2, 3, 4]],
     "head_ancestors": [False, True],
     "whole_token_above": [None, 0.5],
@@ -112,6 +113,7 @@ BAD_PRIME = {
     "objective": ["", "nll", None],
     "noise_form": ["both", None],
     "reveal_order": ["word", None],
+    "training_order": ["word", "token", 1],
     "stage_digits": [[], [0], [4, 4], [4, 2], [-1, 4], [10**9], ["a"], [2.5], 3, "4"],
     "whole_token_above": [-0.5, 1.5, NAN, INF, "1"],
 }
