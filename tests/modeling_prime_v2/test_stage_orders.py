@@ -247,7 +247,7 @@ def test_noise_of_windows_depends_on_the_key_and_the_count_of_tokens_only():
 
 @pytest.mark.parametrize("kind", ["coarse_first", "windows"])
 def test_a_training_order_is_for_the_loss_alone(kind, tmp_path):
-    """The loss is that of a model of the training order, bounds and samples are those of a model of the reveal order."""
+    """The loss is that of a model of the training order, bounds and samples those of one of the reveal order."""
     more = {"stage_windows": OVERLAPPING} if kind == "windows" else {}
     mixed = small_model(**fields([1, 3], kind, training_order="nested", loss_weight="elbo", **more))
     revealed = small_model(**fields([1, 3], kind, loss_weight="elbo", **more))
