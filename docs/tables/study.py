@@ -8,17 +8,23 @@ from typing import Any
 
 from docs.tables.compare import origin
 from prime_v2.eval.intervals import half_width
+from prime_v2.output import tables
 from prime_v2.output.numbers import quantity
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
 from prime_v2.studies.compare.config import number
-from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
+from prime_v2.studies.compare.report import SAMPLED, notes, paired, sampler_table, with_interval
 
 BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
-SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_1e12", "study_1e13", "arm_subtokens")
+SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens")
 OF_THE_PAPERS_LOSS = ("shuffle_ratio",)  # whose question the paper answers by its loss: a column more
 WHOLE_TOKENS = ("MDM", "MDM, tree embedding")  # the arms of which the better one is to be beaten
 DIGITS = ("MDM-Prime-v2", "nested 6-11", "coarse-first 6-11")  # the arms that diffuse digits
+ORDERS = {  # text: its records
+    "manuals, test split": ("order_test", "order_test_own"),
+    "WikiText-2": ("order_wikitext", "zero_shot_wikitext"),
+    "speeches": ("order_speeches", "zero_shot_speeches"),
+}
 COMPARISONS = 9  # of the protocol: three arms at three budgets
 
 
@@ -112,6 +118,24 @@ def verdict_table(results: Path) -> str:
     return markdown(heads, [[*key, *cells] for key, cells in lines.items()]) + "\n" + "\n".join(map(origin, records))
 
 
+def orders_table(results: Path) -> str:
+    """A line a model and order of reveal, a column a text: the bound, and its paired distance to MDM with a tree."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    records = []
+    for text, names in ORDERS.items():
+        read = [read_record(results / f"{name}.json") for name in names]
+        rows = {(row["model"], row["method"]): row for record in read for row in record["results"]["rows"]}
+        (baseline,) = (row for (model, _), row in rows.items() if model.startswith("MDM_tree"))
+        for (model, method), row in rows.items():
+            if model.startswith(("MDM_tree", "nested", "coarse_first")):
+                bound = with_interval({**row, "interval_95": row["nats_per_token_interval_95"]})
+                distance = "–" if row is baseline else with_interval(paired(row, baseline), "+.3f")
+                cells.setdefault((model, method), {})[text] = f"≤ {bound}; {distance}"
+        records += [record for name, record in zip(names, read, strict=True) if name.startswith("order")]
+    lines = [[*key, *(found.get(text, "–") for text in ORDERS)] for key, found in sorted(cells.items())]
+    return markdown(["model", "revealed", *ORDERS], lines) + "\n" + "\n".join(map(tables.origin, records))
+
+
 def _verdict(difference: dict[str, Any], seeds: int) -> str:
     """A difference with its 95% interval, what that says, and the half width at the level of all comparisons."""
     low, high = difference["interval_95"]
@@ -132,4 +156,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **{name: partial(settings_table, name, papers_loss=True) for name in OF_THE_PAPERS_LOSS},
     "families": families_table,
     "verdict": verdict_table,
+    "orders": orders_table,
 }

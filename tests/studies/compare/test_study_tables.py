@@ -12,7 +12,7 @@ from docs.tables.study import families_table, settings_table, verdict_table
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
-from prime_v2.studies.compare.report import summarise
+from prime_v2.studies.compare.report import paired, summarise
 
 
 def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
@@ -73,3 +73,28 @@ def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path
     recorded_study(tmp_path, better="MDM")
     with pytest.raises(ValueError, match="the baseline MDM, tree of study_1e9 is not the best on dev"):
         verdict_table(tmp_path)
+
+
+def test_the_table_of_orders_pairs_each_bound_with_that_of_the_tree_embedded_mdm(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ORDERS", {"a text": ("order_a", "order_b"), "another": ("order_c",)})
+    rows = {
+        name: record_of(Run(name, "16x1", 1e9, 0, {}))["results"]["evaluation"]["bound"] for name in ("MDM", "Prime")
+    }
+    tree = {**rows["MDM"], "model": "MDM_tree-16x1", "method": "token"}
+    nested = {**rows["Prime"], "model": "nested-16x1", "method": "coarse_first"}
+    for name, found in (
+        ("order_a", [nested, tree]),
+        ("order_b", [{**nested, "method": "nested"}, {**rows["Prime"], "model": "ARM", "method": "causal"}]),
+        ("order_c", [tree]),
+    ):
+        write_json(tmp_path / f"{name}.json", make_record("perplexity", {"rows": found}, seed=0))
+    distance = paired(nested, tree)
+    half = (distance["interval_95"][1] - distance["interval_95"][0]) / 2
+    cell = f"≤ {nested['nats_per_token']:.3f} ± 0.300; {distance['nats_per_token']:+.3f} ± {half:.3f}"
+    own = f"≤ {tree['nats_per_token']:.3f} ± 0.300; –"
+    lines = tables.orders_table(tmp_path).splitlines()[2:5]
+    assert lines == [
+        f"| MDM_tree-16x1 | token | {own} | {own} |",
+        f"| nested-16x1 | coarse_first | {cell} | – |",
+        f"| nested-16x1 | nested | {cell} | – |",
+    ]
