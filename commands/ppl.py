@@ -296,18 +296,19 @@ def _methods(models: list[str], asked: str | None) -> list[str]:
 
     if asked is not None:
         one_of(f"--method {asked}", asked, sorted({each for family in FAMILIES.values() for each in family.methods}))
-    chosen, there = [], []
+    chosen, there, of_family = [], [], []
     for name in models:
         methods: tuple[str, ...] = (METHOD,)
         own = METHOD
         if not is_causal(name):
             config = load_config(name)
             methods, own = methods_of(config), bound_method(config)
-            if len(models) == 1 and asked in FAMILY_OF_TYPE[config.model_type].methods:
-                check_method(config, asked)  # says why it has not
+            of_family += [config] if asked in FAMILY_OF_TYPE[config.model_type].methods else []
         chosen.append(asked if asked in methods else own)
         there.append(f"{name} has {', '.join(methods)}")
     if asked is not None and asked not in chosen:
+        for config in of_family:
+            check_method(config, asked)  # says why not
         raise ValueError(f"--method {asked} is for other models; {'; '.join(there)}")
     return chosen
 

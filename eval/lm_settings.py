@@ -15,7 +15,7 @@ from prime_v2.eval.answers import QuestionScore, Settings
 from prime_v2.eval.perplexity import EXACT_METHODS
 from prime_v2.eval.published import PublishedSettings, mask_unit_schedule
 from prime_v2.eval.samplers import description, named_config
-from prime_v2.families import FAMILY_OF_TYPE, bound_method, check_method, label_of
+from prime_v2.families import FAMILY_OF_TYPE, bound_method, check_method, label_of, methods_of
 from prime_v2.generation_config_prime_v2 import PrimeV2GenerationConfig
 from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.output.atomic import write_text
@@ -141,8 +141,8 @@ def make_scoring(
     Raises ValueError for what is unknown, impossible or has no effect.
     """
     config = model.config
-    methods = FAMILY_OF_TYPE[config.model_type].methods
-    if method is not None:
+    methods = methods_of(config)
+    if method is not None and method not in FAMILY_OF_TYPE[config.model_type].methods:
         one_of(f"method={method!r}", method, methods)
     given = {
         "cfg": _real_number("cfg", given["cfg"], 0.5),

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_backbone_prime_v2 import PrimeV2CodedConfig
 from .diffusion_prime_v2 import KINDS, STAGED
+from .validation_keywords_prime_v2 import one_of
 
 MODEL_CLASS = "modeling_prime_v2.PrimeV2ForMaskedDiffusion"
 CHOICES = {
@@ -31,15 +32,16 @@ class PrimeV2Config(PrimeV2CodedConfig):
         head_ancestors: a token's row of the head is the sum of its own and one for each of its nodes at tree_levels.
         carry_over: filter the tokens that contradict a visible digit out of the softmax.
         objective: "joint", the paper's loss -log q(x_i) (no bound on the likelihood for S > 1), or "marginal", the
-            negative evidence lower bound of `reveal_order` from the marginals of the digits.
+            negative evidence lower bound of the training order from the marginals of the digits.
         loss_weight: "elbo" or "low_variance" (weight 1, no bound).
         noise_form: "count" (hide k of n units, k uniform) or "time" (hide each unit with probability t, t uniform).
         reveal_order: the unit that is hidden and revealed: each "digit" (published), the whole "token", or stages of
             leading digits that end at the counts in `stage_digits`, e.g. [6, 11]. Stages of all tokens are revealed in
             any order ("nested"), first stages of all tokens first ("coarse_first"), or each stage within its window of
             time ("windows", e.g. stage_windows=[[0, 0.8], [0.2, 1]]); of equal windows that is "nested".
-        training_order: of the noise of the training loss, where that is another order of the same stages: a network
-            trained on "nested" sees the states of all three. None is `reveal_order`, which bounds and samplers take.
+        training_order: the order of the training loss's noise, where that is not `reveal_order`, which bounds and
+            samplers take; both must be orders of stages. "nested" draws the states of all three, though those of
+            "coarse_first" rarely; a network that never saw the states of `reveal_order` has a poor bound.
         whole_token_above: hide whole tokens when the masked share exceeds this (the published 1.1B recipe uses 0.5).
         mask_token_id: always `vocab_size`.
         The other fields are those of `PrimeV2CodedConfig` and `PrimeV2BackboneConfig`.
@@ -120,19 +122,20 @@ class PrimeV2Config(PrimeV2CodedConfig):
     def _check_training_order(self):
         if self.training_order is None:
             return
-        if self.training_order not in STAGED or self.reveal_order not in STAGED:
+        one_of(f"training_order={self.training_order!r}", self.training_order, STAGED)
+        if self.reveal_order not in STAGED:
             raise ValueError(
-                f"training_order={self.training_order!r} with reveal_order={self.reveal_order!r}: both must be orders "
-                f"of stages ({', '.join(STAGED)}); use e.g. training_order='nested' with reveal_order='coarse_first', "
-                f"or leave training_order out"
+                f"training_order={self.training_order!r} with reveal_order={self.reveal_order!r}, which has no "
+                f"stages; use e.g. reveal_order='coarse_first', or leave training_order out"
             )
 
     def _check_windows(self):
         windows, stages = self.stage_windows, len(self.stage_digits or ())
         if ("windows" in (self.reveal_order, self.training_order)) != (windows is not None):
+            field = "training_order" if self.training_order == "windows" else "reveal_order"
             raise ValueError(
-                f"reveal_order={self.reveal_order!r} with stage_windows={windows}: 'windows' needs them, the others "
-                f"take none; use e.g. reveal_order='windows' and stage_windows={[[0, 1]] * max(1, stages)}"
+                f"{field}={getattr(self, field)!r} with stage_windows={windows}: 'windows' needs them, the others "
+                f"take none; use e.g. {field}='windows' and stage_windows={[[0, 1]] * max(1, stages)}"
             )
         if windows is None:
             return

@@ -95,7 +95,10 @@ def methods_of(config: Any) -> tuple[str, ...]:
 
 
 def check_method(config: Any, method: str) -> None:
-    """ValueError, with the reason, for a method of the family that a model of this configuration has not."""
+    """ValueError, with the reason, for a method of the family that a model of this configuration does not have.
+
+    "sampler" is checked with its options, where a model generates.
+    """
     if method != "sampler":
         likelihood = FAMILY_OF_TYPE[config.model_type].model_class.likelihood_class
         likelihood(config, method, num_samples=1, exhaustive=False, round_number=0)
@@ -149,5 +152,6 @@ def _label_of_codes(kind: str, values: dict[str, Any]) -> str:
     if order != "digit":
         trained = values.get("training_order") or order
         kind = "stages in windows" if order == "windows" else f"{order.replace('_', '-')} order"
-        return f"sub-tokens, {kind}" + ("" if trained == order else f", trained {trained.replace('_', '-')}")
+        how = "in windows" if trained == "windows" else trained.replace("_", "-")
+        return f"sub-tokens, {kind}" + ("" if trained == order else f", trained {how}")
     return "MDM-Prime-v2" if values["base"] == 2 and values["shuffle_ratio"] > 0 else "MDM-Prime"

@@ -22,7 +22,7 @@ SAMPLED_METHODS = {
     "paper_loss": ("digit", "joint"),
 }
 METHODS = (*SAMPLED_METHODS, "chain", "orders")
-# The bound of the order that a model was trained to reveal its units in.
+# The bound of the order in which a model reveals its units.
 BOUND_OF_ORDER = {order: method for method, (order, objective) in SAMPLED_METHODS.items() if objective == "marginal"}
 
 
@@ -34,7 +34,7 @@ class PrimeV2Likelihood(Likelihood):
 
     def __init__(self, config: Any, method: str, num_samples: int, exhaustive: bool, round_number: int):
         kind, self.objective = {"chain": ("token", "joint"), **SAMPLED_METHODS}.get(method, (None, "marginal"))
-        if method == "chain" and config.reveal_order == "coarse_first":  # whose network sees no whole tokens at first
+        if method == "chain" and config.reveal_order == "coarse_first":  # in which no token is whole at first
             kind, self.objective = "coarse_first", "marginal"
         self.order = RevealOrder.from_config(config, kind)
         if method in METHODS and method not in self.methods_of(config):

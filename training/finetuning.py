@@ -17,11 +17,13 @@ from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.families import FAMILY_OF_TYPE
 from prime_v2.output.atomic import write_json
 from prime_v2.output.seals import Damaged, read_json
+from prime_v2.training.stage_passes import drop_stage_passes
 
 # The projections of attention and MLP.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Fields of the configuration that a run may change in a trained model: neither weights nor codes depend on them.
 TRAINING_FIELDS = {"objective", "loss_weight", "attention_dropout", "whole_token_above"}
+TRAINING_FIELDS |= {"reveal_order", "training_order", "stage_windows"}  # orders of the model's own units
 ADAPTER = "adapter"  # folder of the adapter beside the merged model
 
 
@@ -81,6 +83,8 @@ def start_from(
             )
         setattr(config, key, value)
     config.validate()
+    if getattr(config, "reveal_order", "coarse_first") != "coarse_first":
+        drop_stage_passes(model)
     data: dict[str, Any]
     if run.prompt_field is None:
         shared = None if run.data_dir is None else Path(run.data_dir)

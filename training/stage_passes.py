@@ -33,3 +33,10 @@ def set_stage_passes(model: Any, shares: list[float]) -> None:
     sampler = AncestralSamplerConfig(stage_passes=tuple(shares))
     check_sampler(model, GenerationOptions(sampler_config=sampler))
     model.generation_config.update(sampler_config=sampler)
+
+
+def drop_stage_passes(model: Any) -> None:
+    """Make the default sampler a model's own again where it had shares, which are of another reveal order."""
+    sampler = model.generation_config.sampler_config
+    if getattr(sampler, "stage_passes", None) is not None:
+        model.generation_config.sampler_config = None

@@ -125,7 +125,9 @@ def orders_table(results: Path) -> str:
     for text, names in ORDERS.items():
         read = [read_record(results / f"{name}.json") for name in names]
         rows = {(row["model"], row["method"]): row for record in read for row in record["results"]["rows"]}
-        (baseline,) = (row for (model, _), row in rows.items() if model.startswith("MDM_tree"))
+        baseline = next((row for (model, _), row in rows.items() if model.startswith("MDM_tree")), None)
+        if baseline is None:
+            raise ValueError(f"{', '.join(names)}: no model is named MDM_tree...; score one beside the others")
         for (model, method), row in rows.items():
             if model.startswith(("MDM_tree", "nested", "coarse_first")):
                 bound = with_interval({**row, "interval_95": row["nats_per_token_interval_95"]})

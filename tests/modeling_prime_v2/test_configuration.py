@@ -112,17 +112,14 @@ REFUSED = [
         r"for each of 2 stages; use e.g. \[\[0, 1\], \[0, 1\]\]",
     ),
     ({"stage_digits": [2, 4]}, r"reveal_order='digit' with stage_digits=\[2, 4\]"),
+    ({"training_order": "nested"}, "training_order='nested' with reveal_order='digit', which has no stages"),
     (
-        {"training_order": "nested"},
-        "training_order='nested' with reveal_order='digit': both must be orders of stages",
-    ),
-    (
-        {"reveal_order": "nested", "stage_digits": [2, 4], "training_order": "token"},
-        "training_order='token' with reveal_order='nested': .* or leave training_order out",
+        {"reveal_order": "nested", "stage_digits": [2, 4], "training_order": "nestd"},
+        "training_order='nestd' is not one of nested, coarse_first, windows; did you mean nested?",
     ),
     (
         {"reveal_order": "coarse_first", "stage_digits": [2, 4], "training_order": "windows"},
-        "stage_windows=None: 'windows' needs them",
+        "training_order='windows' with stage_windows=None: 'windows' needs them, .* use e.g. training_order='windows'",
     ),
     (
         {"reveal_order": "nested", "stage_digits": [2, 2, 4]},

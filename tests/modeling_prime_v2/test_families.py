@@ -109,6 +109,23 @@ def test_a_model_that_hides_whole_tokens_is_called_mdm(fields, label):
     assert label_of(config) == label
 
 
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"reveal_order": "coarse_first"}, "sub-tokens, coarse-first order"),
+        ({"reveal_order": "coarse_first", "training_order": "coarse_first"}, "sub-tokens, coarse-first order"),
+        (
+            {"reveal_order": "coarse_first", "training_order": "nested"},
+            "sub-tokens, coarse-first order, trained nested",
+        ),
+        ({"reveal_order": "windows", "stage_windows": [[0, 1]] * 2}, "sub-tokens, stages in windows"),
+    ],
+)
+def test_a_training_order_of_its_own_is_named(fields, label):
+    config = FAMILIES["prime"].config_class(vocab_size=300, base=2, stage_digits=[4, 9], **fields)
+    assert label_of(config) == label
+
+
 def test_its_folder_loads_bounds_and_generates(run):
     name, folder, results = run
     model, tokenizer = load_model_and_tokenizer(folder, device="cpu")

@@ -103,7 +103,7 @@ PRIME = {
     "objective": ["joint", "marginal"],
     "noise_form": ["count", "time"],
     "reveal_order": ["digit", "token", "nested", "coarse_first", "windows"],
-    "training_order": [None, "nested", "coarse_first"],
+    "training_order": [None, "nested", "coarse_first", "windows"],
     "stage_digits": [None, [1], [1, 2], [2, 4], [4], [1, 2, 3, 4]],
     "head_ancestors": [False, True],
     "whole_token_above": [None, 0.5],

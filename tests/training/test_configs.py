@@ -90,19 +90,20 @@ def test_recipe_holds_only_known_options_of_the_right_type(name: str, tmp_path: 
 
 
 OF_THE_STUDY = {
-    "tree.yaml:token": "MDM, tree embedding",
-    "tree.yaml:nested": "nested 6-11",
-    "tree.yaml:coarse_first": "coarse-first 6-11",
-    "demo.yaml:coarse_first": "coarse-first 6-11",
-    "demo.yaml:published": "MDM-Prime-v2",
+    "tree.yaml:token": ("study_1e12", "MDM, tree embedding"),
+    "tree.yaml:nested": ("study_1e12", "nested 6-11"),
+    "tree.yaml:coarse_first": ("study_orders", "coarse-first, trained nested"),
+    "demo.yaml:coarse_first": ("study_orders", "coarse-first, trained nested"),
+    "demo.yaml:published": ("study_1e12", "MDM-Prime-v2"),
 }
 
 
 @pytest.mark.parametrize("name", OF_THE_STUDY)
 def test_recipes_of_the_trees_and_the_demo_have_the_settings_of_the_study(name: str):
     """All but text, sizes and, in the larger network of tree.yaml, the rate."""
-    study = yaml.safe_load((ROOT / "configs" / "compare" / "study_1e12.yaml").read_text(encoding="utf-8"))
-    run, options = study["runs"][OF_THE_STUDY[name]], RECIPES[f"configs/{name}"]
+    recipe, run_name = OF_THE_STUDY[name]
+    study = yaml.safe_load((ROOT / "configs" / "compare" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    run, options = study["runs"][run_name], RECIPES[f"configs/{name}"]
     sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
     model = study["train"].pop("model") | run["model"]
     assert {key: options["model"][key] for key in options["model"].keys() - sizes} == {

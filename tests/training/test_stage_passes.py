@@ -41,6 +41,22 @@ def test_a_model_keeps_the_shares_that_it_was_trained_with(tmp_path):
     assert torch.equal(greedy, model.generate(ids[:1, :4], do_sample=False, max_new_tokens=4))
 
 
+def test_a_run_that_goes_on_from_a_model_may_change_its_orders(tmp_path):
+    """The shares of passes stay with the order that they are of, and go with it."""
+    text, folder = write_text(tmp_path / "text.jsonl"), tmp_path / "run"
+    arguments = ["--data", str(text), *TINY.split()]
+    coarse = [*arguments, "--output_dir", str(folder), "--stage_passes", "0.75", "0.25", *MODEL, *COARSE]
+    assert training.main(coarse) == 0
+    for name, fields in (("mixed", ["training_order=nested"]), ("nested", ["reveal_order=nested"])):
+        options = ["--init_from", str(folder), "--output_dir", str(tmp_path / name), "--model", *fields]
+        assert training.main([*arguments, *options]) == 0
+        model, _ = load_model_and_tokenizer(str(tmp_path / name))
+        assert model.generate(max_new_tokens=4, seed=0).shape[1] >= 4
+        kept = model.generation_config.sampler_config
+        assert (kept is None) == (name == "nested")
+        assert model.config.to_dict().items() >= dict(each.split("=") for each in fields).items()
+
+
 @pytest.mark.parametrize(
     ("shares", "model", "message"),
     [
