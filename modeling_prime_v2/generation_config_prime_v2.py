@@ -283,8 +283,8 @@ def _check_order(config: Any, sampler: Any) -> None:
         )
     if getattr(sampler, "stage_passes", None) is not None and order != "coarse_first":
         raise ValueError(
-            f"{name}: stage_passes, of the call or of the model's generation_config.json, is for models with "
-            f"reveal_order='coarse_first', not {order!r}; leave it out"
+            f"{name}: stage_passes is for models with reveal_order='coarse_first', not {order!r}; leave it out of the "
+            f"call, or of the model's generation_config.json"
         )
     _check_stage_passes(config, sampler)
 
