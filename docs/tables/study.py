@@ -17,7 +17,8 @@ from prime_v2.studies.compare.report import SAMPLED, notes, paired, sampler_tabl
 
 BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
 SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens")
-OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")  # whose question the paper answers by its loss: a column more
+# Whose question the paper answers by its loss: a column more.
+OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")
 WHOLE_TOKENS = ("MDM", "MDM, tree embedding")  # the arms of which the better one is to be beaten
 DIGITS = ("MDM-Prime-v2", "nested 6-11", "coarse-first 6-11")  # the arms that diffuse digits
 ORDERS = {  # text: its records
