@@ -11,7 +11,7 @@ from prime_v2.commands.options import FOLDER, MANY, Json, Output
 
 if TYPE_CHECKING:
     from prime_v2.studies.compare.config import Comparison
-    from prime_v2.studies.compare.run import PlannedRun
+    from prime_v2.studies.compare.plan import PlannedRun
 
 SUMMARY = "summary.json"  # the record in the output folder
 
@@ -44,6 +44,13 @@ def compare(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Compare runs of different code versions all the same.")
     ] = False,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A record of CONFIG, or of part of its runs: these are taken from it, not trained. May be repeated.",
+        ),
+    ] = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -56,36 +63,34 @@ def compare(
     prime-v2 compare families --output results/compare_families.json
     prime-v2 compare mine.yaml --launcher "accelerate launch --num_processes 8"
 
-    The same command continues where it was stopped. Tables, figures and a record are written to DIR.
+    The same command continues where it was stopped; --recorded continues a study of another machine. Tables,
+    figures and a record are written to DIR.
     """
     from prime_v2.output.progress import quiet_libraries
     from prime_v2.output.records import code_version
     from prime_v2.studies.compare.children import Stopped
     from prime_v2.studies.compare.config import read_comparison
-    from prime_v2.studies.compare.run import (
-        Running,
-        check_out,
-        known_runs,
-        plan,
-        run_comparison,
-        with_times_of_records,
-    )
+    from prime_v2.studies.compare.plan import plan, with_times_of_records
+    from prime_v2.studies.compare.recorded import read_recorded
+    from prime_v2.studies.compare.run import Running, check_out, known_runs, run_comparison
     from prime_v2.studies.compare.search import number_of_runs
 
     quiet_libraries()
     comparison, code = read_comparison(config), code_version()
     folder = out or Path("runs") / "compare" / comparison.name
+    known = read_recorded(recorded or [], comparison)
     if dry_run:
         if output is not None:
             raise ValueError("--output needs results, which --dry-run makes none of; leave one of them out")
         check_out(folder, comparison)
-        planned = with_times_of_records(plan(known_runs(comparison, folder), folder, measure=True))
-        _print_plan(comparison, planned, number_of_runs(comparison) - len(planned), as_json)
+        named = known_runs(comparison, folder, known)
+        planned = with_times_of_records(plan(named, folder, measure=True, recorded=known))
+        _print_plan(comparison, planned, number_of_runs(comparison) - len(named.runs), len(known), as_json)
         return
     try:
-        trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed))
+        trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed), known)
     except Stopped as stopped:
-        done = sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
+        done = len(known) + sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
         print(
             f"{stopped}; {done} of {number_of_runs(comparison)} runs are finished, the same command goes on from "
             "there",
@@ -122,8 +127,13 @@ def _finish(
         print(f"\n{folder}/: {SUMMARY}, README.md, {', '.join(each.name for each in figures)}")
 
 
-def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", later: int, as_json: bool) -> None:
-    """The runs with what they cost and where they are; later: how many follow at sizes that are not yet chosen."""
+def _print_plan(
+    comparison: "Comparison", planned: "list[PlannedRun]", later: int, recorded: int, as_json: bool
+) -> None:
+    """The runs with what they cost and where they are.
+
+    later: how many follow at sizes that are not yet chosen; recorded: how many need no training.
+    """
     from prime_v2.output.numbers import duration, quantity
     from prime_v2.output.tables import aligned
     from prime_v2.studies.compare.config import number
@@ -150,7 +160,13 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", later: in
         )
     left = sum(row["seconds"] for row in rows if row["state"] != "finished")
     if as_json:
-        found = {"count": comparison.count, "runs": rows, "runs_later": later, "seconds_left": left}
+        found = {
+            "count": comparison.count,
+            "runs": rows,
+            "runs_later": later,
+            "runs_recorded": recorded,
+            "seconds_left": left,
+        }
         print(json.dumps(found, allow_nan=False))
         return
     heads = ["run", "size", "budget", "seed", "N", "D", "steps", "FLOPs, 6ND", "measured", "time", "state"]
@@ -172,6 +188,8 @@ def _print_plan(comparison: "Comparison", planned: "list[PlannedRun]", later: in
     ]
     print(aligned([heads, *lines]))
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
+    if recorded:
+        print(f"{recorded} more are recorded")
     if later:
         print(
             f"{later} more follow: the other seeds, at the size of each run that is best at seed "

@@ -14,6 +14,7 @@ from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of,
 from prime_v2.output.numbers import duration, quantity
 from prime_v2.output.tables import aligned, markdown
 from prime_v2.studies.compare.config import COMMON, COUNTS, Comparison, Run, number
+from prime_v2.studies.compare.recorded import cluster_sums, clusters_of
 from prime_v2.studies.compare.search import Trained, best_shapes
 
 BOUND_FIELDS = (
@@ -34,18 +35,19 @@ def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     Keys: nats_per_token, stderr over the clusters of sequences that share documents, interval_95 (Student t); the last
     two are None for one cluster. ValueError unless both are of the same sequences.
     """
-    nats, others = bound["nats_of_sequences"], other["nats_of_sequences"]
-    if len(nats) != len(others):
-        raise ValueError(f"{len(nats)} sequences cannot be paired with {len(others)}; score the same ones")
+    known = bound.get("differences", {}).get(other.get("run"))  # of a record that keeps no sums
+    if known is not None:
+        return known
+    counts = [each.get("num_sequences", len(each.get("nats_of_sequences", ()))) for each in (bound, other)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"{counts[0]} sequences cannot be paired with {counts[1]}; score the same ones")
     clusters = bound.get("clusters")
     if clusters is None or clusters != other.get("clusters"):
         raise ValueError(
-            "the records do not say alike which sequences share documents; evaluate both with this version"
+            "the records do not say alike which sequences share documents; evaluate both with this version, or train "
+            "both again where --recorded gives one that an earlier version made of several seeds"
         )
-    sums, start = [], 0
-    for count in clusters["sequences"]:
-        sums.append(sum(nats[start : start + count]) - sum(others[start : start + count]))
-        start += count
+    sums = [mine - theirs for mine, theirs in zip(cluster_sums(bound), cluster_sums(other), strict=True)]
     return _as_json(ratio(sums, clusters["tokens"], clusters["squares"]))
 
 
@@ -121,6 +123,7 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
         "search_seed": comparison.search_seed,
         "commits": sorted({_commit(record) for _, record in trained}),
         "data": {str(run.seed): record["results"]["data"] for run, record in trained},
+        "clusters": clusters_of(trained),
         "rows": rows,
         "groups": groups,
         "best": _best(comparison, rows, trained) if len(comparison.values("shape")) > 1 else [],
@@ -142,7 +145,7 @@ def _sampler(record: dict[str, Any], other: dict[str, Any] | None) -> dict[str, 
         {} if each is None else each["results"]["evaluation"].get("sampler", {}) for each in (record, other)
     )
     return {
-        passes: _without_sequences(law) | {"difference": paired(law, theirs[passes]) if passes in theirs else None}
+        passes: _kept(law) | {"difference": paired(law, theirs[passes]) if passes in theirs else None}
         for passes, law in mine.items()
     }
 
@@ -169,7 +172,7 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
         "data": {"fingerprints": results["data"]["fingerprints"]},
         "training": {name: training[name] for name in TRAINING_FIELDS},
         "evaluation": {
-            "bound": _without_sequences(evaluation["bound"]),
+            "bound": _kept(evaluation["bound"]),
             "paper_loss": None if loss is None else _without_sequences(loss),
         },
         "difference": difference,
@@ -192,6 +195,14 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
 
 def _without_sequences(scored: dict[str, Any]) -> dict[str, Any]:
     return {name: scored[name] for name in BOUND_FIELDS if name in scored}
+
+
+def _kept(scored: dict[str, Any]) -> dict[str, Any]:
+    """A score with what paired differences are made of; its clusters are kept once for all runs of a seed."""
+    sums = cluster_sums(scored)
+    return _without_sequences(scored) | (
+        {} if sums is None else {"nats_of_clusters": [round(each, 3) for each in sums]}
+    )
 
 
 def _commit(record: dict[str, Any]) -> str:

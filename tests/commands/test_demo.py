@@ -11,7 +11,7 @@ from tiny_runs import write_text
 from prime_v2.commands.generate import PICTURES
 from prime_v2.eval.plugin import DEMO_RUNS
 from prime_v2.output.records import read_record
-from prime_v2.studies.compare.run import cost_of
+from prime_v2.studies.compare.plan import cost_of
 from prime_v2.training.options import RaisingParser, parse_options
 from prime_v2.training.trainer import DiffusionTrainer
 
