@@ -63,7 +63,7 @@ def compare(
     prime-v2 compare families --output results/compare_families.json
     prime-v2 compare mine.yaml --launcher "accelerate launch --num_processes 8"
 
-    The same command continues where it was stopped; --recorded continues a study of another machine. Tables,
+    The same command continues where it was stopped; --recorded takes runs from a record of another machine. Tables,
     figures and a record are written to DIR.
     """
     from prime_v2.output.progress import quiet_libraries
@@ -72,27 +72,34 @@ def compare(
     from prime_v2.studies.compare.config import read_comparison
     from prime_v2.studies.compare.plan import plan, with_times_of_records
     from prime_v2.studies.compare.recorded import read_recorded
-    from prime_v2.studies.compare.run import Running, check_out, known_runs, run_comparison
+    from prime_v2.studies.compare.run import Running, check_out, named_runs, run_comparison
     from prime_v2.studies.compare.search import number_of_runs
 
     quiet_libraries()
     comparison, code = read_comparison(config), code_version()
     folder = out or Path("runs") / "compare" / comparison.name
-    known = read_recorded(recorded or [], comparison)
+    taken = read_recorded(recorded or [], comparison)
     if dry_run:
         if output is not None:
             raise ValueError("--output needs results, which --dry-run makes none of; leave one of them out")
         check_out(folder, comparison)
-        named = known_runs(comparison, folder, known)
-        planned = with_times_of_records(plan(named, folder, measure=True, recorded=known))
-        _print_plan(comparison, planned, number_of_runs(comparison) - len(named.runs), len(known), as_json)
+        named = named_runs(comparison, folder, taken)
+        planned = with_times_of_records(plan(named, folder, measure=True, recorded=taken))
+        _print_plan(
+            comparison,
+            planned,
+            number_of_runs(comparison) - len(named.runs),
+            sum(run in named.runs for run, _ in taken),
+            as_json,
+        )
         return
     try:
-        trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed), known)
+        trained = run_comparison(comparison, folder, Running(launcher, jobs, keep_models, allow_mixed), taken)
     except Stopped as stopped:
-        done = len(known) + sum((folder / run.folder / "results" / "train.json").exists() for run in comparison.runs)
+        done = {run for run, _ in taken}
+        done |= {run for run in comparison.runs if (folder / run.folder / "results" / "train.json").exists()}
         print(
-            f"{stopped}; {done} of {number_of_runs(comparison)} runs are finished, the same command goes on from "
+            f"{stopped}; {len(done)} of {number_of_runs(comparison)} runs are finished, the same command goes on from "
             "there",
             file=sys.stderr,
         )
@@ -189,7 +196,7 @@ def _print_plan(
     print(aligned([heads, *lines]))
     print(f"\n{len(rows)} runs, about {duration(left)} left, one after the other on this machine as busy as it is now")
     if recorded:
-        print(f"{recorded} more are recorded")
+        print(f"{recorded} more runs are taken from a record")
     if later:
         print(
             f"{later} more follow: the other seeds, at the size of each run that is best at seed "

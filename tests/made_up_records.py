@@ -53,6 +53,8 @@ def record_of(run: Run, shift: float = 0.0) -> dict:
         "commit": "a" * 40,
         "uncommitted_changes": False,
         "time_utc": "2026-01-01T00:00:00Z",
+        "machine": {"accelerator": None, "processor": "made up"},
+        "versions": {"torch": "2.0"},
         "results": {
             "family": family,
             "config": {},

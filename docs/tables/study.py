@@ -13,7 +13,8 @@ from prime_v2.output.numbers import quantity
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
 from prime_v2.studies.compare.config import number
-from prime_v2.studies.compare.report import SAMPLED, notes, paired, sampler_table, with_interval
+from prime_v2.studies.compare.differences import paired
+from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
 BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
 SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens")

@@ -115,7 +115,7 @@ def read_comparison(given: str) -> Comparison:
     """The comparison of a YAML file, or of a recipe, a name in configs/compare/.
 
     Raises ValueError, with a sentence, for whatever in it no run can be made of; options of train.py and fields of a
-    model are looked at when the runs are planned (`prime_v2.studies.compare.run.plan`).
+    model are looked at when the runs are planned (`prime_v2.studies.compare.plan.plan`).
     """
     path = find_recipe(given, KIND, "CONFIG")
     content = _load(path)

@@ -83,28 +83,34 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
     """Steps and costs of the runs that are not recorded; nothing is written.
 
     measure: also measure FLOPs and time of a micro-batch, which `count: measured` does in any case. All seeds of a run
-    have the steps of its first one, recorded ones being the first. Raises ValueError for options that train.py or the
+    have the steps of its first one, which may be a recorded one. Raises ValueError for options that train.py or the
     model refuses, and for a budget that is too small for a step.
     """
-    costs = {(run.name, run.shape): _cost_of_record(record) for run, record in reversed(recorded)}
-    known = {run for run, _ in recorded}
+    records = dict(recorded)
+    costs: dict[tuple[str, str], Cost] = {}
     planned, too_small = [], []
     for run in comparison.runs:
-        if run in known:
-            continue
         place = f"run {run.name}" + (f", shape {run.shape}" if run.shape else "")
         options, training, model_options = parsed(run.options | {"max_steps": 1}, place)
         if (run.name, run.shape) not in costs:
-            vocab_size = vocabulary_of(options, data_folder(out, run.seed))
-            needed = measure or comparison.count == "measured"
-            costs[run.name, run.shape] = cost_of(options, training, model_options, vocab_size, needed, place)
+            if run in records and not measure:
+                cost = _cost_of_record(records[run])
+            else:
+                vocab_size = vocabulary_of(options, data_folder(out, run.seed))
+                needed = measure or comparison.count == "measured"
+                cost = cost_of(options, training, model_options, vocab_size, needed, place)
+                if run in records:
+                    cost = dataclasses.replace(cost, measured=_cost_of_record(records[run]).measured)
+            costs[run.name, run.shape] = cost
+        if run in records:
+            continue
         cost, tokens_per_step = costs[run.name, run.shape], options.global_batch * options.block_size
         step_flops = cost.flops(comparison.count) * tokens_per_step
         steps = int(run.budget // step_flops)
         if steps < 1:
             too_small.append((step_flops, run))
             continue
-        planned.append(PlannedRun(run, cost, steps, steps * tokens_per_step, _all_options(run, options, steps, out)))
+        planned.append(PlannedRun(run, cost, steps, steps * tokens_per_step, all_options(run, options, steps, out)))
     if too_small:
         step_flops, run = max(too_small, key=lambda each: each[0])
         raise ValueError(
@@ -116,15 +122,10 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
 
 
 def _cost_of_record(record: dict[str, Any]) -> Cost:
+    """What a trained run has cost a token; its time was that of another machine."""
     training = record["results"]["training"]
-    return Cost(
-        training["parameters"],
-        training["parameters_non_embedding"],
-        *(
-            None if training[name] is None else training[name] / training["tokens"]
-            for name in ("flops_measured", "seconds")
-        ),
-    )
+    measured = training["flops_measured"] / training["tokens"]
+    return Cost(training["parameters"], training["parameters_non_embedding"], measured, None)
 
 
 def _rounded_up(flops: float) -> str:
@@ -133,7 +134,7 @@ def _rounded_up(flops: float) -> str:
     return number(math.ceil(flops / scale) * scale)
 
 
-def _all_options(run: Run, options: RunOptions, steps: int, out: Path) -> dict[str, Any]:
+def all_options(run: Run, options: RunOptions, steps: int, out: Path) -> dict[str, Any]:
     """All options of train.py for a run of so many steps."""
     every = math.ceil(steps / POINTS)
     text = {name: getattr(options, name) for name in ("eval_sequences", "test_sequences", "eval_num_samples")}
@@ -218,7 +219,7 @@ def _micro_batches(run: RunOptions, training: TrainingArguments, vocab_size: int
     return made
 
 
-def record_of(planned: PlannedRun) -> Path:
+def record_path(planned: PlannedRun) -> Path:
     return Path(planned.options["output_dir"]) / "results" / "train.json"
 
 
@@ -230,8 +231,8 @@ def with_times_of_records(planned: list[PlannedRun]) -> list[PlannedRun]:
     """The plan with the time a token of finished runs of the same network, where there are any."""
     timed: dict[tuple[str, str], float] = {}
     for each in planned:
-        if record_of(each).exists():
-            training = read_record(record_of(each))["results"]["training"]
+        if record_path(each).exists():
+            training = read_record(record_path(each))["results"]["training"]
             if training["seconds"]:
                 timed[each.run.name, each.run.shape] = training["seconds"] / training["tokens"]
     return [

@@ -6,66 +6,22 @@ tokenizer, a data order, weights and noise of its own.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, Estimate, mean_of, ratio
+from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END
 from prime_v2.output.numbers import duration, quantity
 from prime_v2.output.tables import aligned, markdown
 from prime_v2.studies.compare.config import COMMON, COUNTS, Comparison, Run, number
-from prime_v2.studies.compare.recorded import cluster_sums, clusters_of
+from prime_v2.studies.compare.differences import clusters_of, over_seeds, paired, with_sums, without_sequences
 from prime_v2.studies.compare.search import Trained, best_shapes
 
-BOUND_FIELDS = (
-    "method", "is_bound", "is_exact", "nats_per_token", "nats_per_token_interval_95", "stderr", "degrees",
-    "num_clusters", "interval_over", "monte_carlo_stderr", "num_tokens", "num_sequences", "num_samples",
-    "unigram_entropy", "perplexity", "perplexity_interval_95", "text_bytes", "bits_per_byte",
-    "bits_per_byte_interval_95",
-)  # fmt: skip
 SAMPLED = "Nats/token of the law of ancestral sampling at so many passes, a bound"
 TRAINING_FIELDS = (
     "parameters", "parameters_non_embedding", "steps", "tokens", "flops_6nd", "flops_measured", "seconds", "device",
 )  # fmt: skip
-
-
-def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What `bound` is above `other`, in nats per token; both as `score_windows` gives them with `keep_sequences`.
-
-    Keys: nats_per_token, stderr over the clusters of sequences that share documents, interval_95 (Student t); the last
-    two are None for one cluster. ValueError unless both are of the same sequences.
-    """
-    known = bound.get("differences", {}).get(other.get("run"))  # of a record that keeps no sums
-    if known is not None:
-        return known
-    counts = [each.get("num_sequences", len(each.get("nats_of_sequences", ()))) for each in (bound, other)]
-    if counts[0] != counts[1]:
-        raise ValueError(f"{counts[0]} sequences cannot be paired with {counts[1]}; score the same ones")
-    clusters = bound.get("clusters")
-    if clusters is None or clusters != other.get("clusters"):
-        raise ValueError(
-            "the records do not say alike which sequences share documents; evaluate both with this version, or train "
-            "both again where --recorded gives one that an earlier version made of several seeds"
-        )
-    sums = [mine - theirs for mine, theirs in zip(cluster_sums(bound), cluster_sums(other), strict=True)]
-    return _as_json(ratio(sums, clusters["tokens"], clusters["squares"]))
-
-
-def over_seeds(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One estimate from those of several seeds (`nats_per_token`, `stderr`): their mean, its error, the interval.
-
-    The error is that of the spread between seeds, which holds that of the test text and the draws, since each seed has
-    its own; the interval is Student's. A single estimate keeps its error and its interval.
-    """
-    if len(estimates) > 1:
-        return _as_json(mean_of([each["nats_per_token"] for each in estimates]))
-    (only,) = estimates
-    interval = only["interval_95"] if "interval_95" in only else only["nats_per_token_interval_95"]
-    return {"nats_per_token": only["nats_per_token"], "stderr": only["stderr"], "interval_95": interval}
-
-
-def _as_json(estimate: Estimate) -> dict[str, Any]:
-    return {"nats_per_token": estimate.value, "stderr": estimate.stderr, "interval_95": estimate.interval()}
 
 
 def check_one_experiment(trained: Sequence[Trained], allow_mixed: bool) -> None:
@@ -145,7 +101,7 @@ def _sampler(record: dict[str, Any], other: dict[str, Any] | None) -> dict[str, 
         {} if each is None else each["results"]["evaluation"].get("sampler", {}) for each in (record, other)
     )
     return {
-        passes: _kept(law) | {"difference": paired(law, theirs[passes]) if passes in theirs else None}
+        passes: with_sums(law) | {"difference": paired(law, theirs[passes]) if passes in theirs else None}
         for passes, law in mine.items()
     }
 
@@ -167,13 +123,14 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
         "commit": record["commit"],
         "uncommitted_changes": record["uncommitted_changes"],
         "time_utc": record["time_utc"],
+        "trained_on": record["trained_on"] if "trained_on" in record else _place(record),
         "config": results["config"],
         "options": results["options"],
         "data": {"fingerprints": results["data"]["fingerprints"]},
         "training": {name: training[name] for name in TRAINING_FIELDS},
         "evaluation": {
-            "bound": _kept(evaluation["bound"]),
-            "paper_loss": None if loss is None else _without_sequences(loss),
+            "bound": with_sums(evaluation["bound"]),
+            "paper_loss": None if loss is None else without_sequences(loss),
         },
         "difference": difference,
         "curve": [
@@ -193,16 +150,10 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
     }
 
 
-def _without_sequences(scored: dict[str, Any]) -> dict[str, Any]:
-    return {name: scored[name] for name in BOUND_FIELDS if name in scored}
-
-
-def _kept(scored: dict[str, Any]) -> dict[str, Any]:
-    """A score with what paired differences are made of; its clusters are kept once for all runs of a seed."""
-    sums = cluster_sums(scored)
-    return _without_sequences(scored) | (
-        {} if sums is None else {"nats_of_clusters": [round(each, 3) for each in sums]}
-    )
+def _place(record: dict[str, Any]) -> str:
+    """Machine and PyTorch of a run's record."""
+    machine = record["machine"]
+    return f"{machine['accelerator'] or machine['processor']}, PyTorch {record['versions']['torch']}"
 
 
 def _commit(record: dict[str, Any]) -> str:
@@ -372,6 +323,9 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"{max(read):.1f} times."
         )
     found += _text_notes(results)
+    places = Counter(row["trained_on"] for row in results["rows"] if "trained_on" in row)
+    if len(places) > 1:
+        found.append(f"Trained on {'; '.join(f'{place} ({count} runs)' for place, count in places.items())}.")
     if len(results["commits"]) > 1:
         found.append(
             f"The runs are of {len(results['commits'])} versions of the code: {', '.join(results['commits'])}."

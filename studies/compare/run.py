@@ -5,7 +5,6 @@ of its own (`children`); `recorded` takes runs from a record, `report` makes the
 (docs/compare.md).
 """
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
+from prime_v2.data.packing import PackedBlocks
 from prime_v2.data.preparation import prepare_text
 from prime_v2.eval.intervals import plus_minus
 from prime_v2.output.atomic import write_json
@@ -25,8 +25,8 @@ from prime_v2.output.numbers import duration
 from prime_v2.output.progress import say
 from prime_v2.output.records import code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
-from prime_v2.studies.compare.config import Comparison
-from prime_v2.studies.compare.plan import PlannedRun, data_folder, parsed, plan, record_of
+from prime_v2.studies.compare.config import Comparison, Run
+from prime_v2.studies.compare.plan import PlannedRun, data_folder, parsed, plan, record_path
 from prime_v2.studies.compare.search import Trained, narrowed, searched
 from prime_v2.training.course import Holds, check_folder, course_of
 from prime_v2.training.run import text_options
@@ -113,6 +113,9 @@ def run_comparison(
         name, why = next(iter(failures.items()))
         more = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
         raise ValueError(f"run {name} failed{more}: {why}; the same command tries again and keeps what is finished")
+    left = sum(run not in chosen.runs for run, _ in recorded)
+    if left:
+        say(f"{left} recorded runs are left out, of sizes that are not the best of their run")
     return _with_recorded(chosen, planned, recorded)
 
 
@@ -120,7 +123,7 @@ def _with_recorded(
     comparison: Comparison, planned: Sequence[PlannedRun], recorded: Sequence[Trained]
 ) -> list[Trained]:
     """All runs of the comparison, in its order: those of the folder, and the recorded ones."""
-    found = {each.run: read_record(record_of(each)) for each in planned} | dict(recorded)
+    found = {each.run: read_record(record_path(each)) for each in planned} | dict(recorded)
     return [(run, found[run]) for run in comparison.runs]
 
 
@@ -128,27 +131,50 @@ def _prepared(
     comparison: Comparison, out: Path, running: Running, recorded: Sequence[Trained]
 ) -> tuple[list[PlannedRun], list[PlannedRun]]:
     """All runs that are not recorded, and those of them that are not finished, with the text that these need."""
-    known = {run for run, _ in recorded}
-    comparison = dataclasses.replace(comparison, runs=tuple(run for run in comparison.runs if run not in known))
+    records = dict(recorded)
+    missing = [run for run in comparison.runs if run not in records]
     if not (out / MARKER).exists():
         write_json(out / MARKER, {"comparison": comparison.name})
     if comparison.count == "measured":  # which depends on the size of the vocabulary
-        prepare(comparison, out)
+        prepare(missing, out)
     planned = plan(comparison, out, measure=False, recorded=recorded)
     finished = {each.run.folder for each in planned if state_of(each) == "finished"}
     waiting = [each for each in planned if each.run.folder not in finished]
     if waiting:
         if not running.allow_mixed:
             done = [each for each in planned if each.run.folder in finished]
-            check_code([(each.run, read_record(record_of(each))) for each in done] + [*recorded])
-        prepare(comparison, out)
+            check_code([(each.run, read_record(record_path(each))) for each in done] + [*recorded])
+        prepare(missing, out)
+        _check_text(waiting, out, recorded)
     return planned, waiting
 
 
-def prepare(comparison: Comparison, out: Path) -> None:
+def _check_text(waiting: Sequence[PlannedRun], out: Path, recorded: Sequence[Trained]) -> None:
+    """ValueError where the text of a waiting run is not that of the recorded runs, before it is trained."""
+    texts = {run.seed: record["results"]["data"] for run, record in recorded}
+    for seed in dict.fromkeys(each.run.seed for each in waiting if texts):
+        folder = data_folder(out, seed)
+        here = {split: PackedBlocks(folder / split) for split in ("train", "dev", "test")}
+        found = {split: blocks.fingerprint for split, blocks in here.items()}
+        if seed in texts and found != texts[seed]["fingerprints"]:
+            raise ValueError(
+                f"the text of seed {seed} in {folder} is not that of the recorded runs, whose test split has the "
+                f"fingerprint {texts[seed]['fingerprints']['test'][:12]}, not {found['test'][:12]}; give the text and "
+                f"the versions that they had, or leave the record out"
+            )
+        documents = sum(blocks.documents for blocks in here.values())
+        for other, text in texts.items():
+            if documents != sum(text[f"{split}_documents"] for split in here):
+                raise ValueError(
+                    f"the text in {folder} has {documents:,} documents, that of the recorded runs of seed {other} "
+                    f"another number; give the same text, or leave the record out"
+                )
+
+
+def prepare(runs: Sequence[Run], out: Path) -> None:
     """Text and tokenizer of each seed, for its runs to share."""
     done = set()
-    for run in comparison.runs:
+    for run in runs:
         if run.seed not in done:
             done.add(run.seed)
             options, training, _ = parsed(run.options | {"max_steps": 1}, f"run {run.name}")
@@ -165,7 +191,7 @@ def check_code(finished: Sequence[Trained]) -> None:
         if record["commit"] != commit:
             raise ValueError(
                 f"{run.folder} was trained by commit {record['commit'][:12]}, this is {commit[:12]}; give a new "
-                f"--out to train all runs again, or add --allow-mixed"
+                f"--out, and no --recorded, to train all runs again, or add --allow-mixed"
             )
 
 
@@ -191,7 +217,7 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
         config.parent.mkdir(exist_ok=True)
         config.write_text(yaml.safe_dump(each.options, sort_keys=False), encoding="utf-8")
         log = out / "logs" / f"{each.run.folder}.txt"
-        tasks.append(Task(str(each.run), running.command(config), log, record_of(each)))
+        tasks.append(Task(str(each.run), running.command(config), log, record_path(each)))
     return Children(running.jobs, lock, on_start, on_end).run(tasks)
 
 
@@ -220,7 +246,7 @@ def tidy(folder: Path, keep_models: bool) -> None:
             weights.unlink()
 
 
-def known_runs(comparison: Comparison, out: Path, recorded: Sequence[Trained] = ()) -> Comparison:
+def named_runs(comparison: Comparison, out: Path, recorded: Sequence[Trained] = ()) -> Comparison:
     """The comparison with the runs that can be named before anything else is trained: those of a search, or all."""
     first, found = searched(comparison), dict(recorded)
     for run in first.runs:

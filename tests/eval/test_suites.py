@@ -19,7 +19,7 @@ from prime_v2.eval.loading import load_scorer
 from prime_v2.eval.perplexity import score_text
 from prime_v2.eval.suites import SUITES, TextSet, local_source, read_suite, sets_trained_on
 from prime_v2.output.records import read_record
-from prime_v2.studies.compare.report import paired
+from prime_v2.studies.compare.differences import paired
 from prime_v2.tokenization.bpe import train_bpe
 
 PTB = [f"the quick brown fox number {i} jumps over a lazy dog" for i in range(9)]

@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from prime_v2.studies.compare.config import Run
+from prime_v2.studies.compare.differences import over_seeds, paired
 from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
     cost_table,
     markdown_text,
-    over_seeds,
-    paired,
     render,
     score_table,
     summarise,
@@ -31,7 +30,7 @@ def scored(nats: np.ndarray, sequences: list[int]) -> dict:
     """What `paired` reads of a score of sequences of 16 tokens, so many of them in each cluster."""
     tokens = [16 * count for count in sequences]
     clusters = {"sequences": sequences, "squares": [each**2 for each in tokens], "over": "documents", "tokens": tokens}
-    return {"nats_of_sequences": nats.tolist(), "clusters": clusters}
+    return {"num_sequences": len(nats), "nats_of_sequences": nats.tolist(), "clusters": clusters}
 
 
 def test_a_paired_difference_is_the_mean_of_the_clusters_differences():
@@ -53,7 +52,7 @@ def test_one_cluster_has_a_difference_without_an_error_and_others_cannot_be_pair
     with pytest.raises(ValueError, match="do not say alike which sequences share documents"):
         paired(scored(three, [1, 2]), scored(three, [2, 1]))
     with pytest.raises(ValueError, match="do not say alike which sequences share documents"):
-        paired({"nats_of_sequences": [1.0]}, {"nats_of_sequences": [2.0]})  # of an earlier version
+        paired({"num_sequences": 1}, {"num_sequences": 1})  # of an earlier version
 
 
 def test_over_seeds_the_interval_is_students_of_the_seeds_values():

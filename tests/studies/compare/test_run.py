@@ -22,7 +22,7 @@ from compare_runs import NETWORK, TOKENS_PER_STEP, WEIGHTS, Fork, three_runs, us
 from prime_v2.studies.compare import run as compare
 from prime_v2.studies.compare.children import Stopped, progress_of, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, number, read_comparison
-from prime_v2.studies.compare.report import paired
+from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.scaling.points import check_one_experiment, read_points
 from prime_v2.training.flops import count_parameters
 from prime_v2.training.recipes import CONFIGS

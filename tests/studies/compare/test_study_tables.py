@@ -12,7 +12,8 @@ from docs.tables.study import families_table, settings_table, verdict_table
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import make_record
 from prime_v2.studies.compare.config import Comparison, Run
-from prime_v2.studies.compare.report import paired, summarise
+from prime_v2.studies.compare.differences import paired
+from prime_v2.studies.compare.report import summarise
 
 
 def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
