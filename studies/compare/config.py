@@ -207,16 +207,17 @@ def _runs_of(
     chosen = shapes
     if entry.get("shapes") is not None:
         named = {each.name: each for each in shapes}
-        for each in _list(entry["shapes"], f"{place}: shapes"):
+        wanted = [_slug(each) for each in _list(entry["shapes"], f"{place}: shapes")]
+        for each in wanted:
             if each not in named:
                 raise ValueError(f"{place}: there is no shape {each}; there are {_listed(named)}")
-        chosen = [each for each in shapes if each.name in entry["shapes"]]
+        chosen = [each for each in shapes if each.name in wanted]
     if entry.get("budgets") is not None:
-        wanted = _budgets(entry["budgets"], place)
-        for budget in wanted:
+        own_budgets = _budgets(entry["budgets"], place)
+        for budget in own_budgets:
             if budget not in budgets:
                 raise ValueError(f"{place}: {number(budget)} is not among the budgets {_listed(map(number, budgets))}")
-        budgets = wanted
+        budgets = own_budgets
     for budget in budgets:
         for shape in chosen:
             options = DEFAULTS | train | shape.train | own

@@ -293,6 +293,13 @@ def test_what_is_no_config_is_refused_with_its_line(tmp_path, text, message):
     assert re.search(f"bad.yaml,? ?{message}", refused(path))
 
 
+def test_a_run_names_its_shapes_as_the_file_does(content, tmp_path):
+    shapes = [{"name": "half rate", "hidden_size": 32}, {"name": "whole", "hidden_size": 32}]
+    runs = {"MDM": {"shapes": ["half rate"]}, "ARM": {"family": "arm", "shapes": ["whole"]}}
+    comparison = read_comparison(str(write(tmp_path, content, shapes=shapes, runs=runs)))
+    assert [(each.name, each.shape) for each in comparison.runs] == [("MDM", "half_rate"), ("ARM", "whole")]
+
+
 def test_an_unknown_name_is_refused_with_those_that_there_are():
     assert re.search("famlies is no file and no recipe; the recipes are .*families", refused("famlies"))
 
