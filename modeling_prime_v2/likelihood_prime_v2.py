@@ -182,7 +182,7 @@ def chain_noise(scored: Tensor, order: RevealOrder) -> Iterator[tuple[Noise, Ten
     Of "coarse_first" a row for each stage of each token: all first stages left to right, then all second ones, ...
     """
     if order.kind == "coarse_first":
-        yield from order_noise(scored, order, itertools.islice(all_orders(int(scored.sum()), order), 1))
+        yield from order_noise(scored, order, [left_to_right(int(scored.sum()), order)])
         return
     positions = torch.arange(len(scored), device=scored.device)
     for targets in scored.nonzero().squeeze(1).split(ROWS_PER_PIECE):  # (R,)
@@ -190,6 +190,14 @@ def chain_noise(scored: Tensor, order: RevealOrder) -> Iterator[tuple[Noise, Ten
         is_target = positions == targets.unsqueeze(1)
         ones = torch.ones(len(targets), dtype=torch.double, device=scored.device)
         yield Noise(~hidden.unsqueeze(-1), is_target.long(), ones, is_target), ones
+
+
+def left_to_right(num_tokens: int, order: RevealOrder) -> Tensor:
+    """Ranks (n,) of the units from left to right; of "coarse_first" all first stages so, then all second ones, ..."""
+    if order.kind != "coarse_first":
+        return torch.arange(num_tokens * order.units_per_token)
+    stages = torch.arange(order.units_per_token).unsqueeze(1)
+    return (torch.arange(num_tokens) + num_tokens * stages).T.flatten()
 
 
 def order_noise(scored: Tensor, order: RevealOrder, orders: Iterable[Tensor]) -> Iterator[tuple[Noise, Tensor]]:

@@ -11,6 +11,7 @@ from networks import small_model
 from torch import Tensor
 
 from prime_v2.diffusion_prime_v2 import RevealOrder, draw_noise, is_bound
+from prime_v2.likelihood_prime_v2 import all_orders, left_to_right
 
 CUTS = [[3], [1, 3], [2, 3], [1, 2, 3]]
 OVERLAPPING = [[0, 0.75], [0.25, 1]]
@@ -105,6 +106,15 @@ def test_the_bound_of_the_optimal_denoiser_is_the_entropy_for_every_cut(cut, shu
     chain = model.log_likelihood(ids, method="chain")
     torch.testing.assert_close(chain.value, law.log(), rtol=0, atol=1e-10)
     assert chain.is_exact and chain.num_forward.eq(2 * len(cut)).all()
+
+
+@pytest.mark.parametrize("order", [{}, fields([1, 3]), fields([1, 2, 3])], ids=str)
+def test_left_to_right_is_the_first_of_all_orders(order):
+    order = RevealOrder.from_config(small_model(seed=0, **order).config)
+    for num_tokens in (1, 2, 3):
+        assert left_to_right(num_tokens, order).tolist() == next(all_orders(num_tokens, order)).tolist()
+    ranks = left_to_right(40, order)
+    assert ranks.sort().values.tolist() == list(range(40 * order.units_per_token))
 
 
 @pytest.mark.parametrize("windows", [OVERLAPPING, [[0.2, 1], [0, 0.7]], [[0, 0.3], [0.5, 1]]], ids=str)
