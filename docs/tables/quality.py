@@ -12,9 +12,9 @@ from prime_v2.studies.quality.report import about_models, notes, sections, with_
 PARTS = ("cells", "best", "digits")  # of a record of `prime-v2 quality`, each entry of one model
 
 
-def families_table(results: Path) -> str:
-    """All tables of results/quality.json, its notes and its origin."""
-    record = read_record(results / "quality.json")
+def families_table(name: str, results: Path) -> str:
+    """All tables of a record of several models, its notes and its origin."""
+    record = read_record(results / f"{name}.json")
     found = record["results"]
     parts = [about_models(found, markdown)]
     parts += [f"{title[0].upper()}{title[1:]}:\n\n{table}" for title, table in sections(found, markdown)]
@@ -73,7 +73,7 @@ def _share(each: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "quality": families_table,
+    **{name: partial(families_table, name) for name in ("quality", "largest_quality")},
     "quality_samplers": partial(samplers_table, "quality_samplers"),
     "quality_stage_passes": partial(samplers_table, "quality_stage_passes"),
 }

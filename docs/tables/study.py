@@ -17,7 +17,10 @@ from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
 BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
-SETTINGS = ("tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens")
+SETTINGS = (
+    "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens",
+    "largest",
+)  # fmt: skip
 # Whose question the paper answers by its loss: a column more.
 OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")
 WHOLE_TOKENS = ("MDM", "MDM, tree embedding")  # the arms of which the better one is to be beaten

@@ -24,6 +24,8 @@ from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END, plus_minus
 from prime_v2.eval.plugin import DEMO
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin, with_origin
+from prime_v2.studies.compare.differences import paired
+from prime_v2.studies.compare.report import with_interval
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -204,9 +206,9 @@ def sciq_table(results: Path) -> str:
     )
 
 
-def tasks_table(results: Path) -> str:
-    """lm-eval's tasks, with standard errors, for each `tasks_*.json` (`prime-v2 eval --output`)."""
-    records = [read_record(path) for path in sorted(results.glob("tasks_*.json"))]
+def tasks_table(pattern: str, results: Path) -> str:
+    """lm-eval's tasks, with standard errors, a column for each record of this name (`prime-v2 eval --output`)."""
+    records = [read_record(path) for path in sorted(results.glob(pattern))]
     names = [record["results"]["config"]["model_args"]["pretrained"].split("/")[-1] for record in records]
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for name, record in zip(names, records, strict=True):
@@ -219,11 +221,39 @@ def tasks_table(results: Path) -> str:
     return markdown(["task", "metric", "split", "questions", *names], rows) + f"\n{commands}"
 
 
-def perplexity_table(name: str, results: Path) -> str:
-    """Texts and models of a record of `prime-v2 ppl`, bounds as bounds."""
+def gsm8k_table(results: Path) -> str:
+    """Models fine-tuned on GSM8K (records of train.py), with the answers that they generate (`prime-v2 eval`)."""
+    rows, commands = [], []
+    for path in sorted(results.glob("largest_sft_*.json")):
+        name = path.stem.removeprefix("largest_sft_")
+        tuned, answered = read_record(path), read_record(results / f"largest_gsm8k_{name}.json")
+        bound, scores = tuned["results"]["evaluation"]["bound"], answered["results"]["scores"]
+        sign = "=" if bound["is_exact"] else "≤"
+        rows.append(
+            [
+                name,
+                f"{tuned['results']['training']['steps']:,}",
+                f"{sign} {bound['nats_per_token']:.3f}{plus_minus(bound)}",
+                f"{sign} {bound['nats_per_answer']:.0f}",
+                *(f"{row['value']:.3f} ± {row['stderr']:.3f}" for row in scores),
+                f"{scores[0]['n']:,}",
+            ]
+        )
+        commands += [origin(tuned), origin(answered)]
+    filters = [row["filter"] for row in scores]
+    heads = ["model", "steps", "nats/token of an answer", "nats/answer", *filters, "questions"]
+    return markdown(heads, rows) + "\n" + "\n".join(commands)
+
+
+def perplexity_table(name: str, results: Path, baseline: str | None = None) -> str:
+    """Texts and models of a record of `prime-v2 ppl`, bounds as bounds.
+
+    baseline: how the model's name begins that all others of a text are set against, in a column more.
+    """
     record = read_record(results / f"{name}.json")
     rows = []
     for row in record["results"]["rows"]:
+        difference = [] if baseline is None else [_minus(row, baseline, record["results"]["rows"])]
         low, high = row["perplexity_interval_95"]
         sign = "" if row["is_exact"] else "≤ "
         rows.append(
@@ -232,14 +262,22 @@ def perplexity_table(name: str, results: Path) -> str:
                 row["model"],
                 f"`{row['method']}`",
                 f"{sign}{row['nats_per_token']:.3f}{plus_minus(row)}",
+                *difference,
                 f"{sign}{row['perplexity']:,.0f} [{low:,.0f}, {high:,.0f}]",
                 f"{sign}{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "–",
                 f"{row['num_tokens']:,}",
                 f"{row['num_samples']}",
             ]
         )
-    heads = ["set", "model", "method", "nats/token", "perplexity", "bits/byte", "tokens", "draws"]
+    minus = [] if baseline is None else [f"minus {baseline}"]
+    heads = ["set", "model", "method", "nats/token", *minus, "perplexity", "bits/byte", "tokens", "draws"]
     return markdown(heads, rows) + f"\n{about_intervals(record['results']['rows'])}\n{origin(record)}"
+
+
+def _minus(row: dict[str, Any], baseline: str, rows: list[dict[str, Any]]) -> str:
+    """What a model is above the baseline on the same windows, paired."""
+    (other,) = (each for each in rows if each["set"] == row["set"] and each["model"].startswith(baseline))
+    return "–" if other is row else with_interval(paired(row, other), "+.3f")
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -249,9 +287,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "paper_loss": paper_loss_table,
     "likelihood_settings": settings_table,
     "sciq_protocol": sciq_table,
-    "tasks": tasks_table,
+    "tasks": partial(tasks_table, "tasks_*.json"),
+    "largest_tasks": partial(tasks_table, "largest_tasks_*.json"),
+    "largest_gsm8k": gsm8k_table,
     "perplexity": partial(perplexity_table, "ppl_suite"),
     **{f"zero_shot_{name}": partial(perplexity_table, f"zero_shot_{name}") for name in ("wikitext", "speeches")},
+    **{
+        f"largest_{name}": partial(perplexity_table, f"largest_{name}", baseline="MDM_tree_embedding")
+        for name in ("wikitext", "speeches")
+    },
     **BENCHMARK_TABLES,
     **FILE_TABLES,
     **COMPARE_TABLES,

@@ -8,22 +8,7 @@ import pytest
 from docs.tables.write import TABLES, main, rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = (
-    "architecture",
-    "paper_loss",
-    "quality",
-    "lm_eval",
-    "scaling",
-    "compare",
-    "findings",
-    "benchmarks",
-    "generate",
-    "resume",
-    "results",
-    "security",
-    "dependencies",
-)
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_tables_of_readme_and_docs_are_those_of_the_records(capsys):
