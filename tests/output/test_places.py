@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from prime_v2.commands.main import app
 from prime_v2.output import places
 
-READ = {"data", "record", "recorded", "permutation", "fit", "checkpoint", "folder"}  # parameters of files that are read
+READ = {"data", "record", "recorded", "permutation", "fit", "checkpoint", "folder"}  # parameters of input files
 
 
 WRITTEN = [each for each in PATHS if each.name not in READ]
