@@ -17,8 +17,9 @@ BOUND_FIELDS = (
 
 
 def paired(bound: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What `bound` is above `other`, in nats per token; both as `score_windows` gives them with `keep_sequences`.
+    """What `bound` is above `other`, in nats per token.
 
+    Both as `score_windows` gives them with `keep_sequences`, or as a comparison's record keeps them.
     Keys: nats_per_token, stderr over the clusters of sequences that share documents, interval_95 (Student t); the last
     two are None for one cluster. ValueError unless both are of the same sequences.
     """

@@ -152,9 +152,10 @@ def _prepared(
 def _check_text(waiting: Sequence[PlannedRun], out: Path, recorded: Sequence[Trained]) -> None:
     """ValueError where the text of a waiting run is not that of the recorded runs, before it is trained."""
     texts = {run.seed: record["results"]["data"] for run, record in recorded}
+    splits = next(iter(texts.values()))["fingerprints"] if texts else {}  # of a stream without train
     for seed in dict.fromkeys(each.run.seed for each in waiting if texts):
         folder = data_folder(out, seed)
-        here = {split: PackedBlocks(folder / split) for split in ("train", "dev", "test")}
+        here = {split: PackedBlocks(folder / split) for split in splits}
         found = {split: blocks.fingerprint for split, blocks in here.items()}
         if seed in texts and found != texts[seed]["fingerprints"]:
             raise ValueError(
