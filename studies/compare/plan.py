@@ -29,6 +29,8 @@ LOGS = 100  # logged losses of a run, about
 START_SECONDS = 15.0  # of a run before its first step, for estimates
 TIMED_STEPS = 3  # the fastest of which counts: others on the machine slow down some of them
 FORWARD_SHARE = 1 / 3  # of the time of a training step
+# Options that change no product of a step: of runs that differ in nothing else one is measured.
+COST_NOTHING = ("learning_rate", "embedding_init", "label")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
     """
     records = dict(recorded)
     costs: dict[tuple[str, str], Cost] = {}
+    known: dict[str, Cost] = {}
     planned, too_small = [], []
     for run in comparison.runs:
         place = f"run {run.name}" + (f", shape {run.shape}" if run.shape else "")
@@ -98,7 +101,10 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
             else:
                 vocab_size = vocabulary_of(options, data_folder(out, run.seed))
                 needed = measure or comparison.count == "measured"
-                cost = cost_of(options, training, model_options, vocab_size, needed, place)
+                network = _what_costs(run.options)
+                if network not in known:
+                    known[network] = cost_of(options, training, model_options, vocab_size, needed, place)
+                cost = known[network]
                 if run in records:
                     cost = dataclasses.replace(cost, measured=_cost_of_record(records[run]).measured)
             costs[run.name, run.shape] = cost
@@ -119,6 +125,10 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
             f"{_rounded_up(step_flops)}"
         )
     return planned
+
+
+def _what_costs(options: dict[str, Any]) -> str:
+    return repr(sorted((name, value) for name, value in options.items() if name not in COST_NOTHING))
 
 
 def _cost_of_record(record: dict[str, Any]) -> Cost:

@@ -19,6 +19,7 @@ import pytest
 from command_runs import of_command
 from compare_runs import NETWORK, TOKENS_PER_STEP, WEIGHTS, Fork, three_runs, use_forks, write
 
+from prime_v2.studies.compare import plan
 from prime_v2.studies.compare import run as compare
 from prime_v2.studies.compare.children import Stopped, progress_of, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, number, read_comparison
@@ -310,7 +311,7 @@ def test_a_budget_below_a_step_is_refused_with_the_smallest_that_works(content, 
     found = re.search(r"run MDM: the budget 1000 is less than one step .* works for all runs is (\S+)", sentence)
     assert found, sentence
     config = write(tmp_path, content, budgets=[found[1]])
-    planned = compare.plan(read_comparison(str(config)), tmp_path / "out", measure=False)
+    planned = plan.plan(read_comparison(str(config)), tmp_path / "out", measure=False)
     assert [each.steps for each in planned] == [1, 1, 1]
 
 
@@ -374,7 +375,7 @@ def one_sequence_a_micro_batch(comparison: Comparison) -> Comparison:
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_made_comparisons_can_be_planned(path, tmp_path):
     comparison = one_sequence_a_micro_batch(read_comparison(path.stem))
-    planned = compare.plan(comparison, tmp_path, measure=False)
+    planned = plan.plan(comparison, tmp_path, measure=False)
     assert all(each.steps >= 30 for each in planned)
     spread = {}
     for each in planned:  # what is compared has the same FLOPs, but for less than a step
@@ -382,6 +383,17 @@ def test_ready_made_comparisons_can_be_planned(path, tmp_path):
         assert flops <= each.run.budget < flops * (1 + 1 / each.steps)
         spread.setdefault((each.run.shape, each.run.name), set()).add(each.cost.non_embedding)
     assert all(len(sizes) == 1 for sizes in spread.values())
+
+
+def test_a_network_is_measured_once(monkeypatch, tmp_path):
+    """The eight settings of `tuning` are of one network an arm, with equal steps."""
+    measured, cost_of = [], plan.cost_of
+    monkeypatch.setattr(plan, "cost_of", lambda *args: measured.append(args[-1]) or cost_of(*args))
+    comparison = one_sequence_a_micro_batch(read_comparison("tuning"))
+    planned = plan.plan(comparison, tmp_path, measure=False)
+    names = {run.name for run in comparison.runs}
+    assert len(measured) == len(names) < len(planned)
+    assert all(len({each.steps for each in planned if each.run.name == name}) == 1 for name in names)
 
 
 def test_numbers_of_flops_are_short():
