@@ -123,6 +123,25 @@ def verdict_table(results: Path) -> str:
     return markdown(heads, [[*key, *cells] for key, cells in lines.items()]) + "\n" + "\n".join(map(origin, records))
 
 
+def seeds_table(name: str, results: Path) -> str:
+    """Two arms of one shape each: a line a seed, its distance over the clusters of its test text; then the mean."""
+    record = read_record(results / f"compare_{name}.json")
+    found, lines = record["results"], []
+    first, second = (next(each for each in found["best"] if each["name"] == arm) for arm in found["names"])
+    arm, baseline = (second, first) if first["name"] == found["baseline"] else (first, second)
+    for seed in found["seeds"]:
+        clusters = {"clusters": found["clusters"][str(seed)]["bound"]}
+        bounds = {row["name"]: row["evaluation"]["bound"] | clusters for row in found["rows"] if row["seed"] == seed}
+        scores = (bounds[each["name"]] for each in (arm, baseline))
+        cells = [f"≤ {score['nats_per_token']:.3f}" for score in scores]
+        difference = paired(bounds[arm["name"]], bounds[baseline["name"]])
+        lines.append([str(seed), *cells, with_interval(difference, "+.3f"), "documents and draws"])
+    means = [f"≤ {with_interval(each['bound'])}" for each in (arm, baseline)]
+    lines.append(["mean", *means, with_interval(arm["difference"], "+.3f"), f"{len(found['seeds'])} seeds"])
+    heads = ["seed", arm["name"], baseline["name"], "difference ± 95%", "interval over"]
+    return f"{markdown(heads, lines)}\n{origin(record)}"
+
+
 def orders_table(results: Path) -> str:
     """A line a model and order of reveal, a column a text: the bound, and its paired distance to MDM with a tree."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -164,4 +183,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "families": families_table,
     "verdict": verdict_table,
     "orders": orders_table,
+    "largest_seeds": partial(seeds_table, "largest_seeds"),
 }

@@ -33,3 +33,10 @@ def test_an_unknown_table_and_a_missing_record_are_refused(tmp_path):
         rewrite("<!-- table: losses -->\n<!-- end of table -->", ROOT / "results")
     with pytest.raises(ValueError, match="tiny.json does not exist"):
         rewrite("<!-- table: training -->\n<!-- end of table -->", tmp_path)
+
+
+def test_the_mean_over_seeds_is_that_of_the_lines_above_it():
+    lines = TABLES["largest_seeds"](ROOT / "results").splitlines()
+    differences = [float(line.split("|")[4].split("±")[0]) for line in lines if re.match(r"\| (\d|mean)", line)]
+    assert len(differences) == 4
+    assert differences[-1] == pytest.approx(sum(differences[:-1]) / 3, abs=1e-3)
