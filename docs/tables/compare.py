@@ -10,7 +10,9 @@ from prime_v2.output.tables import markdown
 from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.report import markdown_text, notes, with_interval
 
-RECORDS = ("families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders")
+RECORDS = (
+    "families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders", "study_levers",
+)  # fmt: skip
 
 
 def record_table(name: str, results: Path) -> str:
