@@ -44,7 +44,7 @@ def settings_table(name: str, results: Path, papers_loss: bool = False) -> str:
     for arm in found["names"]:
         cells = [_dev_cell(found, arm, shape, best[arm]["shape"]) for shape in found["shapes"]]
         bound, difference = best[arm]["bound"], best[arm]["difference"]
-        score = f"{'=' if bound['is_exact'] else '≤'} {with_interval(bound)}"
+        score = f"{_sign(bound)} {with_interval(bound)}"
         loss = [_papers_loss(best[arm], "{:.3f}")] if papers_loss else []
         delta = "–" if difference is None else with_interval(difference, "+.3f")
         costs = [quantity(best[arm]["tokens"]), f"{best[arm]['flops_6nd']:.2e}"]
@@ -93,7 +93,7 @@ def families_table(results: Path) -> str:
             [
                 each["name"],
                 "yes" if each["name"] in DIGITS else "no",
-                f"{'=' if bound['is_exact'] else '≤'} {with_interval(bound, '.2f', 2)}",
+                f"{_sign(bound)} {with_interval(bound, '.2f', 2)}",
                 "–" if difference is None else with_interval(difference, "+.2f", 2),
                 _papers_loss(each, "{:.2f}"),
             ]
@@ -124,22 +124,30 @@ def verdict_table(results: Path) -> str:
 
 
 def seeds_table(name: str, results: Path) -> str:
-    """Two arms of one shape each: a line a seed, its distance over the clusters of its test text; then the mean."""
+    """A line a seed: the bounds of two arms and their distance over the clusters of its test text; then the mean.
+
+    ValueError for a record of other than two arms with one shape and budget each.
+    """
     record = read_record(results / f"compare_{name}.json")
     found, lines = record["results"], []
-    first, second = (next(each for each in found["best"] if each["name"] == arm) for arm in found["names"])
-    arm, baseline = (second, first) if first["name"] == found["baseline"] else (first, second)
+    baseline, means = found["baseline"], {each["name"]: each for each in found["best"]}
+    if len(found["rows"]) != 2 * len(found["seeds"]) or len(means) != 2:
+        raise ValueError(f"compare_{name}.json is no record of two arms with one run a seed; use another table")
+    (arm,) = set(means) - {baseline}
     for seed in found["seeds"]:
         clusters = {"clusters": found["clusters"][str(seed)]["bound"]}
         bounds = {row["name"]: row["evaluation"]["bound"] | clusters for row in found["rows"] if row["seed"] == seed}
-        scores = (bounds[each["name"]] for each in (arm, baseline))
-        cells = [f"≤ {score['nats_per_token']:.3f}" for score in scores]
-        difference = paired(bounds[arm["name"]], bounds[baseline["name"]])
-        lines.append([str(seed), *cells, with_interval(difference, "+.3f"), "documents and draws"])
-    means = [f"≤ {with_interval(each['bound'])}" for each in (arm, baseline)]
-    lines.append(["mean", *means, with_interval(arm["difference"], "+.3f"), f"{len(found['seeds'])} seeds"])
-    heads = ["seed", arm["name"], baseline["name"], "difference ± 95%", "interval over"]
+        scores = [f"{_sign(bounds[each])} {bounds[each]['nats_per_token']:.3f}" for each in (arm, baseline)]
+        distance = with_interval(paired(bounds[arm], bounds[baseline]), "+.3f")
+        lines.append([str(seed), *scores, distance, f"{bounds[arm]['interval_over']} and draws"])
+    scores = [f"{_sign(means[each]['bound'])} {with_interval(means[each]['bound'])}" for each in (arm, baseline)]
+    lines.append(["mean", *scores, with_interval(means[arm]["difference"], "+.3f"), f"{len(found['seeds'])} seeds"])
+    heads = ["seed", arm, baseline, "difference ± 95%", "interval over"]
     return f"{markdown(heads, lines)}\n{origin(record)}"
+
+
+def _sign(bound: dict[str, Any]) -> str:
+    return "=" if bound["is_exact"] else "≤"
 
 
 def orders_table(results: Path) -> str:

@@ -85,8 +85,8 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
     """Steps and costs of the runs that are not recorded; nothing is written.
 
     measure: also measure FLOPs and time of a micro-batch, which `count: measured` does in any case. All seeds of a run
-    have the steps of its first one, which may be a recorded one. Raises ValueError for options that train.py or the
-    model refuses, and for a budget that is too small for a step.
+    and all runs of one network (`COST_NOTHING`) have the steps of the first one, which may be a recorded one.
+    Raises ValueError for options that train.py or the model refuses, and for a budget that is too small for a step.
     """
     records = dict(recorded)
     costs: dict[tuple[str, str], Cost] = {}
@@ -96,18 +96,18 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
         place = f"run {run.name}" + (f", shape {run.shape}" if run.shape else "")
         options, training, model_options = parsed(run.options | {"max_steps": 1}, place)
         if (run.name, run.shape) not in costs:
+            network = _what_costs(run.options)
             if run in records and not measure:
                 cost = _cost_of_record(records[run])
             else:
                 vocab_size = vocabulary_of(options, data_folder(out, run.seed))
                 needed = measure or comparison.count == "measured"
-                network = _what_costs(run.options)
-                if network not in known:
-                    known[network] = cost_of(options, training, model_options, vocab_size, needed, place)
-                cost = known[network]
+                cost = known.get(network)
+                if cost is None:
+                    cost = cost_of(options, training, model_options, vocab_size, needed, place)
                 if run in records:
                     cost = dataclasses.replace(cost, measured=_cost_of_record(records[run]).measured)
-            costs[run.name, run.shape] = cost
+            costs[run.name, run.shape] = known[network] = cost
         if run in records:
             continue
         cost, tokens_per_step = costs[run.name, run.shape], options.global_batch * options.block_size

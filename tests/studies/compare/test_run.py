@@ -393,6 +393,8 @@ def test_a_network_is_measured_once(monkeypatch, tmp_path):
     planned = plan.plan(comparison, tmp_path, measure=False)
     names = {run.name for run in comparison.runs}
     assert len(measured) == len(names) < len(planned)
+    sizes = [plan._what_costs(run.options) for run in read_comparison("study_1e12").runs if run.name == "MDM"]
+    assert len(set(sizes)) == len(sizes)  # other sizes and seeds are other networks and noise
     assert all(len({each.steps for each in planned if each.run.name == name}) == 1 for name in names)
 
 
