@@ -398,6 +398,18 @@ def test_a_network_is_measured_once(monkeypatch, tmp_path):
     assert all(len({each.steps for each in planned if each.run.name == name}) == 1 for name in names)
 
 
+def test_a_recorded_run_says_what_other_rates_of_its_network_cost(monkeypatch, tmp_path):
+    """So that all settings of one network have the same steps, whichever machine measured it."""
+    comparison = one_sequence_a_micro_batch(read_comparison("tuning"))
+    some = tuple(run for run in comparison.runs if run.name == "MDM")
+    training = {"parameters": 9, "parameters_non_embedding": 8, "flops_measured": 3e6, "tokens": 2}
+    recorded = [(some[0], {"results": {"training": training}})]
+    monkeypatch.setattr(plan, "cost_of", lambda *args: pytest.fail("measured"))
+    planned = plan.plan(dataclasses.replace(comparison, runs=some), tmp_path, measure=False, recorded=recorded)
+    assert len(planned) == len(some) - 1
+    assert {each.cost.measured for each in planned} == {1.5e6}
+
+
 def test_numbers_of_flops_are_short():
     assert [number(each) for each in (3e12, 1.5e13, 1000.0, 2.5)] == ["3e12", "1.5e13", "1000", "2.5"]
 
