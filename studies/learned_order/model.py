@@ -15,6 +15,7 @@ The rates are learned from the bound itself: what it is a function of by the gra
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from prime_v2.stage_head_prime_v2 import stage_nll
 
 KINDS = ("given", "node", "context")
 LOG_RANGE = 1.5  # rates lie within a factor of exp(1.5) of those that they begin with
-STEP = 10.0  # a learned number moves so much faster than a weight
 QUIET = 1e-3  # of the rates' part of the loss, so that clipping follows the network's; Adam does not see it
 BINS, MEMORY = 16, 0.95  # of the running mean that the score function is measured from
 
@@ -38,12 +38,14 @@ BINS, MEMORY = 16, 0.95  # of the running mean that the score function is measur
 class Rates(nn.Module):
     """Rates of the J units of each token, (B, L, J), from the first stages (B, L) int64 of the tokens."""
 
-    def __init__(self, kind: str, begin: list[float], num_nodes: int, width: int):
-        """begin: J rates before anything is learned."""
+    begin: Tensor
+
+    def __init__(self, kind: str, begin: list[float], speed: float, num_nodes: int, width: int):
+        """begin: J rates before anything is learned; speed: how much faster than a weight a learned number moves."""
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-        self.kind = kind
+        self.kind, self.speed = kind, speed
         self.register_buffer("begin", torch.tensor(begin))
         if kind != "given":
             self.own = nn.Parameter(torch.zeros(num_nodes, len(begin)))
@@ -55,7 +57,7 @@ class Rates(nn.Module):
             nn.init.zeros_(self.guess.bias)
 
     def of_numbers(self, numbers: Tensor) -> Tensor:
-        return self.begin * (LOG_RANGE * torch.tanh(STEP * numbers)).exp()
+        return self.begin * (LOG_RANGE * torch.tanh(self.speed * numbers)).exp()
 
     def forward(self, nodes: Tensor) -> Tensor:
         if self.kind == "given":
@@ -65,6 +67,12 @@ class Rates(nn.Module):
             before, after = nn.functional.pad(nodes, (1, 0))[:, :-1], nn.functional.pad(nodes, (0, 1))[:, 1:]
             numbers = numbers + self.left[before] + self.right[after]
         return self.of_numbers(numbers)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Back to the rates that were begun with."""
+        for parameter in self.parameters():
+            parameter.zero_()
 
     def guessed(self, hidden_states: Tensor) -> Tensor:
         """m of "context" (..., J) from hidden states (..., D)."""
@@ -103,7 +111,7 @@ class LearnedOrderModel(PrimeV2ForMaskedDiffusion):
 
     rates: Rates
 
-    def add_rates(self, kind: str, begin: list[float]) -> None:
+    def add_rates(self, kind: str, begin: list[float], speed: float) -> None:
         config = self.config
         ends = [*config.stage_digits] if config.reveal_order == "nested" else [config.num_subtokens]
         if not self.is_staged or config.reveal_order not in ("token", "nested") or len(begin) != len(ends):
@@ -114,22 +122,25 @@ class LearnedOrderModel(PrimeV2ForMaskedDiffusion):
         if config.reveal_order == "nested" and [*config.head_ends] != ends:
             raise ValueError(f"head_digits={[*config.head_ends]} must be the stages {ends}")
         self.ends = torch.tensor([0, *ends])  # digits visible after so many units
-        self.rates = Rates(kind, begin, config.base ** config.head_ends[0], config.hidden_size)
+        self.rates = Rates(kind, begin, speed, config.base ** config.head_ends[0], config.hidden_size)
         self.means, self.seen = torch.zeros(BINS), torch.zeros(BINS)
 
-    def _loss(self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items, **kwargs):
+    def _loss(
+        self, input_ids, attention_mask, position_ids, labels, noise_keys, noise_levels, num_items_in_batch, **kwargs
+    ):
         batch = training_batch(self.config, input_ids, attention_mask, labels, noise_keys, noise_levels)
         if not batch.scored.all():
             raise ValueError("the learned order is for whole blocks; give labels without -100 and padding")
         network, bounds, learning = self.terms(batch.ids, batch.noise_keys, batch.noise_levels)
-        return network / divisor(num_items, batch.scored) + QUIET * learning, bounds, BaseModelOutput()
+        return network / divisor(num_items_in_batch, batch.scored) + QUIET * learning, bounds, BaseModelOutput()
 
     def terms(self, ids: Tensor, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss of the network, a sum; bounds (B,) of the rows, detached; loss of the rates), a draw for each row.
 
         The network's has each draw's weight k / Lambda in place of n / Lambda, as `loss_weight: low_variance` has 1.
         """
-        head, chunk = self.head(), chunk_elements(ids.device)
+        head: Any = self.head()
+        chunk = chunk_elements(ids.device)
         level, codes = head.tree.levels[0], self.code_table.encode(ids)
         nodes = level.node[ids]
         rates = self.rates(nodes)

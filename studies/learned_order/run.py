@@ -1,7 +1,7 @@
 """Orders that are given and orders that are learned, on the network of MDM with a tree embedding, at equal FLOPs.
 
     python -m prime_v2.studies.learned_order.run study_levers --budget 1e12 --out runs/learned_order \\
-        --output results/learned_order.json        # some 25 minutes on one core; needs ./manuals.parquet
+        --output results/learned_order.json        # some 25 minutes on a core; needs ./manuals.parquet
 
 Text, tokenizer, codes, first weights, optimiser, rate and order of the samples are those of the recipe's first run. A
 setting that is finished is not trained again.
@@ -32,20 +32,22 @@ from prime_v2.training.trainer import Collator
 
 COUNTED_STEPS = 2000  # whose text the codes of the counted network know, about as many as are trained
 NESTED = {"reveal_order": "nested", "stage_digits": [6, 11]}
-# (fields of the model, kind of rates, the rates that are given or begun with)
-SETTINGS: dict[str, tuple[dict[str, Any], str, list[float]]] = {
-    "token": ({}, "given", [1.0]),
-    "token, by node": ({}, "node", [1.0]),
-    "token, by context": ({}, "context", [1.0]),
-    "nested": (NESTED, "given", [2.0, 1.0]),
-    "nested, by node": (NESTED, "node", [2.0, 1.0]),
-    "nested, by context": (NESTED, "context", [2.0, 1.0]),
+# (fields of the model, kind of rates, the rates that are given or begun with, how fast they are learned)
+SETTINGS: dict[str, tuple[dict[str, Any], str, list[float], float]] = {
+    "token": ({}, "given", [1.0], 0.0),
+    "token, by node": ({}, "node", [1.0], 10.0),
+    "token, by node, slowly": ({}, "node", [1.0], 1.0),
+    "token, by context": ({}, "context", [1.0], 10.0),
+    "token, by context, slowly": ({}, "context", [1.0], 1.0),
+    "nested": (NESTED, "given", [2.0, 1.0], 0.0),
+    "nested, by node": (NESTED, "node", [2.0, 1.0], 10.0),
+    "nested, by node, slowly": (NESTED, "node", [2.0, 1.0], 1.0),
 }
 
 
 def made(run: Run, setting: str, steps: int, out: Path) -> tuple[Any, Any, LearnedOrderModel, dict[str, PackedBlocks]]:
     """(options of the run, training arguments, model, splits of the text)."""
-    fields, kind, begin = SETTINGS[setting]
+    fields, kind, begin, speed = SETTINGS[setting]
     options, _, _ = parsed(run.options | {"max_steps": 1}, setting)
     everything = all_options(run, options, steps, out) | {"output_dir": str(out / f"inputs{steps}")}
     everything["model"] = everything["model"] | fields
@@ -53,7 +55,7 @@ def made(run: Run, setting: str, steps: int, out: Path) -> tuple[Any, Any, Learn
     _, drawn, data = _inputs(options, training, model_options, Path(training.output_dir))
     model = LearnedOrderModel(drawn.config)
     model.load_state_dict(drawn.state_dict())
-    model.add_rates(kind, begin)
+    model.add_rates(kind, begin, speed)
     return options, training, model, data
 
 
@@ -142,8 +144,14 @@ def measure(run: Run, setting: str, budget: float, num_samples: int, out: Path) 
         name: score(nats[name], clusters_of(blocks, data[name].eos_token_id), options.block_size)
         for name, blocks in splits.items()
     }
+    rates = rates_learned(model)
+    model.rates.forget()
+    begun = bounds(model, splits["test"], num_samples)
+    clusters = clusters_of(splits["test"], data["test"].eos_token_id)
+    scores["test_as_begun"] = score(begun, clusters, options.block_size)
+    scores["minus_as_begun"] = score(nats["test"] - begun, clusters, options.block_size)
     row = {"steps": steps, "tokens": steps * tokens, "flops_measured": counted * steps * tokens, "seconds": seconds}
-    return row | scores | {"rates": rates_learned(model), "test_nats": nats["test"].tolist()}
+    return row | scores | {"rates": rates, "test_nats": nats["test"].tolist()}
 
 
 def main(arguments: list[str] | None = None) -> None:

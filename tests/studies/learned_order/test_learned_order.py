@@ -23,7 +23,7 @@ def model_of(kind: str, reveal_order: str) -> LearnedOrderModel:
         loss_weight="low_variance", **stages,
     )  # fmt: skip
     model = LearnedOrderModel(config)
-    model.add_rates(kind, BEGIN[reveal_order])
+    model.add_rates(kind, BEGIN[reveal_order], 10.0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.rates.parameters():
         parameter.data = 0.06 * torch.randn(parameter.shape, generator=generator)
@@ -127,3 +127,11 @@ def test_rates_of_one_are_the_order_of_the_library():
         bound, _ = written_out(model, ids)
         library = -model.log_likelihood(ids, num_samples=4096).value
     assert float(library) == pytest.approx(float(bound), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["node", "context"])
+def test_forgotten_rates_are_those_that_are_given(kind):
+    model, given, ids = model_of(kind, "nested"), model_of("given", "nested"), torch.tensor([[3, 0, 2]])
+    model.rates.forget()
+    draws = (ids.expand(64, -1), torch.arange(64), (torch.arange(64, dtype=torch.double) + 0.5) / 64)
+    assert torch.allclose(model.terms(*draws)[1], given.terms(*draws)[1], rtol=1e-5)
