@@ -170,6 +170,36 @@ def orders_table(results: Path) -> str:
     return markdown(["model", "revealed", *ORDERS], lines) + "\n" + "\n".join(map(tables.origin, records))
 
 
+def learned_order_table(results: Path) -> str:
+    """A line a setting of studies/learned_order: bounds, distances, and rates where they are learned."""
+    record = read_record(results / "learned_order.json")
+    lines = []
+    for name, row in record["results"]["settings"].items():
+        rates = row["rates"]
+        spans = zip(*(rates[end] for end in ("least", "most")), strict=True) if rates else ()
+        lines.append(
+            [
+                name,
+                f"{row['dev']['nats_per_token']:.3f}",
+                f"≤ {with_interval(row['test'])}",
+                with_interval(row["minus_first"], "+.3f") if lines else "–",
+                with_interval(row["minus_as_begun"], "+.3f") if rates else "–",
+                ", ".join(f"{low:.2f} to {high:.2f}" for low, high in spans) or "given",
+                quantity(row["tokens"]),
+            ]
+        )
+    heads = [
+        "order",
+        "dev",
+        "test ± 95%",
+        f"minus {lines[0][0]} ± 95%",
+        "minus same network, rates given",
+        "rates",
+        "D",
+    ]
+    return f"{markdown(heads, lines)}\n{tables.origin(record)}"
+
+
 def _verdict(difference: dict[str, Any], seeds: int) -> str:
     """A difference with its 95% interval, what that says, and the half width at the level of all comparisons."""
     low, high = difference["interval_95"]
@@ -191,5 +221,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "families": families_table,
     "verdict": verdict_table,
     "orders": orders_table,
+    "learned_order": learned_order_table,
     "largest_seeds": partial(seeds_table, "largest_seeds"),
 }
