@@ -12,7 +12,7 @@ from prime_v2.studies.compare.report import markdown_text, notes, with_interval
 
 RECORDS = (
     "families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders", "study_levers",
-    "study_gpt2",
+    "study_gpt2", "study_1e13_seeds",
 )  # fmt: skip
 
 
