@@ -171,7 +171,7 @@ def orders_table(results: Path) -> str:
 
 
 def learned_order_table(results: Path) -> str:
-    """A line a setting of studies/learned_order: bounds, distances, and rates where they are learned."""
+    """A line a setting of the learned orders (code: at the record's commit): bounds, distances, rates."""
     record = read_record(results / "learned_order.json")
     lines = []
     for name, row in record["results"]["settings"].items():
