@@ -1,6 +1,7 @@
 """Tables of speed, memory, kills and fuzzing, from the records of benchmarks/."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin, with_origin
 
 
-def step_table(results: Path) -> str:
+def step_table(results: Path, name: str = "training_step") -> str:
     """Training step against the causal twin."""
-    record = read_record(results / "training_step.json")
+    record = read_record(results / f"{name}.json")
     rows = []
     for step in record["results"]["rows"]:
         low, high = step["time_ratio_range"]
@@ -234,6 +235,7 @@ def versions_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "training_step": step_table,
+    "training_step_stages": partial(step_table, name="training_step_stages"),
     "products": products_table,
     "generation": generation_table,
     "corrector": corrector_table,
