@@ -16,7 +16,7 @@ from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
-BUDGETS = ("1e12",)  # that are recorded with three seeds, of the protocol's three
+BUDGETS = ("study_1e12",)  # of the protocol's three, the records with three seeds
 SETTINGS = (
     "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens",
     "largest",
@@ -85,7 +85,7 @@ def _papers_loss(best: dict[str, Any], form: str) -> str:
 
 def families_table(results: Path) -> str:
     """The arms at the largest budget that is recorded, each at its best size: bound, distance, the paper's loss."""
-    record = read_record(results / f"compare_study_{BUDGETS[-1]}.json")
+    record = read_record(results / f"compare_{BUDGETS[-1]}.json")
     found, lines = record["results"], []
     for each in found["best"]:
         bound, difference = each["bound"], each["difference"]
@@ -107,7 +107,7 @@ def verdict_table(results: Path) -> str:
 
     That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands.
     """
-    records = [read_record(results / f"compare_study_{budget}.json") for budget in BUDGETS]
+    records = [read_record(results / f"compare_{name}.json") for name in BUDGETS]
     lines: dict[tuple[str, str], list[str]] = {}
     for record in records:
         found = record["results"]
@@ -124,26 +124,34 @@ def verdict_table(results: Path) -> str:
 
 
 def seeds_table(name: str, results: Path) -> str:
-    """A line a seed: the bounds of two arms and their distance over the clusters of its test text; then the mean.
+    """A line a seed: the bound of each arm; its distance to the baseline over the clusters of the test text; the mean.
 
-    ValueError for a record of other than two arms with one shape and budget each.
+    ValueError for a record of several budgets, or that lacks a seed of an arm at its best shape.
     """
     record = read_record(results / f"compare_{name}.json")
-    found, lines = record["results"], []
-    baseline, means = found["baseline"], {each["name"]: each for each in found["best"]}
-    if len(found["rows"]) != 2 * len(found["seeds"]) or len(means) != 2:
-        raise ValueError(f"compare_{name}.json is no record of two arms with one run a seed; use another table")
-    (arm,) = set(means) - {baseline}
-    for seed in found["seeds"]:
-        clusters = {"clusters": found["clusters"][str(seed)]["bound"]}
-        bounds = {row["name"]: row["evaluation"]["bound"] | clusters for row in found["rows"] if row["seed"] == seed}
-        scores = [f"{_sign(bounds[each])} {bounds[each]['nats_per_token']:.3f}" for each in (arm, baseline)]
-        distance = with_interval(paired(bounds[arm], bounds[baseline]), "+.3f")
-        lines.append([str(seed), *scores, distance, f"{bounds[arm]['interval_over']} and draws"])
-    scores = [f"{_sign(means[each]['bound'])} {with_interval(means[each]['bound'])}" for each in (arm, baseline)]
-    lines.append(["mean", *scores, with_interval(means[arm]["difference"], "+.3f"), f"{len(found['seeds'])} seeds"])
-    heads = ["seed", arm, baseline, "difference ± 95%", "interval over"]
+    found = record["results"]
+    best, baseline = {each["name"]: each for each in found["best"]}, found["baseline"]
+    arms = [baseline, *(arm for arm in found["names"] if arm != baseline)]
+    lines = [[str(seed), *_of_seed(found, seed, arms, best)] for seed in found["seeds"]]
+    means = [f"{_sign(best[arm]['bound'])} {with_interval(best[arm]['bound'])}" for arm in arms]
+    differences = [f"; {with_interval(best[arm]['difference'], '+.3f')}" for arm in arms[1:]]
+    mean = [score + difference for score, difference in zip(means, ["", *differences], strict=True)]
+    lines.append(["mean", *mean, f"{len(found['seeds'])} seeds"])
+    heads = ["seed", baseline, *(f"{arm}; difference ± 95%" for arm in arms[1:]), "interval over"]
     return f"{markdown(heads, lines)}\n{origin(record)}"
+
+
+def _of_seed(found: dict[str, Any], seed: int, arms: list[str], best: dict[str, Any]) -> list[str]:
+    """The cells of a line of `seeds_table`, and what the intervals are over."""
+    clusters = {"clusters": found["clusters"][str(seed)]["bound"]}
+    rows = [row for row in found["rows"] if row["seed"] == seed and row["shape"] == best[row["name"]]["shape"]]
+    bounds = {row["name"]: row["evaluation"]["bound"] | clusters for row in rows}
+    if len(rows) != len(arms) or set(bounds) != set(arms):
+        raise ValueError(f"{found['comparison']} has not one run of each arm at seed {seed}; use another table")
+    scores = [f"{_sign(bounds[arm])} {bounds[arm]['nats_per_token']:.3f}" for arm in arms]
+    differences = [f"; {with_interval(paired(bounds[arm], bounds[arms[0]]), '+.3f')}" for arm in arms[1:]]
+    cells = [score + difference for score, difference in zip(scores, ["", *differences], strict=True)]
+    return [*cells, f"{bounds[arms[0]]['interval_over']} and draws"]
 
 
 def _sign(bound: dict[str, Any]) -> str:

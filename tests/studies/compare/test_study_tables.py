@@ -10,7 +10,7 @@ from scipy import stats
 from docs.tables import study as tables
 from docs.tables.study import families_table, settings_table, verdict_table
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import make_record, read_record
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import summarise
@@ -52,7 +52,7 @@ def recorded_study(folder: Path, better: str = "MDM, tree") -> dict:
 
 
 def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path, monkeypatch):
-    for name, value in (("BUDGETS", ("1e9",)), ("WHOLE_TOKENS", ("MDM", "MDM, tree")), ("DIGITS", ("Prime",))):
+    for name, value in (("BUDGETS", ("study_1e9",)), ("WHOLE_TOKENS", ("MDM", "MDM, tree")), ("DIGITS", ("Prime",))):
         monkeypatch.setattr(tables, name, value)
     results = recorded_study(tmp_path)
     difference = {each["name"]: each for each in results["best"]}["Prime"]["difference"]
@@ -74,6 +74,28 @@ def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path
     recorded_study(tmp_path, better="MDM")
     with pytest.raises(ValueError, match="the baseline MDM, tree of study_1e9 is not the best on dev"):
         verdict_table(tmp_path)
+
+
+def test_the_table_of_seeds_pairs_each_arm_with_the_baseline_of_its_seed(tmp_path):
+    results = recorded_study(tmp_path)
+    runs = [row for row in results["rows"] if row["shape"] == "16x1"]
+    rows = {(row["name"], row["seed"]): row["evaluation"]["bound"] for row in runs}
+    lines = tables.seeds_table("study_1e9", tmp_path).splitlines()
+    assert lines[0] == "| seed | MDM, tree | MDM; difference ± 95% | Prime; difference ± 95% | interval over |"
+    for seed, line in enumerate(lines[2:5]):
+        cells = line.strip("| ").split(" | ")
+        own = rows["MDM, tree", seed]["nats_per_token"]
+        assert cells[:2] == [str(seed), f"≤ {own:.3f}"]
+        for cell, name in zip(cells[2:4], ("MDM", "Prime"), strict=True):
+            bound = rows[name, seed]["nats_per_token"]
+            assert cell.startswith(f"≤ {bound:.3f}; {bound - own:+.3f} ± ")
+    mean = {each["name"]: each["difference"] for each in results["best"]}["Prime"]["nats_per_token"]
+    assert f"; {mean:+.3f} ± " in lines[5] and lines[5].endswith("| 3 seeds |")
+    record = read_record(tmp_path / "compare_study_1e9.json")
+    record["results"]["rows"].pop(1)
+    write_json(tmp_path / "compare_study_1e9.json", record)
+    with pytest.raises(ValueError, match="study_1e9 has not one run of each arm at seed 0"):
+        tables.seeds_table("study_1e9", tmp_path)
 
 
 def test_the_table_of_orders_pairs_each_bound_with_that_of_the_tree_embedded_mdm(tmp_path, monkeypatch):
