@@ -24,6 +24,15 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the runs.", show_default="runs/compare/CONFIG", callback=FOLDER),
     ] = None,
+    runs: Annotated[
+        list[str] | None, typer.Option("--run", metavar="NAME", help="Only the runs of this name. May be repeated.")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="SIZE", help="Only those of this size. May be repeated.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Only those of this seed. May be repeated.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print runs, sizes, FLOPs and the time they will take; train nothing.")
     ] = False,
@@ -61,10 +70,11 @@ def compare(
     \b
     prime-v2 compare families --dry-run
     prime-v2 compare families --output results/compare_families.json
+    prime-v2 compare study_1e13 --run MDM --run ARM --shape 64x2 --seed 0
     prime-v2 compare mine.yaml --launcher "accelerate launch --num_processes 8"
 
-    The same command continues where it was stopped; --recorded takes runs from a record of another machine. Tables,
-    figures and a record are written to DIR.
+    The same command continues where it was stopped; --run, --shape and --seed train a part of the runs, as the whole
+    would; --recorded takes runs from a record of another machine. Tables, figures and a record are written to DIR.
     """
     from prime_v2.output.progress import quiet_libraries
     from prime_v2.output.records import code_version
@@ -74,11 +84,13 @@ def compare(
     from prime_v2.studies.compare.recorded import read_recorded
     from prime_v2.studies.compare.run import Running, check_out, named_runs, run_comparison
     from prime_v2.studies.compare.search import number_of_runs
+    from prime_v2.studies.compare.selection import selected
 
     quiet_libraries()
-    comparison, code = read_comparison(config), code_version()
+    whole, code = read_comparison(config), code_version()
+    comparison = selected(whole, runs or [], shapes or [], seeds or [])
     folder = out or Path("runs") / "compare" / comparison.name
-    taken = read_recorded(recorded or [], comparison)
+    taken = [(run, record) for run, record in read_recorded(recorded or [], whole) if run in comparison.runs]
     if dry_run:
         if output is not None:
             raise ValueError("--output needs results, which --dry-run makes none of; leave one of them out")

@@ -62,7 +62,7 @@ class Run:
     @property
     def folder(self) -> str:
         """The name of its folder: the same however many runs a comparison has."""
-        parts = [_slug(self.name), self.shape, number(self.budget), f"seed{self.seed}"]
+        parts = [slug(self.name), self.shape, number(self.budget), f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
     def __str__(self) -> str:
@@ -75,6 +75,7 @@ class Comparison:
     """A comparison as its file describes it; `runs` in the order of budgets, shapes, seeds and names.
 
     search_seed: the seed at which all shapes are trained, so that the others take the best (`search`); None: all do.
+    cost_seed: that under whose noise the FLOPs of a step are measured, for all seeds; None: the first run's.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Comparison:
     baseline: str
     runs: tuple[Run, ...]
     search_seed: int | None = None
+    cost_seed: int | None = None
 
     def values(self, name: str) -> list[Any]:
         """The different labels, shapes, budgets or seeds of its runs, in their order."""
@@ -145,7 +147,9 @@ def read_comparison(given: str) -> Comparison:
     names = list(runs)
     order = {each.name: number for number, each in enumerate(shapes)}
     made.sort(key=lambda run: (run.budget, order[run.shape], seeds.index(run.seed), names.index(run.name)))
-    return Comparison(path.stem, count, baseline, tuple(made), search_seed)
+    return Comparison(
+        path.stem, count, baseline, tuple(made), search_seed, seeds[0] if search_seed is None else search_seed
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def _runs_of(
     chosen = shapes
     if entry.get("shapes") is not None:
         named = {each.name: each for each in shapes}
-        wanted = [_slug(each) for each in _list(entry["shapes"], f"{place}: shapes")]
+        wanted = [slug(each) for each in _list(entry["shapes"], f"{place}: shapes")]
         for each in wanted:
             if each not in named:
                 raise ValueError(f"{place}: there is no shape {each}; there are {_listed(named)}")
@@ -252,17 +256,17 @@ def _check_train(train: dict[str, Any], place: str, own: bool = False) -> None:
 
 
 def _check_names(runs: dict[str, Any], path: str) -> None:
-    slugs: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, entry in runs.items():
         if entry is not None and not isinstance(entry, dict):
             raise ValueError(f"{path}: run {name} is {entry!r}; write e.g. `{name}: {{family: arm}}`")
         _check_keys(entry or {}, RUN_FIELDS, f"{path}: run {name}")
-        slug = _slug(name)
-        if not slug or slug in slugs:
-            other = f", like {slugs[slug]}" if slug in slugs else ""
-            raise ValueError(f"{path}: the name {name} gives the folder {slug!r}{other}; use letters and digits that "
-                             f"tell runs apart")  # fmt: skip
-        slugs[slug] = name
+        folder = slug(name)
+        if not folder or folder in found:
+            other = f", like {found[folder]}" if folder in found else ""
+            raise ValueError(f"{path}: the name {name} gives the folder {folder!r}{other}; use letters and digits "
+                             f"that tell runs apart")  # fmt: skip
+        found[folder] = name
     labels = [_label(name, entry or {}) for name, entry in runs.items()]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
@@ -285,7 +289,7 @@ def _shapes(value: Any, path: str) -> list[_Shape]:
         train = _mapping(entry, "train", f"{path}: shapes")
         _check_train(train, f"{path}: shapes: train", own=True)
         sizes = [str(model[key]) for key in ("hidden_size", "num_hidden_layers") if key in model]
-        name = _slug(entry.get("name", "x".join(sizes)))
+        name = slug(entry.get("name", "x".join(sizes)))
         if not name or name in found:
             raise ValueError(f"{path}: two shapes, or none of them, are called {name!r}; give each a `name`")
         found[name] = _Shape(name, model, train, _scale(entry, train, f"{path}: shapes: {name}"))
@@ -371,7 +375,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def _slug(name: Any) -> str:
+def slug(name: Any) -> str:
     """Letters, digits, dots and underscores of a name, for a folder."""
     return re.sub(r"[^\w.]+", "_", str(name)).strip("_.")
 

@@ -87,8 +87,8 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
 
 
 def _baseline(comparison: Comparison) -> str:
-    """The label of the baseline."""
-    return next(run.label for run in comparison.runs if run.name == comparison.baseline)
+    """The label of the baseline, or its name where none of its runs is among those that were selected."""
+    return next((run.label for run in comparison.runs if run.name == comparison.baseline), comparison.baseline)
 
 
 def _bound_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,8 @@ def _row(run: Run, record: dict[str, Any], count: str, difference: dict[str, Any
         "config": results["config"],
         "options": results["options"],
         "data": {"fingerprints": results["data"]["fingerprints"]},
-        "training": {name: training[name] for name in TRAINING_FIELDS},
+        "training": {name: training[name] for name in TRAINING_FIELDS}
+        | {"made_from_text": training.get("made_from_text")},
         "evaluation": {
             "bound": with_sums(evaluation["bound"]),
             "paper_loss": None if loss is None else without_sequences(loss),
@@ -322,7 +323,7 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"{sum(each > 1 for each in read)} of {len(read)} runs read the training text more than once, up to "
             f"{max(read):.1f} times."
         )
-    found += _text_notes(results)
+    found += [*_text_notes(results), *_made_notes(results)]
     places = Counter(row["trained_on"] for row in results["rows"] if "trained_on" in row)
     if len(places) > 1:
         found.append(f"Trained on {'; '.join(f'{place} ({count} runs)' for place, count in places.items())}.")
@@ -346,6 +347,24 @@ def _text_notes(results: dict[str, Any]) -> list[str]:
     return [
         f"Of the test text, {' and '.join(shares)} are also in the training text; {dropped:,.0f} documents equal to "
         f"an earlier one were left out before the split."
+    ]
+
+
+def _made_notes(results: dict[str, Any]) -> list[str]:
+    """What codes and initial vectors cost beside the training, where the records say it."""
+    costs = []
+    for row in results["rows"]:
+        parts = (row["training"].get("made_from_text") or {}).values()
+        flops, seconds = (sum(each[name] for each in parts) for name in ("flops", "seconds"))
+        if parts:
+            costs.append((flops / row["training"]["flops_measured"], flops, seconds))
+    if not costs:
+        return []
+    share, flops, seconds = (max(each) for each in zip(*costs, strict=True))
+    return [
+        f"Codes and initial vectors come beside the FLOPs of training: {len(costs)} of {len(results['rows'])} runs "
+        f"made them from their text, in up to {duration(seconds)} and {flops:.1e} FLOPs, at most {share:.2%} of those "
+        f"of training."
     ]
 
 

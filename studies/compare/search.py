@@ -31,7 +31,7 @@ def narrowed(comparison: Comparison, trained: Sequence[Trained]) -> Comparison:
     for run, _ in trained:
         if (run.name, run.budget) not in best:
             raise ValueError(f"{run} has no dev bound to choose a shape by; leave search_seed out, or train it longer")
-    order = [run for run in comparison.runs if run.seed == comparison.search_seed]  # the first decides the steps
+    order = [run for run in comparison.runs if run.seed == comparison.search_seed]  # first, as they were trained
     order += [
         run
         for run in comparison.runs

@@ -16,10 +16,15 @@ from prime_v2.studies.compare.plots import plot_comparison
 from prime_v2.studies.compare.report import (
     cost_table,
     markdown_text,
+    notes,
     render,
     score_table,
     summarise,
 )
+
+
+def summary_notes(comparison, trained) -> list[str]:
+    return notes(summarise(comparison, trained))
 
 
 def nats_of(record: dict) -> np.ndarray:
@@ -152,6 +157,23 @@ def test_notes_say_what_the_splits_share_where_it_was_counted():
     assert "18.8% of its runs of 8 tokens and 4.7% of its runs of 32 tokens are also in the training text" in text
     assert "1,200 documents equal to an earlier one were left out" in text
     assert "in the training text" not in render(summarise(*compared()))
+
+
+def test_notes_say_what_codes_and_vectors_cost_where_the_records_say_it():
+    comparison, trained = compared()
+    assert "Codes and initial vectors" not in "".join(summary_notes(comparison, trained))
+    training = trained[1][1]["results"]["training"]
+    flops = training["flops_measured"]
+    training["made_from_text"] = {
+        "codes": {"tokens": 9, "seconds": 10.0, "flops": flops / 100},
+        "vectors": {"tokens": 9, "seconds": 2.0, "flops": flops / 200},
+    }
+    trained[2][1]["results"]["training"]["made_from_text"] = {}
+    row = summarise(comparison, trained)["rows"][1]
+    assert row["training"]["made_from_text"]["codes"]["seconds"] == 10.0
+    (note,) = [each for each in summary_notes(comparison, trained) if each.startswith("Codes and initial vectors")]
+    assert ": 1 of 3 runs made them from their text, in up to 12 s and " in note
+    assert note.endswith(f" {flops * 0.015:.1e} FLOPs, at most 1.50% of those of training.")
 
 
 def test_the_best_size_is_chosen_on_the_dev_split_and_compared_with_the_baselines_best():
