@@ -1,6 +1,7 @@
 """A saved folder of every family in an environment that has transformers and lm-eval, but not this package.
 
-A new entry of `FAMILIES` falls under all of this. One process there loads all folders: importing torch takes longest.
+A new entry of `FAMILIES` falls under all of this, as does a tree of codes with a head in stages. One process there loads
+all folders: importing torch takes longest.
 """
 
 import json
@@ -29,6 +30,13 @@ FIELDS: dict[str, dict] = {
     "arm": {"num_subtokens": 9, "base": 2, "shuffle_seed": 4},  # so that its code table is saved too
     "interpolating": {"alpha_0": 0.4, "num_subtokens": 9, "base": 2, "shuffle_seed": 4},
 }
+
+TREE = {
+    "shuffle_seed": 4, "objective": "joint", "reveal_order": "coarse_first", "stage_digits": [4, 9],
+    "training_order": "nested", "subtoken_embedding": "ancestors", "tree_levels": [2, 4, 9], "head": "stages",
+    "head_digits": [4, 9],
+}  # fmt: skip
+CASES = {name: (name, FIELDS.get(name, {})) for name in FAMILIES} | {"tree": ("prime", TREE)}  # folder: its model
 
 # What a model computes, the same in both processes.
 RESULTS = """
@@ -123,12 +131,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory):
-    """(folder with one folder a family, models by family), saved as any model and tokenizer are."""
+    """(folder with one folder a case, models by case), saved as any model and tokenizer are."""
     folder, networks = tmp_path_factory.mktemp("saved"), {}
     end = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id) | {"bos_token_id": None}
     sizes = {"vocab_size": len(tokenizer.code_table), "max_position_embeddings": 256}
-    for name in FAMILIES:
-        networks[name] = small_model(name, scale=0.1, **sizes, **end, **FIELDS.get(name, {}))
+    for name, (family, fields) in CASES.items():
+        networks[name] = small_model(family, scale=0.1, **sizes, **end, **fields)
         networks[name].save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder, networks
@@ -147,12 +155,13 @@ def found(bare_python, saved, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1]), work / "out"
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=list(CASES))
 def family(request, found, saved):
     """(the family's entry, what was printed of it, its tensors, its folder, the one saved there, the model here)."""
     name = request.param
     (printed, out), (folder, models) = found, saved
-    return FAMILIES[name], printed[name], load_file(out / f"{name}.tensors"), folder / name, out / name, models[name]
+    entry, tensors = FAMILIES[CASES[name][0]], load_file(out / f"{name}.tensors")
+    return entry, printed[name], tensors, folder / name, out / name, models[name]
 
 
 def test_the_package_is_not_importable_there(found, bare_python, tmp_path):
