@@ -1,7 +1,7 @@
 """A saved folder of every family in an environment that has transformers and lm-eval, but not this package.
 
-A new entry of `FAMILIES` falls under all of this, as does a tree of codes with a head in stages. One process there loads
-all folders: importing torch takes longest.
+A new entry of `FAMILIES` falls under all of this, as does a tree of codes with a head in stages. One process there
+loads all folders: importing torch takes longest.
 """
 
 import json
