@@ -1,5 +1,7 @@
 """Tables of docs/compare.md and docs/findings.md, from records of `prime-v2 compare` (see study.py too)."""
 
+import argparse
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,13 +9,25 @@ from typing import Any
 
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
-from prime_v2.studies.compare.config import number
+from prime_v2.studies.compare.config import KIND, number, read_comparison
 from prime_v2.studies.compare.report import markdown_text, notes, with_interval
+from prime_v2.studies.compare.selection import selected
+from prime_v2.training.recipes import recipe_names
 
 RECORDS = (
     "families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders", "study_levers",
     "study_gpt2", "study_1e13_seeds",
 )  # fmt: skip
+
+
+# Recipes of records that were made from copies: what trains the same.
+REPEATED_BY = {
+    "runs/seed0/study_1e13.yaml": "study_1e13 --seed 0",
+    "runs/study_trees.yaml": "study_trees",
+    "runs/some/e13/2/study_1e13.yaml": (
+        "study_1e13_seeds --run 'MDM, tree embedding' --run 'coarse-first 6-11, trained nested'"
+    ),
+}
 
 
 def record_table(name: str, results: Path) -> str:
@@ -43,7 +57,33 @@ def origin(record: dict[str, Any]) -> str:
     where = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
     seeds = ", ".join(map(str, record["results"]["seeds"]))
     plural = "" if len(record["results"]["seeds"]) == 1 else "s"
-    return f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seed{plural} {seeds}).\n"
+    made = f"`{record['command']}` ({where}; PyTorch {record['versions']['torch']}; seed{plural} {seeds})."
+    again = next((given for copy, given in REPEATED_BY.items() if copy in record["command"]), None)
+    if again is not None:
+        made += f" `prime-v2 compare {again}` trains the same."
+    elif not is_of_its_recipe(record):
+        made += f" The recipe has changed since; that of this record is at commit {record['commit'][:10]}."
+    return f"{made}\n"
+
+
+def is_of_its_recipe(record: dict[str, Any]) -> bool:
+    """Whether the rows are those that the command of the record, or what repeats it, trains from today's recipes."""
+    command = record["command"]
+    for copy, again in REPEATED_BY.items():
+        command = command.replace(copy, again)
+    parser = argparse.ArgumentParser()
+    for option in ("--run", "--shape", "--seed"):
+        parser.add_argument(option, action="append", default=[])
+    *program, recipe = shlex.split(command)[:3]
+    if program != ["prime-v2", "compare"] or recipe not in recipe_names(KIND):
+        return False
+    given, _ = parser.parse_known_args(shlex.split(command)[3:])
+    comparison = selected(read_comparison(recipe), given.run, given.shape, [int(seed) for seed in given.seed])
+    expected = {(run.label, run.shape, run.budget, run.seed) for run in comparison.runs}
+    rows = {(row["name"], row["shape"], row["budget"], row["seed"]) for row in record["results"]["rows"]}
+    if comparison.search_seed is None:
+        return rows == expected
+    return rows <= expected and {row for row in expected if row[3] == comparison.search_seed} <= rows
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
