@@ -18,6 +18,7 @@ from prime_v2.commands.demo import demo
 from prime_v2.commands.entropy import entropy
 from prime_v2.commands.eval import evaluate
 from prime_v2.commands.generate import generate
+from prime_v2.commands.overlap import overlap
 from prime_v2.commands.ppl import ppl
 from prime_v2.commands.quality import quality
 from prime_v2.commands.scaling import scaling_app
@@ -39,6 +40,7 @@ app.command(cls=Command)(generate)
 app.command(cls=Command)(ppl)
 app.command(cls=Command)(quality)
 app.command(cls=Command)(entropy)
+app.command(cls=Command)(overlap)
 # Options of other programs pass through, lm-eval's -h among them.
 PASS_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 app.command("eval", cls=Command, context_settings=PASS_ON)(evaluate)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from prime_v2.data.packing import PackedBlocks
-
 LENGTHS = (8, 32)  # tokens of a run: a phrase, and one or two lines of a repeated passage
 CHUNK = 2**19  # tokens that are hashed at once
 BITS = 24  # of a hash, that a table of candidates is indexed by
@@ -26,20 +24,20 @@ def ngram_hashes(ids: np.ndarray, length: int) -> np.ndarray:
     return hashed
 
 
-def overlap(train: PackedBlocks, test: PackedBlocks, length: int) -> dict[str, Any]:
-    """Of the runs of `length` tokens in the test blocks, how many are also in the training blocks.
+def overlap(train: np.ndarray, test: np.ndarray, length: int) -> dict[str, Any]:
+    """Of the runs of `length` tokens in the test ids (n,), how many are also in the training ids (m,); both integers.
 
     Keys: length, ngrams (of the test text, each as often as it occurs), ngrams_in_train, share (None without any).
     Runs are compared by 64-bit hashes: of 1e6 against 1e9 runs, one in 18,000 texts has a false match.
     """
-    wanted = ngram_hashes(test.ids, length)
+    wanted = ngram_hashes(test, length)
     distinct, counts = np.unique(wanted, return_counts=True)
     found = np.zeros(len(distinct), dtype=bool)
     candidate = np.zeros(2**BITS, dtype=bool)  # which last bits occur: spares most of the searches
     last = np.uint64(2**BITS - 1)
     candidate[distinct & last] = True
-    for start in range(0, train.tokens, CHUNK):
-        hashed = ngram_hashes(train.ids[start : start + CHUNK + length - 1], length)
+    for start in range(0, len(train), CHUNK):
+        hashed = ngram_hashes(train[start : start + CHUNK + length - 1], length)
         hashed = hashed[candidate[hashed & last]]
         places = np.searchsorted(distinct, hashed)
         inside = places < len(distinct)

@@ -226,7 +226,7 @@ def _make(text: TextOptions, folder: Path, splits: tuple[str, ...]) -> None:
     if not text.streaming:
         measured["repeated_documents"] = next(repeats)
         train, test = (PackedBlocks(folder / split) for split in ("train", "test"))
-        measured["test_ngrams_in_train"] = [overlap(train, test, length) for length in LENGTHS]
+        measured["test_ngrams_in_train"] = [overlap(train.ids, test.ids, length) for length in LENGTHS]
     write_json(folder / "text.json", {**vars(text), "source": fingerprint, "measured": measured})
     write_seal(folder, COMPLETE, (*(f"{split}{end}" for split in splits for end in ("", ".json")), *SEALED))
 

@@ -91,6 +91,10 @@ COMMANDS: dict[str, tuple[list[list[str]], dict[str, list[str]]]] = {
             **WRITES,
         },
     ),
+    "overlap": (
+        [PATHS, TEXTS],
+        {"--split": ["test", "x", ""], "--text-field": ["text", "x"], "--max-documents": COUNT, **WRITES},
+    ),
     "analyze": (
         [PATHS, TEXTS],
         {

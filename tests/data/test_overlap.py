@@ -33,7 +33,7 @@ def test_shared_runs_are_counted_as_sets_of_tuples_count_them(tmp_path, monkeypa
     test[50:90] = train[300:340]
     train, test = blocks_of(train, tmp_path / "train"), blocks_of(test, tmp_path / "test")
     wanted, known = runs_of(test.ids, length), set(runs_of(train.ids, length))
-    found = overlap(train, test, length)
+    found = overlap(train.ids, test.ids, length)
     shared = sum(each in known for each in wanted)
     assert shared > 0
     assert found == {
@@ -52,7 +52,7 @@ def test_equal_runs_and_no_others_have_equal_hashes():
 
 def test_a_text_shorter_than_a_run_has_no_share(tmp_path):
     long, short = blocks_of(np.arange(40), tmp_path / "train"), blocks_of(np.arange(6), tmp_path / "test")
-    assert overlap(long, short, 8) == {"length": 8, "ngrams": 0, "ngrams_in_train": 0, "share": None}
+    assert overlap(long.ids, short.ids, 8) == {"length": 8, "ngrams": 0, "ngrams_in_train": 0, "share": None}
 
 
 def test_prepared_text_says_what_was_left_out_and_what_its_splits_share(tmp_path):
@@ -66,5 +66,5 @@ def test_prepared_text_says_what_was_left_out_and_what_its_splits_share(tmp_path
     measured = measured_of(tmp_path / "prepared")
     assert measured["repeated_documents"] == 2
     found = measured["test_ngrams_in_train"]
-    assert found == [overlap(splits["train"], splits["test"], length) for length in (8, 32)]
+    assert found == [overlap(splits["train"].ids, splits["test"].ids, length) for length in (8, 32)]
     assert found[0]["share"] > 0
