@@ -178,6 +178,18 @@ def orders_table(results: Path) -> str:
     return markdown(["model", "revealed", *ORDERS], lines) + "\n" + "\n".join(map(tables.origin, records))
 
 
+def overlap_table(results: Path) -> str:
+    """A line a text that was not trained on: what it shares with the training text all the same."""
+    records = [read_record(results / f"overlap_{name}.json") for name in ("wikitext", "speeches")]
+    lines = []
+    for record in records:
+        found = record["results"]
+        shares = [f"{each['share']:.1%} of {each['ngrams']:,}" for each in found["ngrams_in_train"]]
+        lines.append([found["source"], f"{found['documents']}", f"{found['tokens']:,}", *shares])
+    lengths = [f"runs of {each['length']} tokens" for each in records[0]["results"]["ngrams_in_train"]]
+    return markdown(["text", "documents", "tokens", *lengths], lines) + "\n" + "\n".join(map(tables.origin, records))
+
+
 def learned_order_table(results: Path) -> str:
     """A line a setting of the learned orders (code: at the record's commit): bounds, distances, rates."""
     record = read_record(results / "learned_order.json")
@@ -230,5 +242,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "verdict": verdict_table,
     "orders": orders_table,
     "learned_order": learned_order_table,
+    "overlap": overlap_table,
     "largest_seeds": partial(seeds_table, "largest_seeds"),
 }
