@@ -73,8 +73,9 @@ def compare(
     prime-v2 compare study_1e13 --run MDM --run ARM --shape 64x2 --seed 0
     prime-v2 compare mine.yaml --launcher "accelerate launch --num_processes 8"
 
-    The same command continues where it was stopped; --run, --shape and --seed train a part of the runs, as the whole
-    would; --recorded takes runs from a record of another machine. Tables, figures and a record are written to DIR.
+    The same command continues where it was stopped. --run, --shape and --seed train a part, with the steps, text and
+    noise of the whole, and print its tables; the whole continues from it. --recorded takes runs from a record of
+    another machine. Tables, figures and a record of the whole are written to DIR.
     """
     from prime_v2.output.progress import quiet_libraries
     from prime_v2.output.records import code_version
@@ -83,7 +84,7 @@ def compare(
     from prime_v2.studies.compare.plan import plan, with_times_of_records
     from prime_v2.studies.compare.recorded import read_recorded
     from prime_v2.studies.compare.run import Running, check_out, named_runs, run_comparison
-    from prime_v2.studies.compare.search import number_of_runs
+    from prime_v2.studies.compare.search import number_done, number_of_runs
     from prime_v2.studies.compare.selection import selected
 
     quiet_libraries()
@@ -111,24 +112,28 @@ def compare(
         done = {run for run, _ in taken}
         done |= {run for run in comparison.runs if (folder / run.folder / "results" / "train.json").exists()}
         print(
-            f"{stopped}; {len(done)} of {number_of_runs(comparison)} runs are finished, the same command goes on from "
-            "there",
+            f"{stopped}; {number_done(comparison, done)} of {number_of_runs(comparison)} runs are finished, the same "
+            f"command goes on from there",
             file=sys.stderr,
         )
         raise typer.Exit(128 + stopped.number) from None
-    _finish(comparison, trained, folder, code, allow_mixed, as_json, output)
+    whole_folder = folder if comparison.runs == whole.runs else None
+    _finish(comparison, trained, whole_folder, code, allow_mixed, as_json, output)
 
 
 def _finish(
     comparison: "Comparison",
     trained: Any,
-    folder: Path,
+    folder: Path | None,
     code: dict[str, Any],
     allow_mixed: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Write tables, figures and record, and print the tables or JSON."""
+    """Print the tables or JSON, record them at `output`, and write tables, figures and record into a folder, if any.
+
+    folder: None of a part, which must not stand in the place of the whole.
+    """
     from prime_v2.output.atomic import write_json
     from prime_v2.output.places import print_and_record
     from prime_v2.output.records import make_record
@@ -139,6 +144,8 @@ def _finish(
     record = make_record("compare", results, seed=results["seeds"][0], code=code)
     text = json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else render(results)
     print_and_record(text, output, lambda: record)
+    if folder is None:
+        return
     write_json(folder / SUMMARY, record)
     (folder / "README.md").write_text(f"# {comparison.name}\n\n{markdown_text(results)}", encoding="utf-8")
     figures = plot_comparison(results, folder)

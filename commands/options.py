@@ -39,7 +39,7 @@ Split = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Split of a Hub data set [default: test for ppl and analyze, train for entropy]. For other sources "
+        help="Split of a Hub data set [default: train for entropy, else test]. For other sources "
         "train, dev or test: the documents that train.py puts there [default: all documents].",
     ),
 ]

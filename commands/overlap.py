@@ -36,30 +36,38 @@ def overlap(
     from prime_v2.data.overlap import LENGTHS
     from prime_v2.data.overlap import overlap as shared
     from prime_v2.data.packing import PackedBlocks
-    from prime_v2.data.preparation import COMPLETE, WHOLE_TOKENS, check_prepared
+    from prime_v2.data.preparation import COMPLETE, WHOLE_TOKENS, check_prepared, shares_in
+    from prime_v2.data.splits import Fingerprint
     from prime_v2.tokenization.plain_text import in_batches, plain_ids
     from prime_v2.tokenization.tokenization_prime_v2 import PrimeV2Tokenizer
 
     quiet_libraries()
     if not (data / COMPLETE).exists():
-        raise ValueError(f"{data} holds no prepared text; give the folder `data` of a run of train.py")
+        raise ValueError(
+            f"{data} holds no prepared text; give the folder `data` of a run of train.py, or `data/seed0` of a "
+            f"comparison"
+        )
     check_prepared(data)
     if not (data / "train").exists():
-        raise ValueError(f"{data} is of a streamed text, which is not kept; there is nothing to compare with")
+        raise ValueError(
+            f"{data} is of a streamed text, of which the training split is not kept; give that of a run without "
+            f"--streaming"
+        )
     tokenizer = PrimeV2Tokenizer.from_pretrained(data / WHOLE_TOKENS)
-    text, ids, documents = TextSource(source, split, text_field, max_documents), [], 0
+    text, parts, read = TextSource(source, split, text_field, max_documents), [np.empty(0, np.int64)], Fingerprint()
     with progress_bar("reading documents") as show:
-        for texts in in_batches(counted(text.documents("test"), show)):
-            for encoded in plain_ids(tokenizer, texts):
-                ids += [*encoded, tokenizer.eos_token_id]
-                documents += 1
-    train = PackedBlocks(data / "train")
-    found = [shared(train.ids, np.array(ids, dtype=np.int64), length) for length in LENGTHS]
+        for texts in in_batches(counted(text.documents("test", shares=shares_in(data)), show)):
+            for document, encoded in zip(texts, plain_ids(tokenizer, texts), strict=True):
+                read.add(document)
+                parts.append(np.array([*encoded, tokenizer.eos_token_id], dtype=np.int64))
+    ids, documents, train = np.concatenate(parts), len(parts) - 1, PackedBlocks(data / "train")
+    found = [shared(train.ids, ids, length) for length in LENGTHS]
     results = {
         **text.about(),
         "documents": documents,
         "tokens": len(ids) - documents,
         "train_tokens": train.tokens,
+        "fingerprints": {"train": train.fingerprint, "text": read.hexdigest()},
         "ngrams_in_train": found,
     }
     lines = [

@@ -1,4 +1,4 @@
-"""The text that `prime-v2 ppl`, `entropy`, `analyze` and `quality` read, as the command line names it."""
+"""The text that `prime-v2 ppl`, `entropy`, `overlap`, `analyze` and `quality` read, as the command line names it."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,10 +21,13 @@ class TextSource:
     text_field: str
     max_documents: int | None = None
 
-    def documents(self, hub_split: str, run_folder: str | None = None) -> Iterator[str]:
+    def documents(
+        self, hub_split: str, run_folder: str | None = None, shares: dict[str, Any] | None = None
+    ) -> Iterator[str]:
         """Its documents. hub_split: of a hub data set, where no split is asked for.
 
-        run_folder: a run of train.py, whose seed and shares decide which side a document of another source is on.
+        run_folder: a run of train.py, whose seed and shares decide which side a document of another source is on;
+        shares: these themselves, as `split_of` takes them.
         """
         from prime_v2.data.documents import read_documents
         from prime_v2.data.splits import deduplicate, split_of
@@ -34,7 +37,7 @@ class TextSource:
         if self.split is not None and not is_hub:
             if self.split not in SIDES:
                 raise ValueError(f"--split {self.split} of {self.source} must be one of {', '.join(SIDES)}")
-            shares = shares_of(run_folder)
+            shares = shares_of(run_folder) if shares is None else shares
             documents = (text for text in deduplicate(documents) if split_of(text, **shares) == self.split)
         return itertools.islice(documents, self.max_documents)
 

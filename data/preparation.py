@@ -168,6 +168,12 @@ def prepared_source(shared: Path) -> dict[str, Any]:
     return _description(shared)["source"]
 
 
+def shares_in(shared: Path) -> dict[str, Any]:
+    """Arguments of `split_of` that decided on which side of prepared text a document is."""
+    found = _description(shared)
+    return {name: found[name] for name in ("seed", "dev_share", "test_share")}
+
+
 def measured_of(shared: Path) -> dict[str, Any]:
     """What was counted when text was prepared: repeated_documents, test_ngrams_in_train (a list of `overlap`).
 

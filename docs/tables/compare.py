@@ -10,7 +10,9 @@ from typing import Any
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown
 from prime_v2.studies.compare.config import KIND, number, read_comparison
+from prime_v2.studies.compare.recorded import run_of
 from prime_v2.studies.compare.report import markdown_text, notes, with_interval
+from prime_v2.studies.compare.search import number_done, number_of_runs
 from prime_v2.studies.compare.selection import selected
 from prime_v2.training.recipes import recipe_names
 
@@ -67,7 +69,10 @@ def origin(record: dict[str, Any]) -> str:
 
 
 def is_of_its_recipe(record: dict[str, Any]) -> bool:
-    """Whether the rows are those that the command of the record, or what repeats it, trains from today's recipes."""
+    """Whether the command of the record, or what repeats it, trains its rows from today's recipe, option by option.
+
+    ValueError for a record of `prime-v2 compare` whose recipe is not in configs/compare/.
+    """
     command = record["command"]
     for copy, again in REPEATED_BY.items():
         command = command.replace(copy, again)
@@ -75,15 +80,19 @@ def is_of_its_recipe(record: dict[str, Any]) -> bool:
     for option in ("--run", "--shape", "--seed"):
         parser.add_argument(option, action="append", default=[])
     *program, recipe = shlex.split(command)[:3]
-    if program != ["prime-v2", "compare"] or recipe not in recipe_names(KIND):
-        return False
+    if program != ["prime-v2", "compare"]:
+        return True  # made up, for a test
+    if recipe not in recipe_names(KIND):
+        raise ValueError(f"{record['command']}: {recipe} is no recipe of configs/compare/; add what repeats it")
     given, _ = parser.parse_known_args(shlex.split(command)[3:])
     comparison = selected(read_comparison(recipe), given.run, given.shape, [int(seed) for seed in given.seed])
-    expected = {(run.label, run.shape, run.budget, run.seed) for run in comparison.runs}
-    rows = {(row["name"], row["shape"], row["budget"], row["seed"]) for row in record["results"]["rows"]}
-    if comparison.search_seed is None:
-        return rows == expected
-    return rows <= expected and {row for row in expected if row[3] == comparison.search_seed} <= rows
+    results, runs = record["results"], {(run.label, run.shape, run.budget, run.seed): run for run in comparison.runs}
+    try:
+        trained = {run_of(row, runs, Path(recipe)) for row in results["rows"]}
+    except ValueError:
+        return False
+    same = (results["count"], results["baseline"]) == (comparison.count, comparison.baseline_label)
+    return same and number_done(comparison, trained) == number_of_runs(comparison)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

@@ -75,7 +75,8 @@ class Comparison:
     """A comparison as its file describes it; `runs` in the order of budgets, shapes, seeds and names.
 
     search_seed: the seed at which all shapes are trained, so that the others take the best (`search`); None: all do.
-    cost_seed: that under whose noise the FLOPs of a step are measured, for all seeds; None: the first run's.
+    cost_seed: that under whose noise the FLOPs of a step are measured, for all seeds; None: the run's own.
+    baseline_label: what the baseline is called, which may have no run here (`selection`); None: as its run is.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Comparison:
     runs: tuple[Run, ...]
     search_seed: int | None = None
     cost_seed: int | None = None
+    baseline_label: str | None = None
 
     def values(self, name: str) -> list[Any]:
         """The different labels, shapes, budgets or seeds of its runs, in their order."""
@@ -147,9 +149,8 @@ def read_comparison(given: str) -> Comparison:
     names = list(runs)
     order = {each.name: number for number, each in enumerate(shapes)}
     made.sort(key=lambda run: (run.budget, order[run.shape], seeds.index(run.seed), names.index(run.name)))
-    return Comparison(
-        path.stem, count, baseline, tuple(made), search_seed, seeds[0] if search_seed is None else search_seed
-    )
+    cost_seed, label = seeds[0] if search_seed is None else search_seed, _label(baseline, runs[baseline] or {})
+    return Comparison(path.stem, count, baseline, tuple(made), search_seed, cost_seed, label)
 
 
 def _load(path: Path) -> dict[str, Any]:

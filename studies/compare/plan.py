@@ -85,37 +85,38 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
     """Steps and costs of the runs that are not recorded; nothing is written.
 
     measure: also measure FLOPs and time of a micro-batch, which `count: measured` does in any case. All seeds of a run
-    and all runs of one network (`COST_NOTHING`) have the steps of the comparison's `cost_seed`, whether or not it is
-    among the runs; it may be a recorded one.
+    and all runs of one network (`COST_NOTHING`) have the same steps at a budget: those of a recorded one, or what the
+    noise of the comparison's `cost_seed` costs, whether or not that seed is among the runs.
     Raises ValueError for options that train.py or the model refuses, and for a budget that is too small for a step.
     """
     records = dict(recorded)
+    steps_recorded = {
+        (_network_of(run, comparison), run.budget): record["results"]["training"]["steps"] for run, record in recorded
+    }
     costs: dict[tuple[str, str], Cost] = {}
     known: dict[str, Cost] = {}
     planned, too_small = [], []
     for run in comparison.runs:
         place = f"run {run.name}" + (f", shape {run.shape}" if run.shape else "")
         options, *_ = parsed(run.options | {"max_steps": 1}, place)
+        network = _network_of(run, comparison)
         if (run.name, run.shape) not in costs:
-            seed = run.seed if comparison.cost_seed is None else comparison.cost_seed
-            costing = run.options | {"seed": seed, "max_steps": 1}
-            network, recorded_cost = _what_costs(costing), _recorded_cost(run, seed, recorded)
-            if recorded_cost is not None and not measure:
-                cost = recorded_cost
+            if run in records and not measure:
+                cost = _cost_of_record(records[run])
             else:
                 vocab_size = vocabulary_of(options, data_folder(out, run.seed))
                 needed = measure or comparison.count == "measured"
                 cost = known.get(network)
                 if cost is None:
-                    cost = cost_of(*parsed(costing, place), vocab_size, needed, place)
-                if recorded_cost is not None:
-                    cost = dataclasses.replace(cost, measured=recorded_cost.measured)
+                    cost = cost_of(*parsed(_costing(run, comparison), place), vocab_size, needed, place)
+                if run in records:
+                    cost = dataclasses.replace(cost, measured=_cost_of_record(records[run]).measured)
             costs[run.name, run.shape] = known[network] = cost
         if run in records:
             continue
         cost, tokens_per_step = costs[run.name, run.shape], options.global_batch * options.block_size
         step_flops = cost.flops(comparison.count) * tokens_per_step
-        steps = int(run.budget // step_flops)
+        steps = steps_recorded.get((network, run.budget), int(run.budget // step_flops))
         if steps < 1:
             too_small.append((step_flops, run))
             continue
@@ -130,17 +131,21 @@ def plan(comparison: Comparison, out: Path, *, measure: bool, recorded: Sequence
     return planned
 
 
-def _what_costs(options: dict[str, Any]) -> str:
+def _costing(run: Run, comparison: Comparison) -> dict[str, Any]:
+    """The run's options at the seed whose noise decides what a step costs."""
+    seed = run.seed if comparison.cost_seed is None else comparison.cost_seed
+    return run.options | {"seed": seed, "max_steps": 1}
+
+
+def _network_of(run: Run, comparison: Comparison) -> str:
+    """Equal for runs whose steps cost the same."""
+    options = _costing(run, comparison)
     return repr(sorted((name, value) for name, value in options.items() if name not in COST_NOTHING))
 
 
-def _recorded_cost(run: Run, seed: int, recorded: Sequence[Trained]) -> Cost | None:
-    """What the run has cost a token at that seed, where it is recorded; its time was that of another machine."""
-    alike = (run.name, run.shape, seed)
-    found = next((record for each, record in recorded if (each.name, each.shape, each.seed) == alike), None)
-    if found is None:
-        return None
-    training = found["results"]["training"]
+def _cost_of_record(record: dict[str, Any]) -> Cost:
+    """What a trained run has cost a token; its time was that of another machine."""
+    training = record["results"]["training"]
     measured = training["flops_measured"] / training["tokens"]
     return Cost(training["parameters"], training["parameters_non_embedding"], measured, None)
 

@@ -28,7 +28,7 @@ def read_recorded(paths: Sequence[Path], comparison: Comparison) -> list[Trained
         record = read_record(path)
         _check_record(record, comparison, path)
         try:
-            new = {_run_of(row, runs, path): _as_record(row, record) for row in record["results"]["rows"]}
+            new = {run_of(row, runs, path): _as_record(row, record) for row in record["results"]["rows"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--recorded {path} is no whole record of a comparison ({error!r})") from None
         for run in new:
@@ -55,7 +55,7 @@ def _check_record(record: dict[str, Any], comparison: Comparison, path: Path) ->
         )
 
 
-def _run_of(row: dict[str, Any], runs: dict[Any, Run], path: Path) -> Run:
+def run_of(row: dict[str, Any], runs: dict[Any, Run], path: Path) -> Run:
     """The run of the comparison that a row is of; ValueError where there is none or it has other options."""
     run = runs.get((row["name"], row["shape"], row["budget"], row["seed"]))
     if run is None:

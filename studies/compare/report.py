@@ -87,8 +87,10 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
 
 
 def _baseline(comparison: Comparison) -> str:
-    """The label of the baseline, or its name where none of its runs is among those that were selected."""
-    return next((run.label for run in comparison.runs if run.name == comparison.baseline), comparison.baseline)
+    """The label of the baseline."""
+    if comparison.baseline_label is not None:
+        return comparison.baseline_label
+    return next(run.label for run in comparison.runs if run.name == comparison.baseline)
 
 
 def _bound_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +220,10 @@ def score_table(
 ) -> tuple[list[str], list[list[str]]]:
     """(headings, lines) of the bounds of all groups: perplexity only of bounds, the paper's loss with its label."""
     groups = results["groups"] if groups is None else groups
-    heads = ["nats/token ± 95%", "perplexity", "paper's loss", f"minus {results['baseline']} ± 95%"]
+    heads = ["nats/token ± 95%", "perplexity", "paper's loss"]
+    paired_with_baseline = any(group["difference"] is not None for group in groups)
+    if paired_with_baseline:
+        heads.append(f"minus {results['baseline']} ± 95%")
     lines = []
     for group in groups:
         bound, loss, difference = group["bound"], group["paper_loss"], group["difference"]
@@ -227,7 +232,8 @@ def score_table(
         if loss is not None:
             label = f"{with_interval(loss)} ({'the same bound' if loss['is_bound'] else 'no bound'})"
         delta = "–" if difference is None else with_interval(difference, "+.3f")
-        lines.append([f"{sign} {with_interval(bound)}", f"{sign} {_perplexity(bound)}", label, delta])
+        line = [f"{sign} {with_interval(bound)}", f"{sign} {_perplexity(bound)}", label]
+        lines.append([*line, delta] if paired_with_baseline else line)
     return _labelled(results, groups, heads, lines)
 
 
@@ -242,14 +248,12 @@ def sampler_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] 
     heads: list[str] = []
     lines: list[list[str]] = [[] for _ in groups]
     for passes in groups[0]["sampler"]:
-        heads += [f"{passes} passes ± 95%", f"minus {results['baseline']}"]
-        for line, group in zip(lines, groups, strict=True):
-            law = group["sampler"][passes]
-            difference = law["difference"]
-            line += [
-                f"≤ {with_interval(law)}",
-                "–" if difference is None else with_interval(difference, "+.3f"),
-            ]
+        laws = [group["sampler"][passes] for group in groups]
+        paired_with_baseline = any(law["difference"] is not None for law in laws)
+        heads += [f"{passes} passes ± 95%"] + [f"minus {results['baseline']}"] * paired_with_baseline
+        for line, law in zip(lines, laws, strict=True):
+            difference = "–" if law["difference"] is None else with_interval(law["difference"], "+.3f")
+            line += [f"≤ {with_interval(law)}"] + [difference] * paired_with_baseline
     return _labelled(results, groups, heads, lines)
 
 
@@ -273,7 +277,7 @@ def cost_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def whole_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(headings, lines) with the columns of both tables, for `prime_v2.output.tables.markdown`."""
     scores, costs = score_table(results), cost_table(results)
-    shared = len(scores[0]) - 4  # the columns that name a group
+    shared = scores[0].index("nats/token ± 95%")  # the columns that name a group
     lines = [first + second[shared:] for first, second in zip(scores[1], costs[1], strict=True)]
     return scores[0] + costs[0][shared:], lines
 
@@ -301,6 +305,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     entropy = fmean(group["unigram_entropy"] for group in results["groups"])
     over = bound.get("interval_over", "sequences")
     searched = results.get("search_seed") is not None
+    differ = any(group["difference"] is not None for group in results["groups"] + results["best"])
     intervals = (
         f"over {seeds} seeds (Student t), each with its own text, tokenizer, order, weights and noise"
         f"{'; where a size has one seed only, over ' + over + ' and draws' if searched else ''}"
@@ -310,8 +315,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     found = [
         f"Test split, {bound['num_tokens']:,} tokens; their unigram entropy is {entropy:.3f} nats/token. = exact, ≤ "
         f"bound; intervals are 95%, {intervals}. {UPPER_END}",
-        f"Differences to {results['baseline']} are of the same sequences; below zero is better. Budgets count "
-        f"{'6 N D' if results['count'] == '6nd' else 'measured FLOPs'}, N without embedding and head.",
+        (f"Differences to {results['baseline']} are of the same sequences; below zero is better. " if differ else "")
+        + f"Budgets count {'6 N D' if results['count'] == '6nd' else 'measured FLOPs'}, N without embedding and head.",
     ]
     if "interval_over" not in bound and seeds == 1:
         found.append(NOT_CLUSTERED)

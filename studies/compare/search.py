@@ -4,7 +4,7 @@ With `search_seed` all shapes are trained at that seed, and the other seeds only
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -46,6 +46,13 @@ def number_of_runs(comparison: Comparison) -> int:
         return len(comparison.runs)
     cells = {(run.name, run.budget, run.seed) for run in comparison.runs if run.seed != comparison.search_seed}
     return len(searched(comparison).runs) + len(cells)
+
+
+def number_done(comparison: Comparison, finished: Collection[Run]) -> int:
+    """How many of `number_of_runs` are finished; of other seeds than that of the search one shape of each counts."""
+    first = set(searched(comparison).runs)
+    others = {(run.name, run.budget, run.seed) for run in finished if run not in first}
+    return len(first.intersection(finished)) + len(others)
 
 
 def best_shapes(comparison: Comparison, trained: Sequence[Trained]) -> dict[tuple[str, float], str]:

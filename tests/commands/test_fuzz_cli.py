@@ -128,7 +128,15 @@ COMMANDS: dict[str, tuple[list[list[str]], dict[str, list[str]]]] = {
     ),
     "compare": (
         [[*["families"] * 5, "TEXT", "JSONL", "NOTHING", "EMPTY", "FOLDER", "", "\0"]],
-        {"--jobs": COUNT, "--launcher": ["", "x"], "--out": ["OUT"], **WRITES},
+        {
+            "--run": ["MDM", "mdm", "x", ""],
+            "--shape": ["64x2", ""],
+            "--seed": ["0", "7", "-1", "x"],
+            "--jobs": COUNT,
+            "--launcher": ["", "x"],
+            "--out": ["OUT"],
+            **WRITES,
+        },
     ),
 }
 USUAL = {"generate": ["--max-new-tokens", "2"], "ppl": ["--max-documents", "2"], "compare": ["--dry-run"]}

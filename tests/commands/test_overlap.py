@@ -5,7 +5,8 @@ import json
 from command_runs import DOCUMENTS, refused, run
 
 from prime_v2.data.packing import PackedBlocks
-from prime_v2.data.preparation import COMPLETE, SEALED, WHOLE_TOKENS, prepare_text
+from prime_v2.data.preparation import COMPLETE, SEALED, WHOLE_TOKENS, measured_of, prepare_text
+from prime_v2.data.splits import corpus_fingerprint
 from prime_v2.output.paths import without_places
 from prime_v2.output.records import read_record
 from prime_v2.output.seals import write_seal
@@ -21,7 +22,7 @@ def prepared(folder):
     path = folder / "trained_on.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TRAINED_ON))
     arguments = ["--data", str(path), "--bpe_vocab_size", "280", "--block_size", "8", "--output_dir", str(folder)]
-    arguments += ["--dev_share", "0.2", "--test_share", "0.2"]
+    arguments += ["--dev_share", "0.2", "--test_share", "0.2", "--seed", "3"]
     run_options, training, _ = parse_options(arguments, parser_class=RaisingParser)
     prepare_text(text_options(run_options, training.seed), {"num_subtokens": 1}, folder / "data")
     return folder / "data"
@@ -47,13 +48,28 @@ def test_the_runs_of_a_text_are_counted_that_the_training_split_has_too(text_fil
     assert printed["ngrams_in_train"][0]["ngrams_in_train"] > 0
     assert (printed["documents"], printed["tokens"]) == (7, len(ids) - 7)
     assert printed["train_tokens"] == len(trained_on)
+    fingerprints = {"train": PackedBlocks(data / "train").fingerprint, "text": corpus_fingerprint(DOCUMENTS[:7])}
+    assert printed["fingerprints"] == fingerprints
     assert read_record(output)["results"] == without_places(printed)
     assert f" runs of 8 tokens, {printed['ngrams_in_train'][0]['share']:.1%}" in run(*arguments).stdout
 
 
+def test_a_split_of_the_source_itself_is_that_of_the_prepared_text(tmp_path):
+    """Its test split has the counts that were made when it was prepared, but for the tokens after the last block."""
+    data = prepared(tmp_path)
+    arguments = ["overlap", data, tmp_path / "trained_on.jsonl", "--split"]
+    counted, known = json.loads(run(*arguments, "test", "--json").stdout)["ngrams_in_train"], measured_of(data)
+    for found, expected in zip(counted, known["test_ngrams_in_train"], strict=True):
+        assert 0 <= found["ngrams"] - expected["ngrams"] < 8
+        assert 0 <= found["ngrams_in_train"] - expected["ngrams_in_train"] < 8
+    ids = PackedBlocks(data / "train").ids
+    of_train = json.loads(run(*arguments, "train", "--json").stdout)
+    assert 0 <= of_train["tokens"] + of_train["documents"] - len(ids) < 8
+
+
 def test_a_folder_without_prepared_text_is_refused(text_file, tmp_path):
     sentence = refused("overlap", tmp_path, text_file)
-    assert sentence == f"{tmp_path} holds no prepared text; give the folder `data` of a run of train.py"
+    assert sentence.startswith(f"{tmp_path} holds no prepared text; give the folder `data` of a run of train.py, or")
 
 
 def test_damaged_text_is_refused(text_file, tmp_path):

@@ -9,7 +9,15 @@ from docs.tables.compare import is_of_its_recipe, origin
 from prime_v2.output.atomic import json_text
 
 RECORDS = sorted((Path(__file__).resolve().parents[2] / "results").glob("*.json"))
-OF_EARLIER_RECIPES = ("isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_left_to_right")
+OF_EARLIER_RECIPES = (
+    "families",
+    "isoflop",
+    "levers",
+    "levers_seeds",
+    "winners",
+    "study_1e12_first",
+    "study_left_to_right",
+)
 LARGEST = 500_000  # bytes; a row of a run takes some 7,500
 
 

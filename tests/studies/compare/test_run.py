@@ -393,21 +393,22 @@ def test_a_network_is_measured_once(monkeypatch, tmp_path):
     planned = plan.plan(comparison, tmp_path, measure=False)
     names = {run.name for run in comparison.runs}
     assert len(measured) == len(names) < len(planned)
-    sizes = [plan._what_costs(run.options) for run in read_comparison("study_1e12").runs if run.name == "MDM"]
-    assert len(set(sizes)) == len(sizes)  # other sizes and seeds are other networks and noise
+    study = read_comparison("study_1e12")
+    sizes = {(run.shape, plan._network_of(run, study)) for run in study.runs if run.name == "MDM"}
+    assert len(sizes) == len({network for _, network in sizes}) == 4  # other sizes are other networks, seeds are not
     assert all(len({each.steps for each in planned if each.run.name == name}) == 1 for name in names)
 
 
-def test_a_recorded_run_says_what_other_rates_of_its_network_cost(monkeypatch, tmp_path):
-    """So that all settings of one network have the same steps, whichever machine measured it."""
+def test_other_rates_of_a_recorded_network_have_its_steps(monkeypatch, tmp_path):
+    """And not those that its own text would have cost, nor what another machine or version measures."""
     comparison = one_sequence_a_micro_batch(read_comparison("tuning"))
     some = tuple(run for run in comparison.runs if run.name == "MDM")
-    training = {"parameters": 9, "parameters_non_embedding": 8, "flops_measured": 3e6, "tokens": 2}
+    training = {"parameters": 9, "parameters_non_embedding": 8, "flops_measured": 3e6, "tokens": 2, "steps": 77}
     recorded = [(some[0], {"results": {"training": training}})]
     monkeypatch.setattr(plan, "cost_of", lambda *args: pytest.fail("measured"))
     planned = plan.plan(dataclasses.replace(comparison, runs=some), tmp_path, measure=False, recorded=recorded)
     assert len(planned) == len(some) - 1
-    assert {each.cost.measured for each in planned} == {1.5e6}
+    assert {(each.cost.measured, each.steps) for each in planned} == {(1.5e6, 77)}
 
 
 def test_numbers_of_flops_are_short():

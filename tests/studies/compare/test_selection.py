@@ -47,8 +47,9 @@ def test_shapes_are_searched_where_several_and_the_search_seed_are_left(shapes, 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"runs": ["MDN"]}, "--run MDN is not in the comparison; did you mean MDM?; there are MDM, nested"),
-        ({"shapes": ["64x2"]}, "--shape 64x2 is not in the comparison; there are 16x1, 2e_3"),
+        ({"runs": ["MDN"]}, "--run 'MDN' is not in the comparison; did you mean MDM?; there are MDM, nested"),
+        ({"runs": [""]}, "--run '' is not in the comparison; there are MDM, nested"),
+        ({"shapes": ["64x2"]}, "--shape '64x2' is not in the comparison; there are 16x1, 2e_3"),
         ({"seeds": [7]}, "--seed 7 is not in the comparison; there are 0, 1"),
     ],
 )
@@ -60,8 +61,27 @@ def test_what_the_comparison_has_not_is_refused(given, sentence):
 
 def test_names_without_a_run_in_common_are_refused():
     partial = Comparison("made_up", "6nd", "MDM", tuple(each for each in RUNS if each.shape == "16x1" or each.seed), 0)
-    with pytest.raises(ValueError, match="no run of made_up is one of --run MDM, --shape 2e_3 and --seed 0 at once"):
+    with pytest.raises(ValueError) as refusal:
         selected(partial, ["MDM"], ["2e_3"], [0])
+    assert str(refusal.value) == (
+        "no run has this --run, --shape and --seed at once; those that --run leaves have --shape 16x1 --seed 0, "
+        "--shape 16x1 --seed 1, --shape 2e_3 --seed 1"
+    )
+
+
+def test_a_comparison_of_one_size_has_no_shape_to_name():
+    only = Comparison("made_up", "6nd", "MDM", (Run("MDM", "", 1e9, 0, {}),))
+    with pytest.raises(ValueError, match="has one size, which has no name; leave --shape out"):
+        selected(only, shapes=[""])
+
+
+def test_a_name_wins_over_a_label_and_a_label_over_a_folder():
+    labels = {"A": "B", "B": "A", "MDM": "MDM", "plus": "MDM +", "star": "MDM*"}
+    runs = tuple(Run(name, "", 1e9, 0, {"label": label}) for name, label in labels.items())
+    confusing = Comparison("made_up", "6nd", "MDM", runs)
+    called = {"A": "A", "B": "B", "MDM": "MDM", "MDM +": "plus", "MDM*": "star", "MDM-": "MDM"}
+    for given, name in called.items():
+        assert [run.name for run in selected(confusing, [given]).runs] == [name], given
 
 
 def test_a_part_is_trained_as_the_whole_would_and_the_whole_goes_on_from_it(tmp_path, monkeypatch):
@@ -81,6 +101,8 @@ def test_a_part_is_trained_as_the_whole_would_and_the_whole_goes_on_from_it(tmp_
     (row,) = json.loads(result.stdout)["rows"]
     assert (row["name"], row["seed"], row["difference"]) == ("Prime v2", 5, None)
     assert row["training"]["steps"] == steps["Prime v2", 5]
+    assert not (out / "summary.json").exists()  # which is of the whole
+    assert "minus MDM" not in run(config, "--out", out, "--run", "Prime v2", "--seed", "5").stdout
     states = json.loads(run(config, "--out", out, "--dry-run", "--json").stdout)["runs"]
     assert [(each["name"], each["seed"]) for each in states if each["state"] == "finished"] == [("Prime v2", 5)]
-    assert refused(config, "--out", out, "--run", "ARMS").startswith("--run ARMS is not in the comparison; did you")
+    assert refused(config, "--out", out, "--run", "ARMS").startswith("--run 'ARMS' is not in the comparison")
