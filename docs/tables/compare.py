@@ -18,7 +18,7 @@ from prime_v2.training.recipes import recipe_names
 
 RECORDS = (
     "families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders", "study_levers",
-    "study_gpt2", "study_1e13_seeds",
+    "study_gpt2",
 )  # fmt: skip
 
 
@@ -26,9 +26,6 @@ RECORDS = (
 REPEATED_BY = {
     "runs/seed0/study_1e13.yaml": "study_1e13 --seed 0",
     "runs/study_trees.yaml": "study_trees",
-    "runs/some/e13/2/study_1e13.yaml": (
-        "study_1e13_seeds --run 'MDM, tree embedding' --run 'coarse-first 6-11, trained nested'"
-    ),
 }
 
 

@@ -16,10 +16,11 @@ from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
-BUDGETS = ("study_1e12",)  # of the protocol's three, the records with three seeds
+BUDGETS = ("study_1e12", "study_1e13_seeds")  # of the protocol's three, the records with three seeds
+ALL_ARMS = "study_1e12"  # the largest of these that has every arm
 SETTINGS = (
-    "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13", "arm_subtokens",
-    "largest",
+    "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13",
+    "study_1e13_seeds", "arm_subtokens", "largest",
 )  # fmt: skip
 # Whose question the paper answers by its loss: a column more.
 OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")
@@ -84,8 +85,8 @@ def _papers_loss(best: dict[str, Any], form: str) -> str:
 
 
 def families_table(results: Path) -> str:
-    """The arms at the largest budget that is recorded, each at its best size: bound, distance, the paper's loss."""
-    record = read_record(results / f"compare_{BUDGETS[-1]}.json")
+    """All arms with three seeds, each at its best size: bound, distance, the paper's loss."""
+    record = read_record(results / f"compare_{ALL_ARMS}.json")
     found, lines = record["results"], []
     for each in found["best"]:
         bound, difference = each["bound"], each["difference"]
@@ -244,4 +245,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "learned_order": learned_order_table,
     "overlap": overlap_table,
     "largest_seeds": partial(seeds_table, "largest_seeds"),
+    "seeds_1e13": partial(seeds_table, "study_1e13_seeds"),
 }

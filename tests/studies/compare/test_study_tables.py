@@ -52,6 +52,7 @@ def recorded_study(folder: Path, better: str = "MDM, tree") -> dict:
 
 
 def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ALL_ARMS", "study_1e9")
     for name, value in (("BUDGETS", ("study_1e9",)), ("WHOLE_TOKENS", ("MDM", "MDM, tree")), ("DIGITS", ("Prime",))):
         monkeypatch.setattr(tables, name, value)
     results = recorded_study(tmp_path)
