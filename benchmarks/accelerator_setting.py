@@ -90,7 +90,8 @@ def _write_tiny_study(setting: Setting, path: Path) -> None:
     content["train"] |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "eval_num_samples": 1}
     content["train"] |= {"dev_share": 0.2, "test_share": 0.2, "eval_sequences": 4, "test_sequences": 4}
     content["train"]["model"] |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    content["runs"]["nested 6-11"]["model"] |= {"num_subtokens": 9, "tree_levels": [5, 9], "stage_digits": [5, 9]}
+    digits = {"num_subtokens": 9, "tree_levels": [5, 9], "stage_digits": [5, 9], "head_digits": [5, 9]}
+    content["runs"]["nested 6-11"]["model"] |= digits
     content["budgets"] = [3.0e7]
     Path(setting.study).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 

@@ -1,12 +1,17 @@
-"""`prime-v2` in this process, and a text for it."""
+"""`prime-v2` in this process, and texts for it."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
 from prime_v2.commands.main import app
+from prime_v2.data.preparation import prepare_text
+from prime_v2.training.options import RaisingParser, parse_options
+from prime_v2.training.run import text_options
 
 DOCUMENTS = [f"document {i} says that the quick brown fox jumps over {i * 7} lazy dogs" for i in range(12)]
 
@@ -31,3 +36,14 @@ def refused(*arguments: object) -> str:
 def of_command(name: str) -> tuple[Callable[..., Any], Callable[..., str]]:
     """`run` and `refused` of a sub-command."""
     return partial(run, name), partial(refused, name)
+
+
+def prepared(folder: Path, documents: Sequence[str]) -> Path:
+    """The documents as train.py prepares them, a fifth for dev and a fifth for test."""
+    path = folder / "trained_on.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    arguments = ["--data", str(path), "--bpe_vocab_size", "280", "--block_size", "8", "--output_dir", str(folder)]
+    arguments += ["--dev_share", "0.2", "--test_share", "0.2", "--seed", "3"]
+    run_options, training, _ = parse_options(arguments, parser_class=RaisingParser)
+    prepare_text(text_options(run_options, training.seed), {"num_subtokens": 1}, folder / "data")
+    return folder / "data"

@@ -2,30 +2,17 @@
 
 import json
 
-from command_runs import DOCUMENTS, refused, run
+from command_runs import DOCUMENTS, prepared, refused, run
 
 from prime_v2.data.packing import PackedBlocks
-from prime_v2.data.preparation import COMPLETE, SEALED, WHOLE_TOKENS, measured_of, prepare_text
+from prime_v2.data.preparation import COMPLETE, SEALED, WHOLE_TOKENS, measured_of
 from prime_v2.data.splits import corpus_fingerprint
 from prime_v2.output.paths import without_places
 from prime_v2.output.records import read_record
 from prime_v2.output.seals import write_seal
 from prime_v2.tokenization import PrimeV2Tokenizer
-from prime_v2.training.options import RaisingParser, parse_options
-from prime_v2.training.run import text_options
 
 TRAINED_ON = [f"{text} and then document {i} says no more" for i, text in enumerate(DOCUMENTS * 5)]
-
-
-def prepared(folder):
-    """The text of `TRAINED_ON`, as train.py prepares it."""
-    path = folder / "trained_on.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TRAINED_ON))
-    arguments = ["--data", str(path), "--bpe_vocab_size", "280", "--block_size", "8", "--output_dir", str(folder)]
-    arguments += ["--dev_share", "0.2", "--test_share", "0.2", "--seed", "3"]
-    run_options, training, _ = parse_options(arguments, parser_class=RaisingParser)
-    prepare_text(text_options(run_options, training.seed), {"num_subtokens": 1}, folder / "data")
-    return folder / "data"
 
 
 def runs_of(ids: list[int], length: int) -> list[tuple[int, ...]]:
@@ -33,7 +20,7 @@ def runs_of(ids: list[int], length: int) -> list[tuple[int, ...]]:
 
 
 def test_the_runs_of_a_text_are_counted_that_the_training_split_has_too(text_file, tmp_path):
-    data = prepared(tmp_path)
+    data = prepared(tmp_path, TRAINED_ON)
     output = tmp_path / "record.json"
     arguments = ["overlap", data, text_file, "--max-documents", 7]
     printed = json.loads(run(*arguments, "--json", "--output", output).stdout)
@@ -56,7 +43,7 @@ def test_the_runs_of_a_text_are_counted_that_the_training_split_has_too(text_fil
 
 def test_a_split_of_the_source_itself_is_that_of_the_prepared_text(tmp_path):
     """Its test split has the counts that were made when it was prepared, but for the tokens after the last block."""
-    data = prepared(tmp_path)
+    data = prepared(tmp_path, TRAINED_ON)
     arguments = ["overlap", data, tmp_path / "trained_on.jsonl", "--split"]
     counted, known = json.loads(run(*arguments, "test", "--json").stdout)["ngrams_in_train"], measured_of(data)
     for found, expected in zip(counted, known["test_ngrams_in_train"], strict=True):
@@ -73,7 +60,7 @@ def test_a_folder_without_prepared_text_is_refused(text_file, tmp_path):
 
 
 def test_damaged_text_is_refused(text_file, tmp_path):
-    data = prepared(tmp_path)
+    data = prepared(tmp_path, TRAINED_ON)
     content = bytearray((data / "train").read_bytes())
     content[3] ^= 1
     (data / "train").write_bytes(content)
@@ -81,7 +68,7 @@ def test_damaged_text_is_refused(text_file, tmp_path):
 
 
 def test_a_streamed_text_is_refused(text_file, tmp_path):
-    data = prepared(tmp_path)
+    data = prepared(tmp_path, TRAINED_ON)
     for path in (data / "train", data / "train.json", data / COMPLETE):  # of a stream dev and test are kept only
         path.unlink()
     write_seal(data, COMPLETE, ("dev", "dev.json", "test", "test.json", *SEALED))

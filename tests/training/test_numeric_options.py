@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from command_options import NUMBERS, Parameter
+from command_runs import DOCUMENTS, prepared
 from typer.testing import CliRunner
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, build_tokenizer
@@ -39,6 +40,7 @@ CALLS = {
     "generate": ["MODEL", "--max-new-tokens", "2"],
     "ppl": ["MODEL", "TEXT", "--max-documents", "1", "--num-samples", "1"],
     "entropy": ["TEXT", "--tokenizer", "MODEL"],
+    "overlap": ["PREPARED", "TEXT"],
     "quality": [
         *("MODEL", "--law-only", "--text", "TEXT", "--length", "8", "--passes", "2", "--samples", "8", "--draws", "1"),
         *("--out", "OUT"),
@@ -66,7 +68,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     comparison["train"]["model"] = SHAPE
     (root / "comparison.yaml").write_text(yaml.safe_dump(comparison))
     names = {"MODEL": "model", "TEXT": "text.txt", "COMPARISON": "comparison.yaml", "NOTHING": "nothing", "OUT": "out"}
-    return {name: str(root / path) for name, path in names.items()}
+    return {name: str(root / path) for name, path in names.items()} | {"PREPARED": str(prepared(root, DOCUMENTS))}
 
 
 class Slow(BaseException):
