@@ -1,17 +1,13 @@
 """Bound and paper's loss against the number of sub-tokens, of a record of `prime-v2 compare granularity`.
 
-    python docs/granularity.py results/compare_granularity.json docs/findings_granularity.png
-
 Figure 4 of the paper (arXiv:2603.16077) asks the same of its loss, which for S > 1 is no bound.
 """
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
 
 from prime_v2.output.figures import new_figure, save_figure
-from prime_v2.output.records import read_record
 
 NAME = re.compile(r"S = (\d+)(, shuffled)?")
 FORMS = {False: ("unshuffled", "tab:blue", "o"), True: ("shuffled", "tab:red", "s")}
@@ -61,15 +57,3 @@ def draw(results: dict[str, Any], path: str | Path) -> Path:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     return save_figure(figure, path)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="record of prime-v2 compare granularity (JSON)")
-    parser.add_argument("figure", type=Path, help="draw the figure here (PNG)")
-    options = parser.parse_args(arguments)
-    print(f"figure: {draw(read_record(options.record)['results'], options.figure)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,6 @@ import pytest
 
 from docs import granularity
 from prime_v2.output import figures
-from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
 
 NAMES = ("S = 1", "S = 4", "S = 4, shuffled", "S = 11, shuffled", "S = 11")
 
@@ -31,8 +29,7 @@ def test_every_point_of_the_figure_is_the_records(tmp_path, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(granularity, "new_figure", kept)
-    record = write_json(tmp_path / "compare_granularity.json", make_record("compare", results_of(), seed=0))
-    granularity.main([str(record), str(tmp_path / "figure.png")])
+    granularity.draw(results_of(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line for line in axes.get_lines()}
