@@ -3,7 +3,7 @@
     python -m docs.figures                  # draw all anew
     python -m docs.figures quality.png      # one of them
 
-`tests/docs/test_figures.py` holds each to what its record gives today, point by point.
+`tests/docs/test_figures.py` holds each to what its record gives today.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def _from_results(draw: Callable[[dict[str, Any], Path], Any]) -> Callable[[Path
 
 def _published(record: Path, path: Path) -> None:
     """The fits of the record over the points that they were made of."""
-    fits = read_fits(record, [])
-    points, _ = choose_families(read_points([PUBLISHED], loss="bound", count="6nd"), list(fits))
+    fits, results = read_fits(record, []), read_record(record)["results"]
+    points, _ = choose_families(read_points([PUBLISHED], loss=results["loss"], count=results["count"]), list(fits))
     plot_families([(fit, points[name]) for name, fit in fits.items()], path)
 
 

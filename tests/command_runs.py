@@ -39,7 +39,10 @@ def of_command(name: str) -> tuple[Callable[..., Any], Callable[..., str]]:
 
 
 def prepared(folder: Path, documents: Sequence[str]) -> Path:
-    """The documents as train.py prepares them, a fifth for dev and a fifth for test."""
+    """The folder of the documents as train.py prepares them, a fifth for dev and a fifth for test.
+
+    They lie in trained_on.jsonl beside it.
+    """
     path = folder / "trained_on.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     arguments = ["--data", str(path), "--bpe_vocab_size", "280", "--block_size", "8", "--output_dir", str(folder)]
