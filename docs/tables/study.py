@@ -159,6 +159,23 @@ def _sign(bound: dict[str, Any]) -> str:
     return "=" if bound["is_exact"] else "≤"
 
 
+def ends_table(results: Path) -> str:
+    """The arms of `study_ends`: the last dev bounds by size, with those of the study that has the other sizes."""
+    record = read_record(results / "compare_study_ends.json")
+    lines, scores = [], {(each["name"], each["shape"]): each["bound"] for each in record["results"]["best"]}
+    for row in sorted(record["results"]["rows"], key=lambda row: row["budget"]):
+        study = read_record(results / f"compare_study_{number(row['budget'])}.json")["results"]
+        same = [each for each in study["rows"] if (each["name"], each["seed"]) == (row["name"], row["seed"])]
+        sizes = sorted([*same, row], key=lambda each: each["training"]["parameters_non_embedding"])
+        dev = {each["shape"]: each["curve"][-1]["bound"] for each in sizes}
+        best, bound = min(dev, key=dev.__getitem__), scores[row["name"], row["shape"]]
+        cells = [f"**{shape} {dev[shape]:.3f}**" if shape == best else f"{shape} {dev[shape]:.3f}" for shape in dev]
+        score = f"{_sign(bound)} {with_interval(bound)}"
+        lines.append([row["name"], number(row["budget"]), row["shape"], ", ".join(cells), score])
+    heads = ["run", "FLOPs", "added", "dev bounds by size", "test ± 95%, of the one added"]
+    return f"{markdown(heads, lines)}\n{origin(record)}"
+
+
 def orders_table(results: Path) -> str:
     """A line a model and order of reveal, a column a text: the bound, and its paired distance to MDM with a tree."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -241,6 +258,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **{name: partial(settings_table, name, papers_loss=True) for name in OF_THE_PAPERS_LOSS},
     "families": families_table,
     "verdict": verdict_table,
+    "ends": ends_table,
     "orders": orders_table,
     "learned_order": learned_order_table,
     "overlap": overlap_table,
