@@ -142,7 +142,9 @@ def _fit_family(
         law = fit_law(parameters, tokens, loss, k=k, bootstrap=bootstrap, rng=streams[1], progress=progress)
     if 2 in approaches:
         try:
-            isoflop = fit_isoflop(flops, parameters, loss, k=k, bootstrap=bootstrap, rng=streams[0])
+            isoflop = fit_isoflop(
+                flops, parameters, loss, k=k if follows else per_product, bootstrap=bootstrap, rng=streams[0]
+            )
         except ValueError as error:
             if law is None:
                 raise

@@ -1,7 +1,8 @@
 """Scaling laws by approach 2 of Hoffmann et al. (arXiv:2203.15556): at each budget a parabola of the loss in log N.
 
 Its minimum is the best size N* of that budget C, with D* = C / (k N*) and the loss L*; straight lines through log N*,
-log D* and log L* against log C are the power laws. Nothing is assumed about the form of L(N, D).
+log D* and log L* against log C are the power laws. Nothing is assumed about the form of L(N, D). Where C / (N D)
+differs from size to size (the head is more of the work in small models), k at N* is that of the sizes beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,16 +111,18 @@ def fit_isoflop(
     parameters: Sequence[float] | np.ndarray,
     loss: Sequence[float] | np.ndarray,
     *,
-    k: float = 6.0,
+    k: float | Sequence[float] | np.ndarray = 6.0,
     bootstrap: int = 1000,
     rng: np.random.Generator | None = None,
 ) -> IsoFlop:
     """Fit a parabola to each budget that has three sizes, and power laws through two minima or more.
 
-    flops, parameters, loss (n,). bootstrap: samples drawn from `rng`, at each budget from its own points.
+    flops, parameters, loss (n,). k: C / (N D), of all points or of each (n,). bootstrap: samples drawn from `rng`,
+    at each budget from its own points.
     Raises ValueError when no budget has three sizes.
     """
     budgets, sizes, losses = (np.asarray(each, dtype=float) for each in (flops, parameters, loss))
+    per_product = np.broadcast_to(np.asarray(k, dtype=float), budgets.shape)
     rng = rng or np.random.default_rng(0)
     parabolas, samples, notes = [], [], []
     for group in group_budgets(budgets):
@@ -128,7 +131,7 @@ def fit_isoflop(
         if distinct < MIN_SIZES:
             notes.append(f"{budget:.3g} FLOPs left out: {distinct} sizes, and a parabola needs {MIN_SIZES}")
             continue
-        parabola, drawn = _fit_budget(budget, sizes[group], losses[group], k, bootstrap, rng)
+        parabola, drawn = _fit_budget(budget, sizes[group], losses[group], per_product[group], bootstrap, rng)
         notes += _notes(parabola, drawn)
         parabolas.append(parabola)
         samples.append(drawn)
@@ -143,7 +146,7 @@ def fit_isoflop(
 
 
 def _fit_budget(
-    flops: float, sizes: np.ndarray, losses: np.ndarray, k: float, bootstrap: int, rng: np.random.Generator
+    flops: float, sizes: np.ndarray, losses: np.ndarray, k: np.ndarray, bootstrap: int, rng: np.random.Generator
 ) -> tuple[Parabola, np.ndarray]:
     """The parabola of one budget and the minima of its bootstrap samples: (R, 3) N*, D*, L*, nan where there is none.
 
@@ -178,15 +181,25 @@ def _fit_budget(
     return parabola, minima
 
 
-def _minima(coefficients: np.ndarray, sizes: np.ndarray, flops: float, k: float) -> np.ndarray:
-    """(R, 3) coefficients to (R, 3) N*, D*, L* of the minimum; nan where there is none within REACH of the sizes."""
+def _minima(coefficients: np.ndarray, sizes: np.ndarray, flops: float, k: np.ndarray) -> np.ndarray:
+    """(R, 3) coefficients to (R, 3) N*, D*, L* of the minimum; nan where there is none within REACH of the sizes (n,).
+
+    k (n,) of the points; at N* its log is interpolated in log N, outside the sizes it is that of the nearest.
+    """
     c0, c1, c2 = coefficients.T
     centre = _centre(sizes)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         best = centre * np.exp(-c1 / (2 * c2))
-        found = np.stack([best, flops / (k * best), c0 - c1**2 / (4 * c2)], axis=1)
+        found = np.stack([best, flops / (_at_size(best, sizes, k) * best), c0 - c1**2 / (4 * c2)], axis=1)
     near = (best >= sizes.min() / REACH) & (best <= sizes.max() * REACH) & (found[:, 2] > 0)
     return np.where((near & (c2 > 0))[:, None], found, np.nan)
+
+
+def _at_size(best: np.ndarray, sizes: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """k (n,) of the sizes (n,) to k at `best` (R,); of points of one size the geometric mean."""
+    distinct, places, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    mean = np.bincount(places, np.log(k)) / counts
+    return np.exp(np.interp(np.log(best), np.log(distinct), mean))
 
 
 def _centre(sizes: np.ndarray) -> float:

@@ -171,6 +171,21 @@ def test_parabolas_and_power_laws_are_recovered():
     assert found.notes == []
 
 
+def test_tokens_of_a_minimum_are_those_that_runs_beside_it_read():
+    """With a head in its count, a small model has more FLOPs a parameter and token than a large one."""
+    parameters = np.geomspace(2e4, 8e5, 7)
+    flops = np.repeat([1e12, 1e13], 7)
+    per_product = np.tile(6 * (1 + 4e5 / parameters), 2)
+    best = np.repeat([parameters[2], parameters[4]], 7)
+    loss = 4 + 0.1 * np.log(np.tile(parameters, 2) / best) ** 2
+    found = fit_isoflop(flops, np.tile(parameters, 2), loss, k=per_product, bootstrap=0)
+    tokens = (flops / (per_product * np.tile(parameters, 2)))[[2, 7 + 4]]  # of the run that is the best
+    np.testing.assert_allclose([each.tokens for each in found.parabolas], tokens, rtol=1e-6)
+    np.testing.assert_allclose(found.power_laws["tokens"].exponent, np.log10(tokens[1] / tokens[0]), rtol=1e-6)
+    between = fit_isoflop(flops[:7], parameters, 4 + 0.1 * np.log(parameters / 1e5) ** 2, k=per_product[:7])
+    np.testing.assert_allclose(between.parabolas[0].tokens, 1e12 / (6 * 5 * 1e5), rtol=0.01)
+
+
 def test_intervals_of_a_minimum_cover_at_their_rate():
     """200 repeats of 10 sizes and 3 coefficients, for which resampling covers about 91% instead of 95%.
 
