@@ -16,11 +16,11 @@ from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
-BUDGETS = ("study_1e12", "study_1e13_seeds")  # of the protocol's three, the records with three seeds
+BUDGETS = ("study_1e12", "study_1e13_seeds", "study_3e13_seeds")  # the records with three seeds
 ALL_ARMS = "study_1e12"  # the largest of these that has every arm
 SETTINGS = (
     "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13",
-    "study_1e13_seeds", "study_parts", "arm_subtokens", "largest",
+    "study_1e13_seeds", "study_3e13_seeds", "study_parts", "arm_subtokens", "largest",
 )  # fmt: skip
 # Whose question the paper answers by its loss: a column more.
 OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")
@@ -41,7 +41,7 @@ def settings_table(name: str, results: Path, papers_loss: bool = False) -> str:
     """
     record = read_record(results / f"compare_{name}.json")
     found = record["results"]
-    best, lines = {each["name"]: each for each in found["best"]}, []
+    best, lines = _arms(found), []
     for arm in found["names"]:
         cells = [_dev_cell(found, arm, shape, best[arm]["shape"]) for shape in found["shapes"]]
         bound, difference = best[arm]["bound"], best[arm]["difference"]
@@ -63,6 +63,11 @@ def settings_table(name: str, results: Path, papers_loss: bool = False) -> str:
     if laws := sampler_table(found):
         parts.append(f"{SAMPLED}:\n\n{markdown(*laws)}")
     return "\n".join([*parts, "\n".join(notes(found)) + f"\n\n{origin(record)}"])
+
+
+def _arms(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each arm of a record of one budget at its best shape, or at the one that there is."""
+    return {each["name"]: each for each in found["best"] or found["groups"]}
 
 
 def _dev_cell(found: dict[str, Any], name: str, shape: str, best: str) -> str:
@@ -106,20 +111,21 @@ def families_table(results: Path) -> str:
 def verdict_table(results: Path) -> str:
     """A line an arm that diffuses digits and a number, a column a budget: its distance to the best over whole tokens.
 
-    That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands.
+    That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands. "–"
+    where a record lacks the arm.
     """
     records = [read_record(results / f"compare_{name}.json") for name in BUDGETS]
     lines: dict[tuple[str, str], list[str]] = {}
-    for record in records:
+    for column, record in enumerate(records):
         found = record["results"]
-        best = {each["name"]: each for each in found["best"]}
+        best = _arms(found)
         _check_baseline(found, best)
-        for name in DIGITS:
+        for name in filter(best.__contains__, DIGITS):
             seeds = len(best[name]["seeds"])
             differences = {"bound": best[name]["difference"]}
             differences |= {f"{passes} passes": law["difference"] for passes, law in best[name]["sampler"].items()}
             for what, difference in differences.items():
-                lines.setdefault((name, what), []).append(_verdict(difference, seeds))
+                lines.setdefault((name, what), ["–"] * len(records))[column] = _verdict(difference, seeds)
     heads = ["arm", "of", *(f"{number(record['results']['budgets'][0])} FLOPs" for record in records)]
     return markdown(heads, [[*key, *cells] for key, cells in lines.items()]) + "\n" + "\n".join(map(origin, records))
 
@@ -131,7 +137,7 @@ def seeds_table(name: str, results: Path) -> str:
     """
     record = read_record(results / f"compare_{name}.json")
     found = record["results"]
-    best, baseline = {each["name"]: each for each in found["best"]}, found["baseline"]
+    best, baseline = _arms(found), found["baseline"]
     arms = [baseline, *(arm for arm in found["names"] if arm != baseline)]
     lines = [[str(seed), *_of_seed(found, seed, arms, best)] for seed in found["seeds"]]
     means = [f"{_sign(best[arm]['bound'])} {with_interval(best[arm]['bound'])}" for arm in arms]
@@ -247,8 +253,9 @@ def _verdict(difference: dict[str, Any], seeds: int) -> str:
 
 
 def _check_baseline(found: dict[str, Any], best: dict[str, Any]) -> None:
-    """ValueError unless the baseline is the better of the arms over whole tokens on the dev split."""
-    dev = {name: float(_dev_cell(found, name, best[name]["shape"], "")) for name in WHOLE_TOKENS}
+    """ValueError unless the baseline is the best on the dev split of the arms over whole tokens that there are."""
+    there = filter(best.__contains__, WHOLE_TOKENS)
+    dev = {name: float(_dev_cell(found, name, best[name]["shape"], "")) for name in there}
     if min(dev, key=dev.__getitem__) != found["baseline"]:
         raise ValueError(f"the baseline {found['baseline']} of {found['comparison']} is not the best on dev: {dev}")
 
@@ -264,4 +271,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "overlap": overlap_table,
     "largest_seeds": partial(seeds_table, "largest_seeds"),
     "seeds_1e13": partial(seeds_table, "study_1e13_seeds"),
+    "seeds_3e13": partial(seeds_table, "study_3e13_seeds"),
 }
