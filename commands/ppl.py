@@ -77,7 +77,7 @@ PplMethod = Annotated[
         "paper_loss: the paper's loss, no bound; uniform, "
         "interpolating: the bounds of these families. A causal model has only causal, its exact likelihood. Beside "
         "others, a model without the given method keeps its own.",
-        show_default="the bound of the order that the model was trained with",
+        show_default="the bound of the order in which the model reveals",
     ),
 ]
 

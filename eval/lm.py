@@ -58,7 +58,7 @@ class PrimeV2LM(HFLM):
     num_samples, seed, adaptive: see `prime_v2.eval.answers.Settings`; adaptive=off draws num_samples always.
     sampler, steps, unit, score, threshold, entropy_bound, stage_passes (0.75:0.25), block_length, cache, temperature,
         top_p: of method="sampler", the law of what `generate` writes (`eval.samplers`); generate_until draws so too.
-    cfg, temperature, mask_unit: only of the published score. published=true: its settings of each task, which were
+    cfg, temperature (1), mask_unit: only of the published score. published=true: its settings of each task, which were
         tuned on the test sets.
     batch_size: rows of max_length tokens that share a pass; 1, lm-eval's default, and auto mean tokens_per_pass, by
         default 8,192 tokens on a CPU and 131,072 elsewhere. No value depends on it.
@@ -87,7 +87,7 @@ class PrimeV2LM(HFLM):
         seed: int = 0,
         adaptive: float | str | bool | None = DEFAULT_ADAPTIVE,
         cfg: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         mask_unit: str | int = "1",
         published: bool = False,
         tokens_per_pass: int | None = None,

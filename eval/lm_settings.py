@@ -136,7 +136,7 @@ def make_scoring(
     of_sampler: dict[str, Any],
     tokens_per_pass: int,
 ) -> Scoring:
-    """given: cfg, temperature, mask_unit; of_sampler: `SAMPLER_ARGUMENTS`, None where they are not given.
+    """given: cfg, temperature, mask_unit; of_sampler: `SAMPLER_ARGUMENTS`. None where they are not given.
 
     Raises ValueError for what is unknown, impossible or has no effect.
     """
@@ -144,15 +144,18 @@ def make_scoring(
     methods = methods_of(config)
     if method is not None and method not in FAMILY_OF_TYPE[config.model_type].methods:
         one_of(f"method={method!r}", method, methods)
+    temperature = given["temperature"]
+    if temperature is not None:
+        temperature = _real_number("temperature", temperature, 1.0)
     given = {
         "cfg": _real_number("cfg", given["cfg"], 0.5),
-        "temperature": _real_number("temperature", given["temperature"], 1.0),
+        "temperature": NOT_FOR_BOUNDS["temperature"] if temperature is None else temperature,
         "mask_unit": str(given["mask_unit"]),
     }
     law, generation_config = None, None
     if method == "sampler":
-        generation_config = _generation_config(model, num_samples, {**of_sampler, "temperature": given["temperature"]})
-        law, given["temperature"] = description(model, generation_config), 1.0
+        generation_config = _generation_config(model, num_samples, {**of_sampler, "temperature": temperature})
+        law, given["temperature"] = description(model, generation_config), NOT_FOR_BOUNDS["temperature"]
     elif unused := [name for name, value in of_sampler.items() if value is not None]:
         raise ValueError(f"{unused[0]} is an option of method=sampler; add that, or leave {unused[0]} out")
     if published:

@@ -24,6 +24,6 @@ os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecat
 
 # The same examples in every run; no deadline, since the first call of an operator in torch is a slow one.
 settings.register_profile("prime_v2", derandomize=True, deadline=None)
-# As many more of tests/test_fuzz_*.py as fuzzing.py says: --hypothesis-profile=thorough, or benchmarks/fuzz.py.
+# As many more of tests/*/test_fuzz_*.py as fuzzing.py says: --hypothesis-profile=thorough, or benchmarks/fuzz.py.
 settings.register_profile("thorough", settings.get_profile("prime_v2"), print_blob=True)
 settings.load_profile("prime_v2")

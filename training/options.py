@@ -17,6 +17,9 @@ from prime_v2.training.recipes import CONFIGS, find_recipe, recipe_names
 from prime_v2.training.stage_passes import check_stage_passes
 from prime_v2.validation_keywords_prime_v2 import did_you_mean, nearest
 
+# Options that decide the tokens and their first vectors: those of a trained folder are its own.
+OF_THE_TOKENS = ("tokenizer", "bpe_vocab_size", "codes", "embedding_init")
+
 
 @dataclass
 class RunOptions:
@@ -131,6 +134,8 @@ def parse_options(
     name = entry or config_path.stem
     defaults: dict[str, Any] = {"output_dir": f"runs/{name}", "per_device_eval_batch_size": 8} | TRAINING_DEFAULTS
     parser.set_defaults(**defaults | options)
+    if parser.parse_known_args(arguments)[0].init_from is not None:  # what a recipe says of tokens gives way, too
+        parser.set_defaults(**{name: getattr(RunOptions, name) for name in OF_THE_TOKENS})
     run, training, extra, unknown = _parsed(parser, kinds, arguments)
     if unknown:
         flag = unknown[0]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -108,6 +109,19 @@ def test_lm_eval_scores_answers_and_texts_by_the_sampler_and_reports_it(folder, 
     ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
     output = lm.model.log_likelihood(ids, method="sampler", generation_config=config)
     assert value == pytest.approx(float(output.value), abs=1e-4)
+
+
+def test_what_lm_eval_is_not_given_is_the_models_own(folder, tmp_path):
+    """And what it is given wins over it."""
+    shutil.copytree(folder, tmp_path / "model")
+    place = tmp_path / "model" / "generation_config.json"
+    own = {"temperature": 0.7, "top_p": 0.9, "max_denoising_steps": 3, "block_length": 4}
+    place.write_text(json.dumps(json.loads(place.read_text()) | own))
+    options = {"pretrained": str(tmp_path / "model"), "method": "sampler", "sampler": "margin"}
+    expected = {"temperature": 0.7, "top_p": 0.9, "steps": 3, "block_length": 4}
+    assert expected.items() <= PrimeV2LM(**options).draws_report().items()
+    given = {"temperature": 1.2, "top_p": 0.8, "steps": 2, "block_length": 3}
+    assert given.items() <= PrimeV2LM(**options, **given).draws_report().items()
 
 
 def test_lm_eval_draws_texts_by_the_sampler_that_it_scores_by(folder):

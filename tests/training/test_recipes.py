@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import yaml
 
+from prime_v2.training.finetuning import TRAINING_FIELDS
+from prime_v2.training.options import RaisingParser, parse_options
 from prime_v2.training.recipes import CONFIGS, find_recipe, recipe_names
 
 
@@ -37,3 +40,21 @@ def test_what_is_neither_is_refused_with_the_recipes(given, tmp_path, monkeypatc
     expected = f"--config {given} is no file and no recipe; the recipes are {', '.join(recipe_names())}"
     with pytest.raises(ValueError, match=re.escape(expected)):
         find_recipe(given)
+
+
+def recipes_of_runs():
+    """Every run that train.py has a recipe for: a file, or FILE:ENTRY of a file with several."""
+    for name in recipe_names():
+        content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        several = any(entry.startswith(".") for entry in content)
+        yield from (f"{name}:{entry}" for entry in content if not entry.startswith(".")) if several else [name]
+
+
+@pytest.mark.parametrize("recipe", list(recipes_of_runs()))
+def test_a_recipe_goes_with_a_trained_folder(recipe, tmp_path):
+    """What it says of tokens, codes, vectors and sizes gives way; a flag that says so is refused elsewhere."""
+    run, _, fields = parse_options(
+        ["--config", recipe, "--init_from", str(tmp_path), "--output_dir", str(tmp_path / "run")], None, RaisingParser
+    )
+    assert (run.tokenizer, run.codes, run.embedding_init) == ("bpe", "shuffle", "random")
+    assert set(fields) <= TRAINING_FIELDS
