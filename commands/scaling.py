@@ -12,13 +12,14 @@ import typer
 from prime_v2.commands.base import Command, finish, new_app
 from prime_v2.commands.options import MOST_DRAWS, Json, Output, new_file
 from prime_v2.output.progress import progress_bar
-from prime_v2.output.records import code_version
+from prime_v2.output.records import code_version, read_record
 
 if TYPE_CHECKING:
     from prime_v2.studies.scaling.families import FamilyFit
     from prime_v2.studies.scaling.points import Point
 
 FIGURES = (".png", ".pdf", ".svg")
+OF_FITS = ("loss", "count", "bootstrap", "seed", "allow_mixed")  # options that decide fits
 
 scaling_app = new_app("scaling", "Fit and use scaling laws. Draw them, plan a run, compare families at equal loss.")
 
@@ -150,6 +151,7 @@ def plot(
 
 @scaling_app.command(cls=Command)
 def plan(
+    context: typer.Context,
     flops: Annotated[list[float], typer.Option(metavar="C", help="Training FLOPs, e.g. 3e20; repeatable.")],
     source: Sources = None,
     fit: Fit = None,
@@ -174,6 +176,7 @@ def plan(
     from prime_v2.studies.scaling.report import render_plan
 
     _check_budgets(flops)
+    seed = _seed_beside(fit, context, seed)
     code = code_version()
     fits, left_out = _fits(source, family, loss, count, fit, Approach.both, bootstrap, seed, allow_mixed)
     plans = [families.plan(each, budget) for each in fits.values() for budget in flops]
@@ -185,6 +188,7 @@ def plan(
 
 @scaling_app.command(cls=Command)
 def efficiency(
+    context: typer.Context,
     family: Annotated[str, typer.Argument(metavar="A", help="Family whose loss is to be reached.")],
     other: Annotated[str, typer.Argument(metavar="B", help="Family that is to reach it.")],
     source: Sources = None,
@@ -217,6 +221,7 @@ def efficiency(
     _check_budgets(flops or [])
     if family.casefold() == other.casefold():
         raise ValueError(f"{family} and {other} are one family; give two")
+    seed = _seed_beside(fit, context, seed)
     code = code_version()
     if fit is None:  # before the fits: which of them is a bound decides whether there is anything to do
         kinds = {point.family.casefold(): point.is_bound for point in _points(source, loss, count)}
@@ -264,6 +269,18 @@ def _fits(
             allow_mixed=allow_mixed,
             progress=show,
         )
+
+
+def _seed_beside(record: Path | None, context: typer.Context, seed: int) -> int:
+    """The seed of the fits that are used; ValueError for options that decide fits beside --fit, which has them."""
+    if record is None:
+        return seed
+    for name in OF_FITS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is decided by the fits of --fit {record}; leave {option} out, or give points")
+    return read_record(record)["seed"]
 
 
 def _check_budgets(budgets: list[float]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from prime_v2.studies.scaling.fit import LawFit, efficiency, fit_law
-from prime_v2.studies.scaling.isoflop import IsoFlop, PowerLaw, fit_isoflop
+from prime_v2.studies.scaling.isoflop import SAME_BUDGET, IsoFlop, PowerLaw, at_size, fit_isoflop
 from prime_v2.studies.scaling.points import Point, Shape, check_one_experiment, read_shapes
 
 SIX = 6.0  # C = 6 N D
 NEAR_SIX = 0.01  # points within it of C = 6 N D follow the rule; published tokens are rounded
 MISFIT = 0.01  # relative distance of the two approaches' lowest losses at a budget that is worth a note
+ROUNDING = 1e-6  # of a log
 NOT_A_BOUND = "not a bound"
 
 
@@ -153,7 +154,9 @@ def _fit_family(
     if len(weights) > 1:
         notes.append("the points count parameters in two ways, 12 and 16 weights a layer in units of hidden_size^2")
     if not follows:
-        notes.append(f"C = {k:.3g} N D, the mean over the points ({k_range[0]:.3g} to {k_range[1]:.3g})")
+        notes.append(
+            f"C = {k:.3g} N D in approach 3 and plans, the mean over the points ({k_range[0]:.3g} to {k_range[1]:.3g})"
+        )
     found = FamilyFit(
         family=family,
         is_bound=points[0].is_bound,
@@ -172,22 +175,29 @@ def _fit_family(
         isoflop=isoflop,
         notes=notes,
     )
-    found.notes += _disagreements(found)
+    found.notes += _disagreements(found, flops, parameters, per_product)
     return found
 
 
-def _disagreements(fit: FamilyFit) -> list[str]:
-    """Budgets at which the two approaches differ: the form E + A/N^a + B/D^b then does not fit the points."""
+def _disagreements(fit: FamilyFit, flops: np.ndarray, parameters: np.ndarray, per_product: np.ndarray) -> list[str]:
+    """Budgets at which the two approaches differ: the form E + A/N^a + B/D^b then does not fit the points.
+
+    flops, parameters, per_product: C, N and C / (N D) of the points (n,). Both approaches take C / (N D) as it is
+    there.
+    """
     notes: list[str] = []
     if fit.law is None or fit.isoflop is None:
         return notes
     for each in fit.isoflop.parabolas:
-        if each.loss is None:
+        if each.loss is None or each.parameters is None:
             continue
-        frontier = float(fit.law.law.frontier(each.flops))
+        there = np.abs(np.log(flops / each.flops)) <= SAME_BUDGET
+        sizes = np.geomspace(min(each.range[0], each.parameters), max(each.range[1], each.parameters), 1000)
+        tokens = each.flops / (at_size(sizes, parameters[there], per_product[there]) * sizes)
+        frontier = float(fit.law.law.loss(sizes, tokens).min())
         if abs(frontier / each.loss - 1) > MISFIT:
             notes.append(
-                f"at {each.flops:.3g} FLOPs the frontier of approach 3 is {frontier:.3f}, the isoFLOP minimum "
+                f"at {each.flops:.3g} FLOPs the lowest loss of approach 3 is {frontier:.3f}, the isoFLOP minimum "
                 f"{each.loss:.3f}: the form of approach 3 does not fit there"
             )
     return notes
@@ -221,19 +231,19 @@ def plan(fit: FamilyFit, flops: float) -> dict[str, Any]:
             name: {"value": float(each.at(flops)), "interval_95": each.interval(lambda one: one.at(flops))}
             for name, each in fit.isoflop.power_laws.items()
         }
-    for name, value, ends in (
-        (f"{flops:.3g} FLOPs", flops, fit.flops),
-        (f"N* = {size:.3g}", size, fit.parameters),
-        (f"D* = {tokens:.3g}", tokens, fit.tokens),
+    for name, value, ends, within in (
+        (f"{flops:.3g} FLOPs", flops, fit.flops, SAME_BUDGET),
+        (f"N* = {size:.3g}", size, fit.parameters, ROUNDING),
+        (f"D* = {tokens:.3g}", tokens, fit.tokens, ROUNDING),
     ):
-        if not inside(value, ends):
+        if not inside(value, ends, within):
             found["notes"].append(f"extrapolated: {name} is outside the points, {ends[0]:.3g} to {ends[1]:.3g}")
     return found
 
 
-def inside(value: float, ends: tuple[float, float]) -> bool:
-    """Whether a value lies in a range, but for rounding."""
-    return ends[0] * (1 - 1e-6) <= value <= ends[1] * (1 + 1e-6)
+def inside(value: float, ends: tuple[float, float], within: float) -> bool:
+    """Whether a value lies in a range, or beyond an end of it by no more than `within` in the log."""
+    return ends[0] * math.exp(-within) <= value <= ends[1] * math.exp(within)
 
 
 def _nearest_shape(fit: FamilyFit, flops: float, parameters: float) -> dict[str, Any]:
@@ -289,7 +299,7 @@ def compare(fits: dict[str, FamilyFit], names: tuple[str, str], budgets: Iterabl
             outside = [
                 f"{name} at {value:.3g} FLOPs"
                 for name, value, fit in ((names[0], flops, first), (names[1], needed, second))
-                if value is not None and not inside(value, fit.flops)
+                if value is not None and not inside(value, fit.flops, SAME_BUDGET)
             ]
             rows.append({**row, "extrapolated": outside})
     if not rows:

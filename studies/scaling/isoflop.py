@@ -15,7 +15,7 @@ from prime_v2.studies.scaling.fit import LEVELS, percentile_interval, resample
 
 SAME_BUDGET = 0.1  # of log C: runs within it of the smallest of a budget are of that budget
 MIN_SIZES = 3  # of a parabola
-MIN_SIZES_FOR_INTERVALS = 4
+MIN_SIZES_FOR_INTERVALS = 7  # of fewer, samples are nearly interpolations: 95% intervals cover 53% with 4, 82% with 5
 REACH = 10.0  # how far outside its sizes, as a factor, a budget's minimum may lie
 NO_SAMPLES = np.empty((0, 2))
 POWER_LAWS = {"parameters": "N*", "tokens": "D*", "loss": "L*"}
@@ -133,6 +133,9 @@ def fit_isoflop(
             continue
         parabola, drawn = _fit_budget(budget, sizes[group], losses[group], per_product[group], bootstrap, rng)
         notes += _notes(parabola, drawn)
+        if bootstrap and not len(drawn):
+            few = f"{distinct} sizes, and they need {MIN_SIZES_FOR_INTERVALS}"
+            notes.append(f"no intervals at {budget:.3g} FLOPs: {few}")
         parabolas.append(parabola)
         samples.append(drawn)
     if not parabolas:
@@ -190,13 +193,13 @@ def _minima(coefficients: np.ndarray, sizes: np.ndarray, flops: float, k: np.nda
     centre = _centre(sizes)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         best = centre * np.exp(-c1 / (2 * c2))
-        found = np.stack([best, flops / (_at_size(best, sizes, k) * best), c0 - c1**2 / (4 * c2)], axis=1)
+        found = np.stack([best, flops / (at_size(best, sizes, k) * best), c0 - c1**2 / (4 * c2)], axis=1)
     near = (best >= sizes.min() / REACH) & (best <= sizes.max() * REACH) & (found[:, 2] > 0)
     return np.where((near & (c2 > 0))[:, None], found, np.nan)
 
 
-def _at_size(best: np.ndarray, sizes: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """k (n,) of the sizes (n,) to k at `best` (R,); of points of one size the geometric mean."""
+def at_size(best: np.ndarray, sizes: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """k (n,) of the sizes (n,) to k at other sizes (R,); of points of one size the geometric mean."""
     distinct, places, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     mean = np.bincount(places, np.log(k)) / counts
     return np.exp(np.interp(np.log(best), np.log(distinct), mean))
@@ -222,7 +225,7 @@ def _notes(parabola: Parabola, minima: np.ndarray) -> list[str]:
 
 
 def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
-    """Least-squares lines through the logs of the minima that exist; a budget without samples keeps its minimum."""
+    """Least-squares lines through the logs of the minima that exist; no interval where a budget has no samples."""
     kept = [(each, drawn) for each, drawn in zip(found.parabolas, samples, strict=True) if each.parameters is not None]
     if len(kept) < 2:
         found.notes.append("no power laws: they need the minima of two budgets")
@@ -238,7 +241,13 @@ def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
         drawn = np.stack(columns)  # (budgets, R)
         drawn = drawn[:, np.isfinite(drawn).all(0)]
         replicates = NO_SAMPLES
-        if drawn.shape[1] and drawn.shape[1] >= (1 - LEVELS[0]) * rows:
+        if not all(len(each) for _, each in kept):
+            if rows:
+                found.notes.append(
+                    f"no interval for the power law of {POWER_LAWS[name]}: a budget has fewer than "
+                    f"{MIN_SIZES_FOR_INTERVALS} sizes"
+                )
+        elif drawn.shape[1] and drawn.shape[1] >= (1 - LEVELS[0]) * rows:
             replicates = np.polyfit(log_flops, drawn, 1).T[:, ::-1]
         elif rows:
             found.notes.append(f"no interval for the power law of {POWER_LAWS[name]}: samples without a minimum")

@@ -1,5 +1,6 @@
 """Pictures of scaling fits: for each family the loss envelope, the isoFLOP curves and the isoloss contours."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def _column(points: Sequence[Point], name: str) -> np.ndarray:
 def _error_bars(axes: Any, points: Sequence[Point], x: str) -> None:
     known = [point for point in points if point.stderr is not None]
     if known:
-        errors = half_width(_column(known, "stderr"))
+        degrees = [math.inf if point.degrees is None else point.degrees for point in known]
+        errors = half_width(_column(known, "stderr"), np.array(degrees))
         axes.errorbar(
             _column(known, x), _column(known, "loss"), yerr=errors, fmt="none", ecolor="0.4", capsize=2, zorder=2
         )

@@ -49,6 +49,7 @@ class Point:
     source: str
     code: str
     data_order: tuple[tuple[str, str], ...]
+    degrees: float | None = None  # of the standard error
     loss_name: str = "bound"
     weights_per_layer: int = PUBLISHED_WEIGHTS
 
@@ -150,16 +151,23 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not kept:
         raise ValueError(f"{path} is empty; its header must be {','.join(COLUMNS)}[,stderr]")
-    header = [name.strip() for name in next(csv.reader([kept[0][1]]))]
+    header = _cells(path, *kept[0])
     rows = []
     for number, line in kept[1:]:
-        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        cells = _cells(path, number, line)
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {number}: {len(cells)} cells under a header of {len(header)}")
         rows.append((number, dict(zip(header, cells, strict=True))))
     if not rows:
         raise ValueError(f"{path} has a header and no points; give at least one line under it")
     return rows
+
+
+def _cells(path: Path, number: int, line: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number} is no line of a CSV file of points: {error}") from None
 
 
 def _read_csv(path: Path, name: str) -> list[Point]:
@@ -276,6 +284,7 @@ def _point_of_record(name: str, record: dict[str, Any], loss: str, count: str) -
         source=name,
         code=f"{str(record.get('commit'))[:12]}{changed}",
         data_order=tuple(order),
+        degrees=_positive(scored["degrees"], name, "degrees") if scored.get("degrees") else None,
         loss_name=loss,
         weights_per_layer=COUNTED_WEIGHTS,
     )

@@ -42,7 +42,7 @@ def points(tmp_path_factory) -> Path:
     lines = [",".join([*COLUMNS, "stderr"])]
     for family, law in (*LAWS.items(), ("Prime", LAWS["ARM"])):
         for flops in np.geomspace(3e18, 3e20, 4):
-            for size in law.allocate(flops)[0] * np.geomspace(0.25, 4, 6):
+            for size in law.allocate(flops)[0] * np.geomspace(0.25, 4, 7):
                 tokens = flops / (6 * size)
                 loss = law.loss(size, tokens) * np.exp(rng.normal(0, 0.002))
                 lines.append(f"{family},{flops},{size},{tokens},{loss},{family in LAWS},0.006")
@@ -62,7 +62,7 @@ def test_fit_prints_both_approaches_and_what_it_leaves_out(points):
     assert done.exit_code == 0, done.output
     assert done.stderr == "Prime left out: its loss is not a bound; --family Prime fits it by itself\n"
     for family in LAWS:
-        assert f"{family}: 24 points, 3e+18 to 3e+20 FLOPs" in done.stdout
+        assert f"{family}: 28 points, 3e+18 to 3e+20 FLOPs" in done.stdout
     assert "95% intervals from 10 bootstrap samples" in done.stdout
     assert "4 of 4 starts end in this optimum" in done.stdout
     assert re.search(r"N\* ~ C\^0\.5\d\d +\[0\.\d\d\d, 0\.\d\d\d\]", done.stdout)
@@ -72,7 +72,7 @@ def test_fit_prints_both_approaches_and_what_it_leaves_out(points):
 
 def test_a_loss_that_is_no_bound_is_marked_wherever_it_is_printed(points):
     shown = run("fit", points, "--family", "prime", "--bootstrap", 0).stdout
-    assert shown.startswith("Prime (not a bound): 24 points")
+    assert shown.startswith("Prime (not a bound): 28 points")
     assert "nats per token (not a bound)" in shown
     assert "loss (not a bound)" in shown
     plan = run("plan", points, "--family", "Prime", "--flops", "1e19", "--bootstrap", 0).stdout
@@ -252,6 +252,20 @@ def test_records_that_are_no_fits_are_refused(points, tmp_path):
         "--fit and SOURCE both say what to use; leave one out"
     )
     assert "has no fit of Prime; it has ARM, MDM" in refused("efficiency", "ARM", "Prime", "--fit", fit)
+
+
+@pytest.mark.parametrize(
+    "given", [["--loss", "bound"], ["--count", "6nd"], ["--bootstrap", 7], ["--seed", 0], ["--allow-mixed"]]
+)
+def test_options_that_decide_fits_are_refused_beside_fits(given, points, tmp_path):
+    fit = tmp_path / "fit.json"
+    run("fit", points, "--bootstrap", 0, "--seed", 5, "--output", fit)
+    for command in (["plan", "--flops", 1e19], ["efficiency", "ARM", "MDM"]):
+        assert refused(*command, "--fit", fit, *given) == (
+            f"{given[0]} is decided by the fits of --fit {fit}; leave {given[0]} out, or give points"
+        )
+    run("plan", "--flops", 1e19, "--fit", fit, "--output", tmp_path / "plan.json")
+    assert read_record(tmp_path / "plan.json")["seed"] == 5
 
 
 def test_the_tables_of_the_page_are_those_of_the_records():

@@ -96,7 +96,7 @@ def test_folders_are_searched_and_copies_counted_once(tmp_path):
     assert "run_1/results/train.json" in {point.source for point in points}
     found, _ = fit_families(read_points([str(tmp_path)], count="measured"), bootstrap=0)
     np.testing.assert_allclose(found["ARM"].k, 6.6)
-    assert "C = 6.6 N D, the mean over the points" in found["ARM"].notes[0]
+    assert "C = 6.6 N D in approach 3 and plans, the mean over the points" in found["ARM"].notes[0]
     np.testing.assert_allclose(found["ARM"].law.law.frontier(6.6e19), LAW.frontier(6e19), rtol=1e-5)
 
 
