@@ -33,7 +33,7 @@ from accelerator_setting import STUDY, Measurement, Setting, free_memory, make_s
 from prime_v2.output.atomic import write_json
 from prime_v2.output.numbers import duration, three_digits
 from prime_v2.output.paths import without_places
-from prime_v2.output.records import make_record, read_record
+from prime_v2.output.records import code_version, make_record, read_record
 from prime_v2.studies.compare.children import Stopped, stopping_on_signals
 from prime_v2.training.run import keep_freed_memory
 
@@ -91,7 +91,7 @@ def new_record(options: argparse.Namespace) -> dict[str, Any]:
         "minutes": options.minutes,
         "parts": {},
     }
-    return make_record("accelerator", results, seed=options.seed)
+    return make_record("accelerator", results, seed=options.seed, code=code_version())
 
 
 def begin(options: argparse.Namespace) -> None:

@@ -136,13 +136,13 @@ def summary(rates: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    from timing import positive
+    from timing import add_output, positive
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--seconds", type=positive, default=2, help="of a measurement")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -150,6 +150,9 @@ def main() -> int:
     if options.serve:
         serve()
         return 0
+    from prime_v2.output.records import code_version, make_record
+
+    code = code_version()
     settings = [DEFAULT, *(each for each in options.settings if each != DEFAULT)]
     rows = summary(measure(settings, options.rounds, options.seconds))
     for row in rows:
@@ -158,10 +161,9 @@ def main() -> int:
         print(f"{row['setting']:<24} {shares}{'   <- the choice' if row['is_the_choice'] else ''}")
     if options.output:
         from prime_v2.output.atomic import write_json
-        from prime_v2.output.records import make_record
 
         results = {"cores": CORES, "rounds": options.rounds, "seconds": options.seconds, "settings": rows}
-        write_json(options.output, make_record("busy_machine", json.loads(json.dumps(results)), seed=0))
+        write_json(options.output, make_record("busy_machine", json.loads(json.dumps(results)), seed=0, code=code))
     return 0
 
 

@@ -11,13 +11,14 @@ import itertools
 from typing import Any
 
 import torch
+from timing import add_output
 from torch import Tensor
 
 from prime_v2 import PredictorCorrectorSamplerConfig
 from prime_v2.diffusion_uniform_prime_v2 import reverse_step
 from prime_v2.generation_uniform_process_prime_v2 import steps_from_noise, with_correctors
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 
 def random_law(states: Tensor) -> Tensor:
@@ -84,8 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--stays", type=float, default=0.9, help="chance that a token of the chain repeats the last")
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args()
+    code = code_version()
     rows = []
     for vocab_size, length in ((3, 3), (2, 8)):
         states = torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))
@@ -97,7 +99,7 @@ def main() -> None:
     for row in rows:
         print(row["law"], row["redrawn"], *(f"{each:.3f}" for each in row["distances"]))
     if options.output:
-        record = make_record("corrector", {"stays": options.stays, "rows": rows}, seed=2)
+        record = make_record("corrector", {"stays": options.stays, "rows": rows}, seed=2, code=code)
         print(f"record: {write_json(options.output, record)}")
 
 

@@ -37,10 +37,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process with CUDA cannot be forked
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tampering import tamper
-from timing import positive
+from timing import add_output, positive
 
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 from prime_v2.training import run as training
 
 PHASES = ("start", "step", "evaluation", "checkpoint", "end")
@@ -294,8 +294,9 @@ def main() -> int:
     parser.add_argument("--steps", type=positive, default=12, help="training steps of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to put the runs, to look at them after; by default a temporary one")
-    parser.add_argument("--output", help="where to write the record (JSON)")
+    add_output(parser)
     options = parser.parse_args()
+    code = code_version()
     if options.steps < 6:
         parser.error(f"--steps {options.steps} must be at least 6, or nothing is left to kill in; use 12")
     with tempfile.TemporaryDirectory() as temporary:
@@ -310,7 +311,7 @@ def main() -> int:
         }
     print(json.dumps(results, indent=1))
     if options.output:
-        write_json(options.output, make_record("crash_test", results, seed=options.seed))
+        write_json(options.output, make_record("crash_test", results, seed=options.seed, code=code))
     wrong = [results["lost_runs"], results["runs_with_other_weights"], results["two_processes"]["wrong"]]
     return 1 if any([*wrong, *(results["tampering"][each] for each in ("other_weights", "no_sentence"))]) else 0
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import HEAD_DIM, add_sizes, ratio, seconds_of
+from timing import HEAD_DIM, add_output, add_sizes, ratio, seconds_of
 from torch.utils.data import DataLoader, default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.data.packing import PackedBlocks, TrainingOrder, pack_blocks
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 from prime_v2.training.trainer import Collator, DiffusionTrainer
 
 VOCAB_SIZE, NUM_SUBTOKENS = 2048, 11
@@ -120,8 +120,9 @@ def pipeline(options: argparse.Namespace, blocks: PackedBlocks) -> dict[str, flo
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, hidden_size=256, layers=4, length=256, batch=8, steps=30, repeats=3, seed=0)
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     with tempfile.TemporaryDirectory() as folder:
         blocks = make_blocks(Path(folder), 512, options.length, options.seed)
         ways = trainers(options, blocks, Path(folder))
@@ -148,7 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
             "time_ratio_range": times["range"],
             "pipeline_tokens_per_second": loading,
         }
-        print(f"record: {write_json(options.output, make_record('end_to_end', results, seed=options.seed))}")
+        record = make_record("end_to_end", results, seed=options.seed, code=code)
+        print(f"record: {write_json(options.output, record)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from timing import positive
+from timing import add_output, positive
 
 from prime_v2.output.atomic import write_json
 from prime_v2.output.records import code_version, make_record
@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--jobs", type=positive, default=1, help="files at once")
-    parser.add_argument("--output", type=Path, help="write the record here (JSON)")
+    add_output(parser)
     args = parser.parse_args()
     unknown = sorted(set(args.files) - set(names))
     if unknown:

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import HEAD_DIM, add_sizes, by_turns, ratio
+from timing import HEAD_DIM, add_output, add_sizes, by_turns, ratio
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion, PrimeV2GenerationConfig
 from prime_v2.eval.loading import load_model_and_tokenizer
 from prime_v2.eval.samplers import named_sampler
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 CASES = ((2048, 11, 128), (50257, 16, 32), (2048, 11, 16))  # V, S, new tokens
 
@@ -203,8 +203,9 @@ def main(arguments: list[str] | None = None) -> None:
     add_sizes(parser, share_vocab=50257, share_hidden_size=768, share_layers=12, share_batch=4, share_tokens=32)
     add_sizes(parser, model_batch=16)
     parser.add_argument("--model", help="a trained model whose blocks and caches are measured as well")
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     rows = []
     for case in CASES:
         row = measure(*case, options)
@@ -232,9 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row['sampler']}, {row['unit']}: {row['share']:.1%} outside network and head", flush=True)
     if options.output:
         shape = {key: value for key, value in vars(options).items() if key not in ("output", "model")}
-        record = make_record(
-            "generation", {"shape": shape, "rows": rows, "blocks": blocks, "shares": shares}, seed=options.seed
-        )
+        results = {"shape": shape, "rows": rows, "blocks": blocks, "shares": shares}
+        record = make_record("generation", results, seed=options.seed, code=code)
         print(f"record: {write_json(options.output, record)}")
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import HEAD_DIM, add_sizes, by_turns
+from timing import HEAD_DIM, add_output, add_sizes, by_turns
 from training_step import KINDS, Case, Stepper, memory_in_fresh_process
 
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 AXES = {"batch": (2, 4, 8, 16), "length": (64, 128, 256, 512), "vocab_size": (4096, 8192, 16384, 32768)}
 MIDDLE = {"batch": 4, "length": 256, "vocab_size": 16384}
@@ -57,8 +57,9 @@ def measure(axis: str, options: argparse.Namespace, device: torch.device) -> dic
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, hidden_size=256, layers=4, repeats=3, seed=0)
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     axes = []
     for axis in AXES:
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{axis:10} {kind:7} time ~ size^{each['seconds']:.2f}, peak memory ~ size^{each['peak_mib']:.2f}")
     if options.output:
         shape = {key: value for key, value in vars(options).items() if key != "output"}
-        record = make_record("growth", {"shape": shape, "middle": MIDDLE, "axes": axes}, seed=options.seed)
+        record = make_record("growth", {"shape": shape, "middle": MIDDLE, "axes": axes}, seed=options.seed, code=code)
         print(f"record: {write_json(options.output, record)}")
 
 

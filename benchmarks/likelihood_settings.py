@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from questions import TaskQuestions
+from timing import add_output
 
 from prime_v2.eval.answers import Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
@@ -71,7 +72,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folders TASK/train.jsonl")
     parser.add_argument("--questions", type=int, default=150, help="of each task (default: 150)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args()
     code = code_version()
     lm = PrimeV2LM(pretrained=args.model)

@@ -13,12 +13,12 @@ import statistics
 from typing import Any
 
 import torch
-from timing import add_sizes, by_turns, ratio
+from timing import add_output, add_sizes, by_turns, ratio
 
 from prime_v2.chunked_loss_prime_v2 import CHUNK_ELEMENTS_CPU
 from prime_v2.linear_prime_v2 import product
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 
 def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
@@ -60,8 +60,9 @@ def measure(name: str, shape: tuple[int, int, int], options: argparse.Namespace)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, hidden_size=512, tokens=2048, vocab_size=50257, repeats=15, seed=0)
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     rows = []
     for name, shape in shapes(options).items():
         for row in measure(name, shape, options):
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     if options.output:
         shape = {key: value for key, value in vars(options).items() if key != "output"}
-        record = make_record("products", {"shape": shape, "rows": rows}, seed=options.seed)
+        record = make_record("products", {"shape": shape, "rows": rows}, seed=options.seed, code=code)
         print(f"record: {write_json(options.output, record)}")
 
 

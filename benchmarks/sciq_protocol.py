@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from questions import TaskQuestions
+from timing import add_output
 
 from prime_v2.eval.answers import Choice, QuestionScore, Settings, score_questions
 from prime_v2.eval.lm import PrimeV2LM
@@ -139,7 +140,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=24, help="of the part that all are run on (default: 24)")
     parser.add_argument("--draws", type=int, default=64, help="of the settings that are compared (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args()
     code = code_version()
     lm = PrimeV2LM(pretrained=args.model)

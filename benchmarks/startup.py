@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from timing import by_turns, positive
+from timing import add_output, by_turns, positive
 
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 STARTS = {
     "python": "pass",
@@ -42,8 +42,9 @@ def start(code: str) -> Callable[[], object]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=positive, default=15)
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     seconds = by_turns({name: start(code) for name, code in STARTS.items()}, options.repeats)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     for name, each in medians.items():
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:60} {1000 * each:+7.0f} ms")
     if options.output:
         results = {"seconds_median": medians, "seconds": seconds, "added_median": added}
-        print(f"record: {write_json(options.output, make_record('startup', results, seed=None))}")
+        print(f"record: {write_json(options.output, make_record('startup', results, seed=None, code=code))}")
 
 
 if __name__ == "__main__":

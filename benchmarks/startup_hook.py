@@ -19,8 +19,10 @@ import time
 import venv
 from pathlib import Path
 
+from timing import add_output
+
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 BACKEND = runpy.run_path(str(Path(__file__).parents[1] / "_build.py"))
 WARM_UP = 10
@@ -82,12 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     options = parser.parse_args(arguments)
+    code = code_version()
     results = measure(options.pairs, options.seed)
     print(json.dumps(results, indent=1))
     if options.output:
-        write_json(options.output, make_record("startup_hook", results, seed=options.seed))
+        write_json(options.output, make_record("startup_hook", results, seed=options.seed, code=code))
 
 
 if __name__ == "__main__":

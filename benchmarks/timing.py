@@ -4,11 +4,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prime_v2.linear_prime_v2 import product
+from prime_v2.output.places import check_new_file
 
 
 def positive(text: str) -> int:
@@ -16,6 +18,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1, e.g. 8")
     return int(text)
+
+
+def _new_file(text: str) -> Path:
+    """The place of a record, tried before anything is measured."""
+    try:
+        check_new_file(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--output ")) from None
+    return Path(text)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Option --output, a new file for the record."""
+    parser.add_argument("--output", type=_new_file, metavar="FILE", help="write the record here (JSON), a new file")
 
 
 HEAD_DIM = 64  # of the benchmarks that have no option for the number of heads

@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import add_sizes, by_turns, products_alone, ratio
+from timing import add_output, add_sizes, by_turns, products_alone, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prime_v2 import PrimeV2Config, PrimeV2ForMaskedDiffusion
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 from prime_v2.training.flops import measure_flops, peak_flops
 from prime_v2.training.run import keep_freed_memory
 
@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     cases = [Case(50257, 16, "joint"), Case(50257, 16, "marginal")]
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=cases, metavar="V:S:OBJECTIVE")
     parser.add_argument("--compile", action="store_true", help="compile the Transformer of both by torch.compile")
-    parser.add_argument("--output", help="write the record here (JSON)")
+    add_output(parser)
     parser.add_argument("--memory-of", choices=(*KINDS, "mdm"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     width, heads = options.hidden_size, options.heads
@@ -243,6 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure_memory(options.memory_of, options, device)
         return
     keep_freed_memory()
+    code = code_version()
     print(
         f"D = {options.hidden_size}, {options.layers} layers, {options.batch} x {options.length} tokens, {device.type}"
     )
@@ -269,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
     shape = {name: getattr(options, name) for name in names}
     if options.output:
         results = {"shape": shape, "device": device.type, "rows": rows}
-        print(f"record: {write_json(options.output, make_record('training_step', results, seed=options.seed))}")
+        record = make_record("training_step", results, seed=options.seed, code=code)
+        print(f"record: {write_json(options.output, record)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from prime_v2.commands.options import FOLDER, MANY, SOURCE_HELP, Device, Json, O
 from prime_v2.commands.text_source import RUN_FILE, TextSource
 from prime_v2.output.paths import short_names
 from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.records import code_version
 
 DEFAULT_TEXT = "docs"
 MASKED_SHARES = (0.0, 0.5, 0.9)
@@ -74,10 +75,11 @@ def analyze(
 
     _check_figures(figure_dir)
     quiet_libraries()
+    code = code_version()
     names, source = name_arguments(model_a, model_b, text)
     options = Analysis(masked_share, max_windows, window, seed, device, dtype)
     results = _analyze(names, TextSource(source, split, text_field), options)
-    finish("analysis", results, lambda: render(results), as_json, output, seed=seed)
+    finish("analysis", results, lambda: render(results), as_json, output, seed=seed, code=code)
     if figure_dir is not None:
         from prime_v2.studies.analysis.plots import plot_attention, plot_spectra
 

@@ -49,11 +49,17 @@ def demo(
     from prime_v2.eval.plugin import DEMO
     from prime_v2.output.drawing import save_drawing
     from prime_v2.output.progress import quiet_libraries
-    from prime_v2.output.records import code_version
+    from prime_v2.output.records import code_of, code_version
 
     quiet_libraries()
-    folder = out or DEMO
-    records = train_both(arguments or [], folder, code_version())
+    folder, code = out or DEMO, code_version()
+    records = train_both(arguments or [], folder, code)
+    for name, record in records.items():
+        if output is not None and code_of(record) != code_of(code):
+            raise ValueError(
+                f"{folder / name} was trained by commit {code_of(record, 12)}, this is {code_of(code, 12)}, which "
+                f"--output {output} would name; give a new folder with --out"
+            )
     better = min(records, key=lambda name: bound_of(records[name])["nats_per_token"])
     text, picture = sample(folder / better)
     results = {
@@ -61,7 +67,7 @@ def demo(
         "better": better,
         "sample": text,
     }
-    finish("demo", results, lambda: report(results, folder), as_json, output, seed=SEED)
+    finish("demo", results, lambda: report(results, folder), as_json, output, seed=SEED, code=code)
     save_drawing(picture, folder / PICTURE)
 
 

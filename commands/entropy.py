@@ -10,6 +10,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import Json, MaxDocuments, Output, Source, Split, TextField
 from prime_v2.commands.text_source import TextSource, counted
 from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.records import code_version
 
 
 class ShuffleDomain(StrEnum):
@@ -42,6 +43,7 @@ def entropy(
     from prime_v2.tokenization.entropy import count_tokens, entropy_table, render_table
 
     quiet_libraries()
+    code = code_version()
     text = TextSource(source, split, text_field, max_documents)
     documents = text.documents("train")
     with progress_bar("counting tokens of documents") as show:
@@ -57,5 +59,5 @@ def entropy(
         "shuffle_domain": shuffle_domain.value,
         "rows": rows,
     }
-    heading = f"{num_tokens:,} tokens of {source}, vocabulary of {vocab_size:,}"
-    finish("entropy", results, lambda: f"{heading}\n{render_table(rows)}", as_json, output, seed=shuffle_seed)
+    shown = f"{num_tokens:,} tokens of {source}, vocabulary of {vocab_size:,}\n{render_table(rows)}"
+    finish("entropy", results, lambda: shown, as_json, output, seed=shuffle_seed, code=code)

@@ -21,7 +21,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import Json, Output, TaskSplit
 from prime_v2.commands.tasks import render_tasks
 from prime_v2.output.progress import quiet_libraries
-from prime_v2.output.records import command_line, git
+from prime_v2.output.records import code_version, command_line, git
 
 if TYPE_CHECKING:
     from prime_v2.eval.offline_tasks import WrittenTask
@@ -66,6 +66,7 @@ def evaluate(
     if is_passed_on or "-h" in arguments:
         call_lm_eval(arguments if is_passed_on else ["run", "-h"])
         return
+    code = code_version()
     command = command_line()
     parsed = parse_arguments(arguments)
     with tempfile.TemporaryDirectory(prefix="prime_v2_tasks_") as folder:
@@ -77,7 +78,7 @@ def evaluate(
     summary = summarise(results, None if data is None else data.resolve().name)
     model_args = summary["config"].get("model_args")
     seed = model_args.get("seed", 0) if isinstance(model_args, dict) else 0
-    finish("eval", summary, lambda: render_tasks(written), as_json, output, seed=int(seed), command=command)
+    finish("eval", summary, lambda: render_tasks(written), as_json, output, seed=int(seed), code=code, command=command)
 
 
 @dataclass

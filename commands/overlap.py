@@ -9,6 +9,7 @@ from prime_v2.commands.base import finish
 from prime_v2.commands.options import Json, MaxDocuments, Output, Source, Split, TextField
 from prime_v2.commands.text_source import TextSource, counted
 from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.records import code_version
 
 
 def overlap(
@@ -47,6 +48,7 @@ def overlap(
             f"{data} holds no prepared text; give the folder `data` of a run of train.py, or `data/seed0` of a "
             f"comparison"
         )
+    code = code_version()
     check_prepared(data)
     if not (data / "train").exists():
         raise ValueError(
@@ -76,4 +78,4 @@ def overlap(
         for each in found
     ]
     heading = f"of {documents:,} documents of {source} in the {train.tokens:,} training tokens of {data}:"
-    finish("overlap", results, lambda: "\n".join([heading, *lines]), as_json, output, seed=None)
+    finish("overlap", results, lambda: "\n".join([heading, *lines]), as_json, output, seed=None, code=code)

@@ -36,6 +36,7 @@ from prime_v2.commands.options import (
 from prime_v2.commands.text_source import TextSource, run_options
 from prime_v2.output.paths import short_names
 from prime_v2.output.progress import progress_bar, quiet_libraries
+from prime_v2.output.records import code_version
 
 if TYPE_CHECKING:
     from prime_v2.eval.suites import SetOfDocuments
@@ -151,6 +152,7 @@ def ppl(
 
     quiet_libraries()
     logging.set_verbosity_error()  # each retry of a hub that cannot be reached is a warning
+    code = code_version()
     models = [model, *(also or [])]
     text = (
         SuiteSource(suite, data, only or [], max_documents)
@@ -171,9 +173,9 @@ def ppl(
             if "tokenizer_loss" in row:
                 print(f"no bits per byte: {_lossy(row)}", file=sys.stderr)
     if "rows" in results:
-        finish("ppl_table", results, lambda: render_table(results), as_json, output, seed=seed)
+        finish("ppl_table", results, lambda: render_table(results), as_json, output, seed=seed, code=code)
     else:
-        finish("ppl", results, lambda: render_score(rows[0]), as_json, output, seed=seed)
+        finish("ppl", results, lambda: render_score(rows[0]), as_json, output, seed=seed, code=code)
 
 
 @dataclass

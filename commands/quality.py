@@ -129,8 +129,11 @@ def quality(
 
     Every sampler writes a set of texts, of which none is left out, at each number of passes and at each temperature.
     """
-    if law_only and (mauve or judge is not None):
-        raise ValueError(f"{'--mauve' if mauve else '--judge'} judges samples, which --law-only draws none of")
+    of_samples = {"mauve": mauve, "judge": judge, "temperature": temperature, "frontier-passes": frontier_passes}
+    of_samples |= {"training-text": training_text}
+    given = [name for name, value in of_samples.items() if value]
+    if law_only and given:
+        raise ValueError(f"--{given[0]} is about samples, which --law-only draws none of; leave one of the two out")
     say(f"reading configurations; finished parts are kept in {out / CELLS}")
     with progress_bar("reading configurations"):
         from prime_v2.output.records import code_version

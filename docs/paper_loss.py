@@ -29,7 +29,7 @@ from prime_v2.diffusion_prime_v2 import RevealOrder, is_bound
 from prime_v2.likelihood_prime_v2 import SAMPLED_METHODS
 from prime_v2.output.atomic import write_json
 from prime_v2.output.figures import new_figure, save_figure
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 
 PAPERS_LOSS = "paper_loss"
 METHODS = ("subtoken", "token", "nested", "chain", PAPERS_LOSS)
@@ -349,12 +349,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the record here (JSON)")
     parser.add_argument("--figure", type=Path, help="draw the figure here (PNG)")
     options = parser.parse_args(arguments)
+    code = code_version()
     results = run()
     print(describe(results))
     if options.figure:
         print(f"figure: {draw(results, options.figure)}")
     if options.output:
-        print(f"record: {write_json(options.output, make_record('paper_loss', results, seed=SHUFFLE_SEEDS[0]))}")
+        record = make_record("paper_loss", results, seed=SHUFFLE_SEEDS[0], code=code)
+        print(f"record: {write_json(options.output, record)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from prime_v2.eval.windows import Windows, cut_windows, encode_documents, window
 from prime_v2.families import rows_of_sequence
 from prime_v2.likelihood_frame_prime_v2 import TOKENS_PER_PASS
 from prime_v2.likelihood_output_prime_v2 import NotFiniteError
+from prime_v2.output.numbers import perplexity
 
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 Bytes = int | Sequence[float]  # UTF-8 bytes of all sequences together, or of each
@@ -130,7 +131,7 @@ def score_windows(
             sequences differ in their bytes, where those of each are given
     and with `keep_sequences` nats_of_sequences, the nats of each window to 1e-3, and clusters, of `intervals.Clusters`
     with the `tokens` of each and, where known, the `bytes`: models that score the same windows are compared on them
-    (`prime_v2.studies.compare.report.paired`).
+    (`prime_v2.studies.compare.differences.paired`).
     Raises ValueError for text_bytes < 1, logits that are not finite, a sampler that never writes one of the windows,
     and what `log_likelihood` refuses.
     """
@@ -242,8 +243,8 @@ def _summary(
         "unigram_entropy": unigram_entropy(scored.bincount()),
     }
     if is_bound:
-        result["perplexity"] = _exp(estimate.value)
-        result["perplexity_interval_95"] = estimate.interval(_exp)
+        result["perplexity"] = perplexity(estimate.value)
+        result["perplexity_interval_95"] = estimate.interval(perplexity)
         if text_bytes is not None:
             # Bytes of all sequences together are shared equally among the tokens.
             sizes = np.asarray(lengths / num_tokens * text_bytes if np.ndim(text_bytes) == 0 else text_bytes)
@@ -258,11 +259,6 @@ def unigram_entropy(counts: Tensor) -> float:
     """Plug-in entropy in nats of token counts (V,): what no model without context goes below on these tokens."""
     share = counts[counts > 0].double() / counts.sum()
     return float(-(share * share.log()).sum())
-
-
-def _exp(nats: float) -> float:
-    """exp, cut at 700 nats a token so that an absurd model still gives a number that JSON can hold."""
-    return math.exp(min(nats, 700.0))
 
 
 def _finite(value: float) -> float | None:

@@ -1,8 +1,14 @@
 """Numbers as people read them: times, counts, three digits, intervals."""
 
+import math
 from collections.abc import Callable, Sequence
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp, cut at 700 nats a token so that an absurd model still gives a number that JSON can hold."""
+    return math.exp(min(nats_per_token, 700.0))
 
 
 def duration(seconds: float) -> str:

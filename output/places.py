@@ -50,7 +50,7 @@ def check_folder(path: Path, option: str = "--out") -> None:
 def print_and_record(text: str, output: Path | None, record: Callable[[], dict[str, Any]]) -> None:
     """Print the result, then write its record at `output`, if any: neither failing loses the other.
 
-    record: called only where there is an `output`: it asks for the commit and the machine, which loads torch.
+    record: called only where there is an `output`: it asks for the machine, which loads torch.
     """
     try:
         if text:

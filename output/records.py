@@ -35,8 +35,8 @@ def make_record(
     results: dict[str, Any],
     *,
     seed: int | None,
+    code: dict[str, Any],
     command: str | None = None,
-    code: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A JSON-ready record. `results` holds the numbers; `command` defaults to this process's command line.
 
@@ -44,12 +44,12 @@ def make_record(
 
     seed: None where nothing is drawn.
 
-    code: `code_version()` taken when the process began; None takes it now, which is right for short commands only.
+    code: `code_version()`, taken when the work began: the checkout may be another one when it ends.
     """
     return {
         "name": name,
         "command": without_places(command or command_line()),
-        **(code or code_version()),
+        **code,
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": machine(),
@@ -59,12 +59,20 @@ def make_record(
 
 
 def code_version() -> dict[str, Any]:
-    """The commit of this code, and whether the checkout differs from it."""
-    folder = Path(__file__).resolve().parent
+    """The commit of this code, and whether the checkout differs from it; of an installed package its release."""
+    file = Path(__file__).resolve()
+    if not git("ls-files", file.name, folder=file.parent):  # another repository may hold the environment
+        return {"commit": f"release {_version(PACKAGES[0])}", "uncommitted_changes": False}
     return {
-        "commit": git("rev-parse", "HEAD", folder=folder) or "not a git checkout",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", folder=folder)),
+        "commit": git("rev-parse", "HEAD", folder=file.parent),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", folder=file.parent)),
     }
+
+
+def code_of(record: dict[str, Any], digits: int | None = None) -> str:
+    """The code of a record, or of `code_version()`: its commit, by default whole, and whether there were changes."""
+    changed = " with uncommitted changes" if record.get("uncommitted_changes") else ""
+    return f"{str(record.get('commit'))[:digits]}{changed}"
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -129,13 +137,14 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def git(*arguments: str, folder: Path) -> str:

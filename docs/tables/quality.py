@@ -5,8 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prime_v2.output.records import read_record
 from prime_v2.output.tables import markdown, origin
+from prime_v2.studies.quality.findings import frontiers
 from prime_v2.studies.quality.report import about_models, notes, sections, with_ends
 
 PARTS = ("cells", "best", "digits")  # of a record of `prime-v2 quality`, each entry of one model
@@ -16,6 +19,8 @@ def families_table(name: str, results: Path) -> str:
     """All tables of a record of several models, its notes and its origin."""
     record = read_record(results / f"{name}.json")
     found = record["results"]
+    units = np.array(found["text"]["cluster_of_window"])
+    found["frontiers"] = frontiers(found["cells"], found["reference"], units)  # of earlier records, too
     parts = [about_models(found, markdown)]
     parts += [f"{title[0].upper()}{title[1:]}:\n\n{table}" for title, table in sections(found, markdown)]
     return "\n".join(parts) + "\n" + "\n".join(notes(found)) + f"\n\n{origin(record)}"

@@ -32,6 +32,7 @@ ORDERS = {  # text: its records
     "speeches": ("order_speeches", "zero_shot_speeches"),
 }
 COMPARISONS = 9  # of the protocol: three arms at three budgets
+PASSES = 3  # numbers of passes, in the other question of the protocol
 
 
 def settings_table(name: str, results: Path, papers_loss: bool = False) -> str:
@@ -125,7 +126,9 @@ def verdict_table(results: Path) -> str:
             differences = {"bound": best[name]["difference"]}
             differences |= {f"{passes} passes": law["difference"] for passes, law in best[name]["sampler"].items()}
             for what, difference in differences.items():
-                lines.setdefault((name, what), ["–"] * len(records))[column] = _verdict(difference, seeds)
+                comparisons = COMPARISONS * (1 if what == "bound" else PASSES)
+                cells = lines.setdefault((name, what), ["–"] * len(records))
+                cells[column] = _verdict(difference, seeds, comparisons)
     heads = ["arm", "of", *(f"{number(record['results']['budgets'][0])} FLOPs" for record in records)]
     return markdown(heads, [[*key, *cells] for key, cells in lines.items()]) + "\n" + "\n".join(map(origin, records))
 
@@ -244,12 +247,17 @@ def learned_order_table(results: Path) -> str:
     return f"{markdown(heads, lines)}\n{tables.origin(record)}"
 
 
-def _verdict(difference: dict[str, Any], seeds: int) -> str:
-    """A difference with its 95% interval, what that says, and the half width at the level of all comparisons."""
+def _verdict(difference: dict[str, Any], seeds: int, comparisons: int) -> str:
+    """A difference with its 95% interval, what that says, and the half width at the level of all comparisons.
+
+    ValueError for one seed, whose interval says nothing about another.
+    """
+    if seeds < 2:
+        raise ValueError(f"a verdict over {seeds} seed is none; record at least 2")
     low, high = difference["interval_95"]
     said = "below" if high < 0 else "above" if low > 0 else "level"
-    wide = half_width(difference["stderr"], seeds - 1, 1 - 0.05 / COMPARISONS)
-    return f"{with_interval(difference, '+.3f')}, {said} (± {wide:.3f} for {COMPARISONS} comparisons)"
+    wide = half_width(difference["stderr"], seeds - 1, 1 - 0.05 / comparisons)
+    return f"{with_interval(difference, '+.3f')}, {said} (± {wide:.3f} for {comparisons} comparisons)"
 
 
 def _check_baseline(found: dict[str, Any], best: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def uniform_weights(seen: Tensor) -> Tensor:
 
 
 class _Moments:
-    """Mean and standard error over windows, from sums."""
+    """Mean and standard error over windows, from sums; windows of one document are taken as independent."""
 
     def __init__(self) -> None:
         self.count = 0

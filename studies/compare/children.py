@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
 SHOWN_EVERY = 1.0  # seconds between two looks at the logs for the line of progress
 LOG_TAIL = 4096  # bytes of a log that are looked at
@@ -34,7 +35,7 @@ def stopping_on_signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {each: signal.getsignal(each) for each in STOPPING}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:
         signal.signal(number, stop)
@@ -43,6 +44,23 @@ def stopping_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that come within this block are handled at its end: what it begins, it also notes."""
+    came: list[int] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            before[came[0]](came[0], None)
 
 
 @dataclass
@@ -103,20 +121,21 @@ class Children:
         self.on_start(task)
         task.log.parent.mkdir(parents=True, exist_ok=True)
         file = open(task.log, "wb")  # noqa: SIM115 (open as long as the child runs)
-        try:
-            process = subprocess.Popen(
-                task.command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | _threads(self.jobs),
-                pass_fds=(self.lock,) if self.lock >= 0 else (),
-                start_new_session=True,  # signals reach it only through this process, once
-            )
-        except OSError as error:
-            file.close()
-            raise ValueError(f"--launcher {task.command[0]}: {error.strerror}") from None
-        self.running.append(_Child(task, process, file, time.monotonic()))
+        with _signals_wait():  # a child that nobody has noted would not be stopped
+            try:
+                process = subprocess.Popen(
+                    task.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | _threads(self.jobs),
+                    pass_fds=(self.lock,) if self.lock >= 0 else (),
+                    start_new_session=True,  # signals reach it only through this process, once
+                )
+            except OSError as error:
+                file.close()
+                raise ValueError(f"--launcher {task.command[0]}: {error.strerror}") from None
+            self.running.append(_Child(task, process, file, time.monotonic()))
 
     def _end(self, child: _Child) -> None:
         self.running.remove(child)
@@ -136,9 +155,9 @@ class Children:
         numbers = [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
         while self.running:
             number = numbers.pop(0) if len(numbers) > 1 else numbers[0]
-            for child in self.running:
-                _signal_group(child.process.pid, number)
             try:
+                for child in self.running:
+                    _signal_group(child.process.pid, number)
                 for child in list(self.running):
                     child.process.wait()
                     _wait_for_group(child.process.pid)

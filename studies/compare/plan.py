@@ -160,7 +160,7 @@ def all_options(run: Run, options: RunOptions, steps: int, out: Path) -> dict[st
     """All options of train.py for a run of so many steps."""
     every = math.ceil(steps / POINTS)
     text = {name: getattr(options, name) for name in ("eval_sequences", "test_sequences", "eval_num_samples")}
-    return text | run.options | {
+    return run.options | text | {
         "block_size": options.block_size,
         "output_dir": str(out / run.folder),
         "data_dir": str(data_folder(out, run.seed)),

@@ -5,14 +5,14 @@ drops out. Over several seeds, a mean and its error are taken of the seeds' valu
 tokenizer, a data order, weights and noise of its own.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from prime_v2.eval.intervals import NOT_CLUSTERED, UPPER_END
-from prime_v2.output.numbers import duration, quantity
+from prime_v2.output.numbers import duration, perplexity, quantity
+from prime_v2.output.records import code_of
 from prime_v2.output.tables import aligned, markdown
 from prime_v2.studies.compare.config import COMMON, COUNTS, Comparison, Run, number
 from prime_v2.studies.compare.differences import clusters_of, over_seeds, paired, with_sums, without_sequences
@@ -29,10 +29,10 @@ def check_one_experiment(trained: Sequence[Trained], allow_mixed: bool) -> None:
     first_run, first = trained[0]
     firsts: dict[int, Trained] = {}
     for run, record in trained:
-        if record["commit"] != first["commit"] and not allow_mixed:
+        if code_of(record) != code_of(first) and not allow_mixed:
             raise ValueError(
-                f"the runs are of different code: {first_run} of commit {first['commit'][:12]}, {run} of "
-                f"{record['commit'][:12]}; train them with one, or add --allow-mixed"
+                f"the runs are of different code: {first_run} of commit {code_of(first, 12)}, {run} of "
+                f"{code_of(record, 12)}; train them with one, or add --allow-mixed"
             )
         other_run, other = firsts.setdefault(run.seed, (run, record))
         mine, theirs = (_identity(each) for each in (record, other))
@@ -77,7 +77,7 @@ def summarise(comparison: Comparison, trained: Sequence[Trained], allow_mixed: b
         "names": comparison.values("label"),
         **{f"{name}s": comparison.values(name) for name in ("shape", "budget", "seed")},
         "search_seed": comparison.search_seed,
-        "commits": sorted({_commit(record) for _, record in trained}),
+        "commits": sorted({code_of(record) for _, record in trained}),
         "data": {str(run.seed): record["results"]["data"] for run, record in trained},
         "clusters": clusters_of(trained),
         "rows": rows,
@@ -157,10 +157,6 @@ def _place(record: dict[str, Any]) -> str:
     """Machine and PyTorch of a run's record."""
     machine = record["machine"]
     return f"{machine['accelerator'] or machine['processor']}, PyTorch {record['versions']['torch']}"
-
-
-def _commit(record: dict[str, Any]) -> str:
-    return record["commit"] + (" with uncommitted changes" if record["uncommitted_changes"] else "")
 
 
 def _group(rows: Sequence[dict[str, Any]], key: tuple[str, str, float]) -> dict[str, Any]:
@@ -322,8 +318,9 @@ def notes(results: dict[str, Any]) -> list[str]:
         found.append(NOT_CLUSTERED)
     if any(group["paper_loss"] and not group["paper_loss"]["is_bound"] for group in results["groups"]):
         found.append("The paper's loss is no bound on the likelihood: it says nothing about which run is better.")
-    read = [row["training"]["tokens"] / results["data"][str(row["seed"])]["train_tokens"] for row in results["rows"]]
-    if max(read) > 1:
+    whole = [row for row in results["rows"] if not row["options"].get("streaming")]  # a stream counts what was read
+    read = [row["training"]["tokens"] / results["data"][str(row["seed"])]["train_tokens"] for row in whole]
+    if max(read, default=0) > 1:
         found.append(
             f"{sum(each > 1 for each in read)} of {len(read)} runs read the training text more than once, up to "
             f"{max(read):.1f} times."
@@ -379,11 +376,16 @@ def render(results: dict[str, Any]) -> str:
     if laws := sampler_table(results):
         parts.append(f"{SAMPLED}:\n{_text(laws)}")
     if results["best"]:
-        edge = [f"{each['name']} at {number(each['budget'])}" for each in results["best"] if each["at_the_edge"]]
+        edge = _edge(results)
         parts.append("the size with the lowest dev bound:\n" + _text(score_table(results, results["best"])))
-        if edge:
-            parts.append(f"At the edge of the sizes, so a better one may lie beyond: {', '.join(edge)}.")
+        parts += [edge] if edge else []
     return "\n\n".join([*parts, "\n".join(notes(results))])
+
+
+def _edge(results: dict[str, Any]) -> str:
+    """What says of which runs the best size is the smallest or the largest; "" where it is of none."""
+    edge = [f"{each['name']} at {number(each['budget'])}" for each in results["best"] if each["at_the_edge"]]
+    return f"At the edge of the sizes, so a better one may lie beyond: {', '.join(edge)}." if edge else ""
 
 
 def _text(table: tuple[list[str], list[list[str]]]) -> str:
@@ -398,6 +400,8 @@ def markdown_text(results: dict[str, Any]) -> str:
         parts.append(f"{SAMPLED}:\n\n{markdown(*laws)}")
     if results["best"]:
         parts.append("The size with the lowest dev bound:\n\n" + markdown(*score_table(results, results["best"])))
+        edge = _edge(results)
+        parts += [f"{edge}\n"] if edge else []
     return "\n".join([*parts, "\n".join(notes(results)) + "\n"])
 
 
@@ -410,6 +414,6 @@ def with_interval(estimate: dict[str, Any], form: str = ".3f", digits: int = 3) 
 
 def _perplexity(bound: dict[str, Any]) -> str:
     assert bound["is_bound"], "only a bound has a perplexity"
-    value, *ends = (math.exp(min(each, 700.0)) for each in (bound["nats_per_token"], *(bound["interval_95"] or ())))
+    value, *ends = (perplexity(each) for each in (bound["nats_per_token"], *(bound["interval_95"] or ())))
     digits = 0 if value >= 100 else 1
     return f"{value:,.{digits}f}" + (f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]" if ends else "")

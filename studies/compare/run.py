@@ -23,7 +23,7 @@ from prime_v2.output.atomic import write_json
 from prime_v2.output.locks import LOCK, folder_lock
 from prime_v2.output.numbers import duration
 from prime_v2.output.progress import say
-from prime_v2.output.records import code_version, read_record
+from prime_v2.output.records import code_of, code_version, read_record
 from prime_v2.studies.compare.children import Children, Task, stopping_on_signals
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.plan import PlannedRun, data_folder, parsed, plan, record_path
@@ -187,11 +187,11 @@ def prepare(runs: Sequence[Run], out: Path) -> None:
 
 def check_code(finished: Sequence[Trained]) -> None:
     """ValueError where the finished runs are of another commit than the code that would train the others."""
-    commit = code_version()["commit"]
+    code = code_version()
     for run, record in finished:
-        if record["commit"] != commit:
+        if code_of(record) != code_of(code):
             raise ValueError(
-                f"{run.folder} was trained by commit {record['commit'][:12]}, this is {commit[:12]}; give a new "
+                f"{run.folder} was trained by commit {code_of(record, 12)}, this is {code_of(code, 12)}; give a new "
                 f"--out, and no --recorded, to train all runs again, or add --allow-mixed"
             )
 
@@ -199,9 +199,14 @@ def check_code(finished: Sequence[Trained]) -> None:
 def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running, lock: int) -> dict[str, str]:
     """Train the runs; the failures as sentences by run."""
     names = {str(each.run): each for each in waiting}
-    total, begun, clock = already + len(waiting), [already], _Clock()
+    total, begun, clock, code = already + len(waiting), [already], _Clock(), code_of(code_version())
 
     def on_start(task: Task) -> None:
+        if not running.allow_mixed and code_of(code_version()) != code:
+            raise ValueError(
+                f"the code is that of commit {code_of(code_version())} now; when the comparison began it was that of "
+                f"{code}; go back to it and start again, which continues, or add --allow-mixed"
+            )
         begun[0] += 1
         say(f"[{begun[0]}/{total}] {task.name}: {names[task.name].steps:,} steps")
 
@@ -209,7 +214,8 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
         bound = read_record(task.record)["results"]["evaluation"]["bound"]
         done = names.pop(task.name)
         tidy(Path(done.options["output_dir"]), running.keep_models)
-        left = clock.left(done, seconds, list(names.values()), running.jobs)
+        still = [each for name, each in names.items() if name not in children.failures]
+        left = clock.left(done, seconds, still, running.jobs)
         say(f"{task.name}: {bound['nats_per_token']:.3f}{plus_minus(bound)} nats/token, {duration(seconds)}{left}")
 
     tasks = []
@@ -219,7 +225,8 @@ def _train(waiting: list[PlannedRun], already: int, out: Path, running: Running,
         config.write_text(yaml.safe_dump(each.options, sort_keys=False), encoding="utf-8")
         log = out / "logs" / f"{each.run.folder}.txt"
         tasks.append(Task(str(each.run), running.command(config), log, record_path(each)))
-    return Children(running.jobs, lock, on_start, on_end).run(tasks)
+    children = Children(running.jobs, lock, on_start, on_end)
+    return children.run(tasks)
 
 
 @dataclass

@@ -18,7 +18,7 @@ def findings(cells: Rows, text: HeldOut, reference: dict[str, Any] | None) -> di
     return {
         "best": best_at_equal_passes(cells, text),
         "digits": passes_of_digits(cells, text),
-        "frontiers": frontiers(cells, reference),
+        "frontiers": frontiers(cells, reference, text.units),
     }
 
 
@@ -121,16 +121,19 @@ def first_passes(nats: np.ndarray, passes: np.ndarray, target: float) -> float:
     return float("inf")
 
 
-def frontiers(cells: Rows, reference: dict[str, Any] | None) -> list[dict[str, Any]]:
+def frontiers(cells: Rows, reference: dict[str, Any] | None, units: np.ndarray) -> list[dict[str, Any]]:
     """The generative frontier (arXiv:2604.02718) of each sampler, and where it passes the entropy of real text.
 
-    `at_real_entropy`: generative perplexity there, log-linear in entropy between the two temperatures around it, with
-    its bootstrap interval; None where no two of the temperatures are around it (`interval_95` too).
+    `at_real_entropy`: generative perplexity there, log-linear in entropy between the two temperatures around it; None
+    where no two of the temperatures are around it. `interval_95`: samples and real texts are both resampled, the texts
+    by the units (N,) that they are of; None where more than a twentieth of the resamples have no such temperatures.
     """
     if reference is None:
         return []
     found = []
-    target = reference["0"]["entropy"]["value"]
+    real = np.array(reference["0"]["entropy_of_samples"])
+    drawn = resampled(real, np.ones(len(real)), units, np.random.default_rng(len(cells)))
+    targets = np.concatenate([[reference["0"]["entropy"]["value"]], drawn])
     rows = [row for row in cells if row["samples"] is not None and row["prompt"] == 0]
     for model, sampler in dict.fromkeys((row["model"], row["sampler"]) for row in rows):
         own = [row for row in rows if (row["model"], row["sampler"]) == (model, sampler)]
@@ -140,7 +143,7 @@ def frontiers(cells: Rows, reference: dict[str, Any] | None) -> list[dict[str, A
             continue
         values = [_resampled_point(row["samples"], place) for place, row in enumerate(points)]
         entropy, nats = (np.stack(each, axis=1) for each in zip(*values, strict=True))  # (1 + RESAMPLES, P)
-        at = np.array([_crossing(e, n, target) for e, n in zip(entropy, nats, strict=True)])
+        at = np.array([_crossing(*each) for each in zip(entropy, nats, targets, strict=True)])
         is_there = np.isfinite(at[0])
         usable = at[1:][np.isfinite(at[1:])]
         found.append(
@@ -153,7 +156,7 @@ def frontiers(cells: Rows, reference: dict[str, Any] | None) -> list[dict[str, A
                 "generative_perplexity": [row["samples"]["generative_perplexity"]["value"] for row in points],
                 "at_real_entropy": float(np.exp(at[0])) if is_there else None,
                 "interval_95": np.exp(percentiles(usable)).tolist()
-                if is_there and len(usable) > RESAMPLES / 2
+                if is_there and len(usable) >= 0.95 * RESAMPLES
                 else None,
             }
         )

@@ -4,7 +4,6 @@ That is the field's name. It says how likely the judge finds the texts, and is a
 model that wrote them: text that repeats itself has a low one, so it is read beside the unigram entropy.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +130,6 @@ def mauve_of(samples: np.ndarray, real: np.ndarray, seed: int) -> float:
     import mauve
 
     return float(mauve.compute_mauve(p_features=real, q_features=samples, seed=seed, verbose=False).mauve)
-
-
-def generative_perplexity(nats_per_token: float) -> float:
-    """exp of the judge's exact nats per token, cut at 700 so that JSON can hold it."""
-    return math.exp(min(nats_per_token, 700.0))
 
 
 def check_judge(config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from prime_v2.eval.samplers import named_config
 from prime_v2.eval.samplers import parsed as parsed_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
+from prime_v2.output.records import code_of, code_version
 from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.studies.quality.statistics import COPIED, FEWEST
 
@@ -51,11 +52,13 @@ class Plan:
                     f"out, or draw samples, too"
                 )
         if self.length - (self.prompt or 0) < COPIED:
-            given = f"length={self.length}" + ("" if self.prompt is None else f" less prompts={self.prompt}")
-            raise ValueError(f"{given} leaves fewer than the {COPIED} tokens that the {COPIED}-grams need")
-        for each in self.passes:
+            left = f"length={self.length}" + ("" if self.prompt is None else f" less prompts={self.prompt}")
+            raise ValueError(f"{left} leaves fewer than the {COPIED} tokens that the {COPIED}-grams need")
+        given = [("passes", each) for each in self.passes]
+        given += [] if self.law_only else [("frontier_passes", self.frontier_passes)]
+        for name, each in given:
             if each > self.length:
-                raise ValueError(f"passes={each} are more than the {self.length} tokens of a text; use {self.length}")
+                raise ValueError(f"{name}={each} are more than the {self.length} tokens of a text; use {self.length}")
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,18 @@ def key_of(cell: Cell, plan: Plan, about: dict[str, Any]) -> str:
     fixed = {name: getattr(plan, name) for name in ("length", "samples", "draws", "batch", "seed", "law_only")}
     content = json.dumps([asdict(cell), fixed, about], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """What a model's numbers depend on beside its weights, which are hashed: its options, the code, the device."""
+    settings = {"config": model.config.to_dict(), "generation": model.generation_config.to_dict()}
+    settings = {name: _plain({**each, "_name_or_path": None}) for name, each in settings.items()}
+    place = {"device": model.device.type, "dtype": str(model.dtype), "code": code_of(code_version())}
+    return {"weights": weights_sha256(model), **settings, **place}
+
+
+def _plain(settings: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(settings, default=str))
 
 
 def weights_sha256(model: Any) -> str:

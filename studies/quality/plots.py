@@ -1,7 +1,7 @@
 """The picture of `prime-v2 quality`, drawn only from its results: quality against passes and time, and frontiers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +78,25 @@ def _passes_of(cell: dict[str, Any]) -> float:
 
 
 def _draw_law_by_passes(axes: Any, results: dict[str, Any], style: _Style) -> None:
-    for model, sampler, cells in _lines(results):
+    for model, sampler, cells in _lines_with_law(results):
         _law_line(axes, [_passes_of(each) for each in cells], cells, style.of(model, sampler))
     axes.set(xlabel="passes a text", ylabel="nats per token of held-out text", xscale="log")
     _plain_powers(axes)
 
 
 def _draw_law_by_time(axes: Any, results: dict[str, Any], style: _Style) -> None:
-    for model, sampler, cells in _lines(results):
+    for model, sampler, cells in _lines_with_law(results):
         seconds = [1000 / each["samples"]["tokens_per_second"] for each in cells]
         _law_line(axes, seconds, cells, style.of(model, sampler))
     axes.set(xlabel="seconds for 1,000 sampled tokens", ylabel="nats per token of held-out text", xscale="log")
     _plain_numbers(axes.xaxis)
+
+
+def _lines_with_law(results: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Of the lines those of samplers that have a law: not of a top_p that excludes tokens."""
+    for model, sampler, cells in _lines(results):
+        if all(each["law"] is not None for each in cells):
+            yield model, sampler, cells
 
 
 def _law_line(axes: Any, x: Sequence[float], cells: Sequence[dict[str, Any]], look: dict[str, Any]) -> None:

@@ -135,8 +135,9 @@ def notes(results: dict[str, Any]) -> list[str]:
         about = f"{results['samples']} {real}, of {results['length']} tokens."
     lines = [
         about,
-        "= exact, ≤ a bound; [ ] and ± 95% intervals: of real text over clusters of documents (Student's t, "
-        "differences paired), of samples over samples (bootstrap; distinct-n by jackknife).",
+        "= exact, ≤ a bound; [ ] and ± 95% intervals: of laws on real text over clusters of documents (Student's t, "
+        "differences paired), of sets of texts over samples, of real ones over clusters (bootstrap; distinct-n by "
+        "jackknife).",
     ]
     judge = results["judge"]
     if judge is not None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from prime_v2.families import label_of
 from prime_v2.output.atomic import write_json
-from prime_v2.output.numbers import duration, three_digits
+from prime_v2.output.numbers import duration, perplexity, three_digits
 from prime_v2.output.progress import progress_bar, say
-from prime_v2.studies.quality.judge import Judge, generative_perplexity, mauve_of
-from prime_v2.studies.quality.plan import Cell, Plan, cells_of, key_of, samplers_of, weights_sha256
+from prime_v2.studies.quality.judge import Judge, mauve_of
+from prime_v2.studies.quality.plan import Cell, Plan, cells_of, identity, key_of, samplers_of
 from prime_v2.studies.quality.samples import law, write
 from prime_v2.studies.quality.statistics import NgramIndex, describe, entropy, mean
 from prime_v2.studies.quality.texts import HeldOut
@@ -48,7 +48,7 @@ def run_model(bench: Bench, model: Any, label: str) -> dict[str, Any]:
     plan = bench.plan
     samplers, missing = samplers_of(model, plan.samplers)
     cells = cells_of(plan, model, samplers)
-    about = bench.about | {"weights": weights_sha256(model)}
+    about = bench.about | identity(model)
     paths = {cell: bench.folder / f"{key_of(cell, plan, about)}.json" for cell in cells}
     waiting = sorted((cell for cell in cells if not paths[cell].exists()), key=lambda cell: cell.passes)
     finished = len(cells) - len(waiting)
@@ -122,7 +122,7 @@ def judged(bench: Bench, ids: Tensor, prompt: int, units: np.ndarray) -> dict[st
     judge = bench.judge
     read = judge.read(ids, prompt)
     sizes = [len(each) for each in read.texts]
-    found: dict[str, Any] = {"generative_perplexity": mean(read.nats, sizes, units, generative_perplexity)}
+    found: dict[str, Any] = {"generative_perplexity": mean(read.nats, sizes, units, perplexity)}
     found |= describe(read.texts, units, bench.training)
     found["nats_of_samples"] = [round(float(each), 2) for each in read.nats]
     found["tokens_of_samples"] = sizes[0] if len(set(sizes)) == 1 else sizes

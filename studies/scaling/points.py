@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_v2.output.records import read_record
+from prime_v2.output.records import code_of, read_record
 from prime_v2.studies.compare.config import COMMON, COUNTS
 
 PUBLISHED = "published"
@@ -272,7 +272,6 @@ def _point_of_record(name: str, record: dict[str, Any], loss: str, count: str) -
     options, prints = results["options"], results["data"].get("fingerprints", {})
     order = [(each, str(options[each])) for each in ORDER_OPTIONS if each in options]
     order += [(f"fingerprint of {split}", str(prints[split])[:12]) for split in ("train", "test") if split in prints]
-    changed = " with uncommitted changes" if record.get("uncommitted_changes") else ""
     return Point(
         family=_family(name, results),
         flops=flops,
@@ -282,7 +281,7 @@ def _point_of_record(name: str, record: dict[str, Any], loss: str, count: str) -
         stderr=_positive(stderr, name, "stderr") if stderr else None,
         is_bound=bool(scored["is_bound"]),
         source=name,
-        code=f"{str(record.get('commit'))[:12]}{changed}",
+        code=code_of(record, 12),
         data_order=tuple(order),
         degrees=_positive(scored["degrees"], name, "degrees") if scored.get("degrees") else None,
         loss_name=loss,

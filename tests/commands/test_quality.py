@@ -100,6 +100,7 @@ def test_prompts_are_continued_and_a_law_needs_no_judge(study, model_dir, text_f
 
 def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_dir, arm_dir, text_file, tmp_path):
     alone = [model_dir, "--text", text_file, *SMALL, "--out", tmp_path / "parts"]
+    laws = [model_dir, "--text", text_file, *SMALL[:6], "--law-only"]
     for arguments, words in (
         (alone, "the samples need a causal model as their judge; add one by --judge"),
         ([*alone, "--judge", model_dir], "a bound of a text's likelihood only; use a causal model"),
@@ -109,7 +110,10 @@ def test_bad_input_ends_with_a_sentence_before_anything_is_sampled(study, model_
         ([*study, "--passes", 13], "--passes 13 are more than the 12 tokens"),
         ([*study, "--temperature", 0], "must be positive and finite"),
         ([*study, "--length", 65], "max_position_embeddings=64"),
-        ([*alone, "--law-only", "--mauve"], "--mauve judges samples, which --law-only draws none of"),
+        ([*laws, "--mauve"], "--mauve is about samples, which --law-only draws none of"),
+        ([*laws, "--temperature", 0.5], "--temperature is about samples, which --law-only draws none"),
+        ([*laws, "--frontier-passes", 4], "--frontier-passes is about samples, which --law-only draws"),
+        ([*study, "--frontier-passes", 13], "--frontier-passes 13 are more than the 12 tokens"),
         ([*study, "--dev"], "--dev is a side of what MODEL was trained on, not of --text"),
         ([model_dir, "--also", arm_dir, *SMALL], "does not exist, which says what"),
         ([model_dir, "--also", arm_dir, *SMALL, "--training-text", text_file], "goes with --text SOURCE"),

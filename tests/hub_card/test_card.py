@@ -18,7 +18,7 @@ from prime_v2.eval.perplexity import score_windows
 from prime_v2.hub_card.card import find_record, render_card, write_card
 from prime_v2.hub_card.export import export_model
 from prime_v2.hub_card.files import hub_files
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 from prime_v2.tokenization.bpe import train_bpe
 
 
@@ -75,7 +75,9 @@ def record(scores: dict, model_dir: Path) -> dict:
         "evaluation": copy.deepcopy(scores["prime"]),
         "samples": ["first ``` sample", "second\nsample"],
     }
-    return json.loads(json.dumps(make_record("train", results, seed=5, command="python train.py --seed 5")))
+    return json.loads(
+        json.dumps(make_record("train", results, seed=5, code=code_version(), command="python train.py --seed 5"))
+    )
 
 
 def test_card_states_the_numbers_of_the_record(record):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prime_v2.commands.main import app
 from prime_v2.hub_card.card import write_card
 from prime_v2.output.paths import without_places
-from prime_v2.output.records import make_record
+from prime_v2.output.records import code_version, make_record
 from prime_v2.training import run as training
 
 PERSON, HOST = "somebody-of-here", "host-of-here"
@@ -89,7 +89,9 @@ def test_generated_text_and_numbers_stay():
 
 def test_every_record_names_files_by_their_last_part(tmp_path):
     results = {"source": str(tmp_path / "a.txt"), "models": [{"name": str(tmp_path / "b")}]}
-    record = make_record("ppl", results, seed=0, command=f"prime-v2 ppl {tmp_path}/b {tmp_path}/a.txt")
+    record = make_record(
+        "ppl", results, seed=0, code=code_version(), command=f"prime-v2 ppl {tmp_path}/b {tmp_path}/a.txt"
+    )
     assert record["command"] == "prime-v2 ppl b a.txt"
     assert record["results"] == {"source": "a.txt", "models": [{"name": "b"}]}
 
@@ -128,7 +130,7 @@ def test_no_file_of_an_export_and_no_record_tells_where_or_by_whom_it_was_made(t
         content = path.read_bytes()
         assert [each for each in told if each in content] == [], path.name
 
-    record = make_record("train", {}, seed=0) | json.loads((home / "run.json").read_text())
+    record = make_record("train", {}, seed=0, code=code_version()) | json.loads((home / "run.json").read_text())
     record["command"] = f"python {home}/train.py --data {text}"
     record["results"]["data"]["source"] = str(text)
     card = write_card(home / "export", record).read_bytes()

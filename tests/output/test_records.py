@@ -1,15 +1,20 @@
 """Records: what stands behind a number."""
 
+import json
+import shutil
+import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+from prime_v2.output import records
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import command_line, make_record, read_record
+from prime_v2.output.records import code_of, code_version, command_line, make_record, read_record
 
 
 def test_record_says_what_made_the_numbers(tmp_path):
-    record = make_record("ppl", {"nats": 1.5}, seed=7, command="prime-v2 ppl a b")
+    record = make_record("ppl", {"nats": 1.5}, seed=7, code=code_version(), command="prime-v2 ppl a b")
     assert record["results"] == {"nats": 1.5}
     assert (record["name"], record["seed"], record["command"]) == ("ppl", 7, "prime-v2 ppl a b")
     assert {"python", "torch", "transformers", "prime-v2"} <= set(record["versions"])
@@ -19,6 +24,28 @@ def test_record_says_what_made_the_numbers(tmp_path):
     assert isinstance(record["uncommitted_changes"], bool)
     path = write_json(tmp_path / "new" / "record.json", record)
     assert read_record(path) == record
+
+
+def test_a_package_in_another_repository_is_its_release_and_not_that_repositorys_commit(tmp_path):
+    """An environment inside somebody's project: their commits say nothing about this code."""
+    place = tmp_path / "project" / ".venv" / "output"
+    place.mkdir(parents=True)
+    (tmp_path / "project" / ".gitignore").write_text(".venv\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path / "project", check=True)
+    shutil.copy(records.__file__, place / "records.py")
+    program = "import importlib.util, json; spec = importlib.util.spec_from_file_location('copy', 'records.py'); "
+    program += "copy = importlib.util.module_from_spec(spec); spec.loader.exec_module(copy); "
+    program += "print(json.dumps(copy.code_version()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=True)
+    release = {"commit": f"release {version('prime-v2')}", "uncommitted_changes": False}
+    assert json.loads(done.stdout) == release
+    assert code_of(release) == release["commit"]
+    assert code_of({"commit": "a" * 40, "uncommitted_changes": True}, 12) == f"{'a' * 12} with uncommitted changes"
 
 
 @pytest.mark.parametrize(

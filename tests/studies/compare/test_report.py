@@ -227,6 +227,25 @@ def test_records_of_other_code_are_refused_unless_allowed():
     assert "2 versions of the code" in render(results)
 
 
+def test_uncommitted_changes_are_other_code():
+    comparison, trained = compared()
+    trained[1][1]["uncommitted_changes"] = True
+    with pytest.raises(ValueError, match="Prime.* of a{12} with uncommitted changes; train them with one"):
+        summarise(comparison, trained)
+
+
+def test_a_stream_is_not_said_to_have_been_read_twice():
+    """Of a stream the folder of text counts what one run read of it."""
+    comparison, trained = compared()
+    results = summarise(comparison, trained)
+    for each in results["data"].values():
+        each["train_tokens"] = 1
+    assert any("read the training text more than once" in note for note in notes(results))
+    for row in results["rows"]:
+        row["options"]["streaming"] = True
+    assert not any("more than once" in note for note in notes(results))
+
+
 @pytest.mark.parametrize(
     ("place", "name", "message"),
     [

@@ -21,7 +21,7 @@ from compare_runs import NETWORK, TOKENS_PER_STEP, WEIGHTS, Fork, three_runs, us
 
 from prime_v2.studies.compare import plan
 from prime_v2.studies.compare import run as compare
-from prime_v2.studies.compare.children import Stopped, progress_of, stopping_on_signals
+from prime_v2.studies.compare.children import progress_of
 from prime_v2.studies.compare.config import Comparison, number, read_comparison
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.scaling.points import check_one_experiment, read_points
@@ -213,19 +213,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(content, tmp_path, monkeypatc
     assert f"continuing from {checkpoint}" in log.read_text()
 
 
-def test_signals_stop_unless_they_are_ignored_as_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped, stopping_on_signals():
-            signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGTERM)
-        assert stopped.value.number == signal.SIGTERM
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -328,6 +315,22 @@ def test_no_run_is_trained_beside_those_of_another_commit(finished, content, for
     runs = {**content["runs"], "another": {"family": "arm"}}
     sentence = refused(write(tmp_path, content, runs=runs), "--out", finished / "out")
     assert "was trained by commit" in sentence and not forked
+
+
+def test_no_run_is_begun_when_the_code_has_become_another_one(content, forked, tmp_path, monkeypatch):
+    versions = iter(["a" * 40, "a" * 40, "a" * 40])
+    monkeypatch.setattr(
+        compare, "code_version", lambda: {"commit": next(versions, "b" * 40), "uncommitted_changes": False}
+    )
+    sentence = refused(write(tmp_path, content), "--out", tmp_path / "out")
+    assert f"the code is that of commit {'b' * 40} now" in sentence and len(forked) < 3
+
+
+def test_a_quoted_number_in_a_recipe_is_the_number(content, tmp_path):
+    train = {**content["train"], "eval_sequences": "8", "test_sequences": "8"}
+    config = write(tmp_path, content, train=train)
+    planned = plan.plan(read_comparison(str(config)), tmp_path / "out", measure=False)
+    assert {(each.options["eval_sequences"], each.options["test_sequences"]) for each in planned} == {(8, 8)}
 
 
 def test_folders_of_something_else_or_in_use_are_refused(finished, content, tmp_path):

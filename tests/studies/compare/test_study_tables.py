@@ -10,14 +10,16 @@ from scipy import stats
 from docs.tables import study as tables
 from docs.tables.study import families_table, settings_table, verdict_table
 from prime_v2.output.atomic import write_json
-from prime_v2.output.records import make_record, read_record
+from prime_v2.output.records import code_version, make_record, read_record
 from prime_v2.studies.compare.config import Comparison, Run
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import summarise
 
 
 def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
-    write_json(tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0))
+    write_json(
+        tmp_path / "compare_tuning.json", make_record("compare", settings_compared(), seed=0, code=code_version())
+    )
     heads, _, mdm, arm = settings_table("tuning", tmp_path).splitlines()[:4]
     assert heads.startswith("| run | 16x1 | 32x1 | test")
     assert mdm.startswith("| MDM | **1.000** | 2.000 | ≤ ") and "| – |" in mdm
@@ -26,7 +28,7 @@ def test_the_table_of_settings_marks_the_lowest_dev_bound_of_each_run(tmp_path):
 
 def test_the_papers_loss_is_a_column_where_it_is_asked_for(tmp_path):
     results = settings_compared()
-    write_json(tmp_path / "compare_shuffle_ratio.json", make_record("compare", results, seed=0))
+    write_json(tmp_path / "compare_shuffle_ratio.json", make_record("compare", results, seed=0, code=code_version()))
     heads, _, mdm, arm = settings_table("shuffle_ratio", tmp_path, papers_loss=True).splitlines()[:4]
     loss = {each["name"]: each for each in results["best"]}["MDM"]["paper_loss"]
     assert "| test ± 95%, of the one in bold | the paper's loss | minus " in heads
@@ -47,7 +49,7 @@ def recorded_study(folder: Path, better: str = "MDM, tree") -> dict:
         record["results"]["history"][2]["eval_bound"] = 1.0 if run.name == better else 2.0 + (run.shape == "32x1")
         trained.append((run, record))
     results = summarise(Comparison("study_1e9", "measured", "MDM, tree", tuple(runs), 0), trained)
-    write_json(folder / "compare_study_1e9.json", make_record("compare", results, seed=0))
+    write_json(folder / "compare_study_1e9.json", make_record("compare", results, seed=0, code=code_version()))
     return results
 
 
@@ -61,11 +63,14 @@ def test_the_verdict_is_read_off_the_paired_interval_of_the_best_shapes(tmp_path
     at_level = half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.05 / 9 / 2, 2)
     cell = f"{difference['nats_per_token']:+.3f} ± {half:.3f}, below (± {at_level:.3f} for 9 comparisons)"
     text = verdict_table(tmp_path)
-    assert f"| Prime | bound | {cell} |" in text and f"| Prime | 4 passes | {cell} |" in text
-    assert tables._verdict({"nats_per_token": 1.0, "interval_95": [0.5, 1.5], "stderr": 0.1}, 3).startswith(
-        "+1.000 ± 0.500, ab"
-    )
-    assert ", level (" in tables._verdict({"nats_per_token": 0.1, "interval_95": [-0.5, 0.7], "stderr": 0.1}, 3)
+    assert f"| Prime | bound | {cell} |" in text
+    of_passes = half / stats.t.ppf(0.975, 2) * stats.t.ppf(1 - 0.05 / 27 / 2, 2)  # at three numbers of passes
+    assert f"| Prime | 4 passes | {cell[: cell.index(' (')]} (± {of_passes:.3f} for 27 comparisons) |" in text
+    above = {"nats_per_token": 1.0, "interval_95": [0.5, 1.5], "stderr": 0.1}
+    assert tables._verdict(above, 3, 9).startswith("+1.000 ± 0.500, ab")
+    assert ", level (" in tables._verdict({"nats_per_token": 0.1, "interval_95": [-0.5, 0.7], "stderr": 0.1}, 3, 9)
+    with pytest.raises(ValueError, match="a verdict over 1 seed is none"):
+        tables._verdict(above, 1, 9)
     families = families_table(tmp_path)
     bound = {each["name"]: each for each in results["best"]}["Prime"]["bound"]["nats_per_token"]
     assert f"| Prime | yes | ≤ {bound:.2f} ± " in families and "| MDM, tree | no | ≤ " in families
@@ -111,7 +116,7 @@ def test_the_table_of_orders_pairs_each_bound_with_that_of_the_tree_embedded_mdm
         ("order_b", [{**nested, "method": "nested"}, {**rows["Prime"], "model": "ARM", "method": "causal"}]),
         ("order_c", [tree]),
     ):
-        write_json(tmp_path / f"{name}.json", make_record("perplexity", {"rows": found}, seed=0))
+        write_json(tmp_path / f"{name}.json", make_record("perplexity", {"rows": found}, seed=0, code=code_version()))
     distance = paired(nested, tree)
     half = (distance["interval_95"][1] - distance["interval_95"][0]) / 2
     cell = f"≤ {nested['nats_per_token']:.3f} ± 0.300; {distance['nats_per_token']:+.3f} ± {half:.3f}"

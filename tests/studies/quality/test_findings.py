@@ -74,18 +74,43 @@ def set_cell(temperature: float, entropy: float, nats: float, spread: float = 0.
     return {**cell, "law": None, "samples": samples}
 
 
+def real_text(entropy: float, spread: float = 0.0) -> tuple[dict, np.ndarray]:
+    """What `frontiers` reads of 40 real texts, and that each is of a document of its own."""
+    noise = spread * np.random.default_rng(1).normal(size=40)
+    texts = (entropy + noise - noise.mean()).tolist()
+    return {"0": {"entropy": {"value": entropy}, "entropy_of_samples": texts}}, np.arange(40)
+
+
 def test_a_frontier_is_read_at_the_entropy_of_real_text():
     cells = [set_cell(0.5, 2.0, 1.0), set_cell(1.0, 3.0, 2.0), set_cell(1.5, 4.0, 5.0)]
-    (found,) = frontiers(cells, {"0": {"entropy": {"value": 3.5}}})
+    (found,) = frontiers(cells, *real_text(3.5))
     assert found["temperatures"] == [0.5, 1.0, 1.5]
     assert found["at_real_entropy"] == pytest.approx(np.exp(3.5))
     assert found["interval_95"] == pytest.approx([np.exp(3.5)] * 2), "no spread"
     spread = [set_cell(0.5, 2.0, 1.0, 1.0), set_cell(1.0, 3.0, 2.0, 1.0)]
-    low, high = frontiers(spread, {"0": {"entropy": {"value": 2.0}}})[0]["interval_95"]
+    low, high = frontiers(spread, *real_text(2.0))[0]["interval_95"]
     assert np.log([low, high]) == pytest.approx([1 - 0.1 * 1.96 / 40**0.5, 1 + 0.1 * 1.96 / 40**0.5], abs=0.008)
 
 
+def test_the_interval_of_a_frontier_has_the_error_of_the_entropy_of_real_text():
+    """The frontier rises by one nat a nat of entropy, so the interval is that of the mean entropy of the texts."""
+    cells = [set_cell(0.5, 1.0, 1.0), set_cell(1.0, 5.0, 5.0)]
+    low, high = frontiers(cells, *real_text(3.0, spread=1.0))[0]["interval_95"]
+    assert np.log([low, high]) == pytest.approx([3 - 1.96 / 40**0.5, 3 + 1.96 / 40**0.5], abs=0.08)
+    pairs = np.repeat(np.arange(20), 2)  # two texts of a document are resampled together
+    texts, _ = real_text(3.0)
+    texts["0"]["entropy_of_samples"] = (3 + np.where(pairs % 2, 1.0, -1.0)).tolist()
+    low, high = frontiers(cells, texts, pairs)[0]["interval_95"]
+    assert np.log([low, high]) == pytest.approx([3 - 1.96 / 20**0.5, 3 + 1.96 / 20**0.5], abs=0.08)
+
+
+def test_a_frontier_that_ends_near_the_entropy_of_real_text_has_no_interval():
+    """Half of the resamples lie beyond the largest entropy of the frontier."""
+    (found,) = frontiers([set_cell(0.5, 1.0, 1.0), set_cell(1.0, 3.0, 3.0)], *real_text(3.0, spread=1.0))
+    assert found["at_real_entropy"] == pytest.approx(np.exp(3)) and found["interval_95"] is None
+
+
 def test_a_frontier_that_does_not_reach_the_entropy_of_real_text_has_no_number_there():
-    (found,) = frontiers([set_cell(0.5, 2.0, 1.0), set_cell(1.0, 3.0, 2.0)], {"0": {"entropy": {"value": 3.5}}})
+    (found,) = frontiers([set_cell(0.5, 2.0, 1.0), set_cell(1.0, 3.0, 2.0)], *real_text(3.5))
     assert (found["at_real_entropy"], found["interval_95"]) == (None, None)
-    assert frontiers([set_cell(0.5, 2.0, 1.0)], None) == []
+    assert frontiers([set_cell(0.5, 2.0, 1.0)], None, np.arange(40)) == []

@@ -106,6 +106,19 @@ def test_the_notes_name_the_judge_what_its_number_is_and_what_a_model_has_not(re
     assert "Judge" not in "\n".join(notes(results | {"judge": None}))
 
 
+def test_a_sampler_without_a_law_is_in_no_panel_of_laws(results, tmp_path, monkeypatch):
+    """As of a top_p that excludes tokens: real text has probability 0."""
+    from prime_v2.studies.quality import plots
+
+    seen = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: seen.append(figure) or path)
+    without = {(row["model"], row["sampler"]) for row in results["cells"][:1]}
+    cells = [row | {"law": None} if (row["model"], row["sampler"]) in without else row for row in results["cells"]]
+    for some in (cells, [row | {"law": None} for row in cells]):
+        plot_quality(results | {"cells": some}, tmp_path / "quality.png")
+    assert len(seen[0].axes[0].lines) < 3 and not seen[1].axes[0].lines
+
+
 @pytest.mark.parametrize("sampled", [True, False])
 def test_the_picture_has_a_panel_for_each_comparison(results, sampled, tmp_path, monkeypatch):
     from prime_v2.studies.quality import plots

@@ -138,6 +138,7 @@ def test_a_comparison_is_a_point_for_each_of_its_runs(tmp_path):
         (f"{HEADER}\nMDM,1e18,1e8,1e9,3\n", r"line 2: 5 cells under a header of 6"),
         (f"{HEADER}\n", r"has a header and no points"),
         ("", r"is empty; its header must be family,"),
+        (f"{HEADER}\n{'x' * 200_000},1,1,1,1,true\n", r"line 2 is no line of a CSV file of points: field larger than"),
     ],
 )
 def test_bad_csv_files_are_refused(tmp_path, text, message):

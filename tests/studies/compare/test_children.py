@@ -1,0 +1,39 @@
+"""Child processes of a comparison, and the signals that stop them."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from prime_v2.studies.compare.children import Children, Stopped, Task, stopping_on_signals
+
+
+def test_a_signal_that_comes_while_a_child_is_begun_stops_that_child_too(tmp_path, monkeypatch):
+    """Between its start and its entry in the list of running ones nobody would stop it."""
+    begun, popen = [], subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        begun.append(popen(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    children = Children(1, -1, lambda task: None, lambda task, seconds: None)
+    with pytest.raises(Stopped), stopping_on_signals():
+        children.run([Task("a", sleep, tmp_path / "log", tmp_path / "record")])
+    assert begun[0].returncode == -signal.SIGTERM and not children.running
+
+
+def test_signals_stop_unless_they_are_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped, stopping_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
