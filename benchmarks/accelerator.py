@@ -103,7 +103,9 @@ def begin(options: argparse.Namespace) -> None:
     found = read_record(options.output)
     same = ("device", "cuda", "tiny", "study")
     pairs = {name: (found["results"].get(name), record["results"][name]) for name in same}
-    pairs |= {name: (found.get(name), record[name]) for name in ("name", "commit", "seed", "versions")}
+    pairs |= {
+        name: (found.get(name), record[name]) for name in ("name", "commit", "uncommitted_changes", "seed", "versions")
+    }
     for name, (before, now) in pairs.items():
         if before != now:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prime_v2.linear_prime_v2 import product
-from prime_v2.output.places import check_new_file
+from prime_v2.output.places import check_file
 
 
 def positive(text: str) -> int:
@@ -20,18 +20,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _new_file(text: str) -> Path:
-    """The place of a record, tried before anything is measured."""
+def _place(text: str) -> Path:
+    """The place of a record, tried before anything is measured; a record that is there is overwritten."""
     try:
-        check_new_file(Path(text))
+        check_file(Path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--output ")) from None
     return Path(text)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Option --output, a new file for the record."""
-    parser.add_argument("--output", type=_new_file, metavar="FILE", help="write the record here (JSON), a new file")
+    """Option --output, the file of the record."""
+    parser.add_argument("--output", type=_place, metavar="FILE", help="write the record here (JSON)")
 
 
 HEAD_DIM = 64  # of the benchmarks that have no option for the number of heads

@@ -46,20 +46,21 @@ def demo(
     together on two cores. They are runs of configs/demo.yaml and need no network. The same command continues what was
     stopped, and prints the results again when all is done.
     """
-    from prime_v2.eval.plugin import DEMO
+    from prime_v2.eval.plugin import DEMO, DEMO_RUNS
     from prime_v2.output.drawing import save_drawing
     from prime_v2.output.progress import quiet_libraries
-    from prime_v2.output.records import code_of, code_version
+    from prime_v2.output.records import code_of, code_version, read_record
 
     quiet_libraries()
     folder, code = out or DEMO, code_version()
-    records = train_both(arguments or [], folder, code)
-    for name, record in records.items():
-        if output is not None and code_of(record) != code_of(code):
+    for name in DEMO_RUNS:
+        finished = folder / name / "results" / "train.json"
+        if output is not None and finished.exists() and code_of(read_record(finished)) != code_of(code):
             raise ValueError(
-                f"{folder / name} was trained by commit {code_of(record, 12)}, this is {code_of(code, 12)}, which "
-                f"--output {output} would name; give a new folder with --out"
+                f"{folder / name} was trained by commit {code_of(read_record(finished), 12)}, this is "
+                f"{code_of(code, 12)}, which --output {output} would name; give a new folder with --out"
             )
+    records = train_both(arguments or [], folder, code)
     better = min(records, key=lambda name: bound_of(records[name])["nats_per_token"])
     text, picture = sample(folder / better)
     results = {

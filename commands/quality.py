@@ -136,14 +136,14 @@ def quality(
         raise ValueError(f"--{given[0]} is about samples, which --law-only draws none of; leave one of the two out")
     say(f"reading configurations; finished parts are kept in {out / CELLS}")
     with progress_bar("reading configurations"):
-        from prime_v2.output.records import code_version
+        from prime_v2.output.records import code_of, code_version
         from prime_v2.studies.quality.report import render
 
         quiet_libraries()
         code, names = code_version(), [model, *(also or [])]
         made = _plan(names, sampler, passes, temperature, frontier_passes, length)
     plan = made(samples=samples, prompt=prompts, draws=draws, batch=batch, seed=seed, law_only=law_only)
-    study = Study(names, judge, text, dev, training_text, mauve, out, device, dtype)
+    study = Study(names, judge, text, dev, training_text, mauve, out, device, dtype, code_of(code))
     try:
         results = study.run(plan)
     except KeyboardInterrupt:
@@ -191,7 +191,7 @@ def _plan(names: list[str], sampler, passes, temperature, frontier_passes, lengt
 
 @dataclass
 class Study:
-    """What `quality` reads: models, judge and texts as they are given; where they run and where parts are kept."""
+    """What `quality` reads: models, judge and texts as given; where they run, by what code, where parts are kept."""
 
     models: list[str]
     judge: str | None
@@ -202,6 +202,7 @@ class Study:
     out: Path
     device: str | None
     dtype: str | None
+    code: str
 
     def run(self, plan: "Plan") -> dict[str, Any]:
         from prime_v2.eval.loading import load_config, load_tokenizer
@@ -307,6 +308,7 @@ class Study:
             "judge": None if judge is None else weights_sha256(judge.scorer.model),
             "training": None if index is None else index.sha256,
             "mauve": self.mauve,
+            "code": self.code,
         }
         return Bench(plan, text, judge, index, self.mauve, self.out / CELLS, measured), about
 

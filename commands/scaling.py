@@ -280,7 +280,7 @@ def _seed_beside(record: Path | None, context: typer.Context, seed: int) -> int:
         if source is not None and source.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is decided by the fits of --fit {record}; leave {option} out, or give points")
-    return read_record(record)["seed"]
+    return read_record(record).get("seed", seed)
 
 
 def _check_budgets(budgets: list[float]) -> None:

@@ -136,7 +136,7 @@ def make_scoring(
     of_sampler: dict[str, Any],
     tokens_per_pass: int,
 ) -> Scoring:
-    """given: cfg, temperature, mask_unit; of_sampler: `SAMPLER_ARGUMENTS`. None where they are not given.
+    """given: cfg, temperature, mask_unit; of_sampler: `SAMPLER_ARGUMENTS`; of these and temperature None is not given.
 
     Raises ValueError for what is unknown, impossible or has no effect.
     """

@@ -13,11 +13,18 @@ def check_new_file(path: Path, option: str = "--output", suffixes: Sequence[str]
     """ValueError unless a new file can be written at `path`, with one of these suffixes where there are any."""
     if _exists(path, option):
         raise ValueError(f"{option} {path} exists; give another name, or delete it first")
+    check_file(path, option)
+    if suffixes:
+        check_suffix(path, option, suffixes)
+
+
+def check_file(path: Path, option: str = "--output") -> None:
+    """ValueError unless a file can be written at `path`, which may be there."""
+    if _exists(path, option) and path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
     _try(path, path.parent, option)
-    if suffixes:
-        check_suffix(path, option, suffixes)
 
 
 def check_suffix(path: Path, option: str, suffixes: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ A record is made to be passed on, so it names files and folders and never says w
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from prime_v2.output.paths import without_places
 
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 PACKAGES = ("prime-v2", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 # Earlier name: present name, of a method, a family and runs of the recipes, and of the values of a configuration's
 # `objective`.
@@ -62,17 +64,23 @@ def code_version() -> dict[str, Any]:
     """The commit of this code, and whether the checkout differs from it; of an installed package its release."""
     file = Path(__file__).resolve()
     if not git("ls-files", file.name, folder=file.parent):  # another repository may hold the environment
-        return {"commit": f"release {_version(PACKAGES[0])}", "uncommitted_changes": False}
-    return {
-        "commit": git("rev-parse", "HEAD", folder=file.parent),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", folder=file.parent)),
-    }
+        installed = {"site-packages", "dist-packages"} & set(file.parts)
+        commit = f"release {_version(PACKAGES[0])}" if installed else "not a git checkout"
+        return {"commit": commit, "uncommitted_changes": False}
+    changes = git("status", "--porcelain", "--untracked-files=no", folder=file.parent)
+    commit = git("rev-parse", "HEAD", folder=file.parent)
+    if changes is None or commit is None:
+        raise ValueError(f"git does not say which commit {file.parent} is of; see what `git status` says there")
+    return {"commit": commit, "uncommitted_changes": bool(changes)}
 
 
 def code_of(record: dict[str, Any], digits: int | None = None) -> str:
-    """The code of a record, or of `code_version()`: its commit, by default whole, and whether there were changes."""
-    changed = " with uncommitted changes" if record.get("uncommitted_changes") else ""
-    return f"{str(record.get('commit'))[:digits]}{changed}"
+    """The code of a record, or of `code_version()`: its commit, in so many digits, and whether there were changes."""
+    changed, commit = (
+        " with uncommitted changes" if record.get("uncommitted_changes") else "",
+        str(record.get("commit")),
+    )
+    return f"{commit[:digits] if HASH.fullmatch(commit) else commit}{changed}"
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -147,10 +155,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def git(*arguments: str, folder: Path) -> str:
-    """What git prints in a folder; "" where there is no git, or no repository."""
+def git(*arguments: str, folder: Path) -> str | None:
+    """What git prints in a folder; None where there is no git or no repository, or git refuses to answer."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -34,11 +34,6 @@ def check_start(run: Any) -> list[str]:
         for name in ("lora", "prompt_field", "answer_field"):
             if getattr(run, name) is not None:
                 problems.append(f"--{name} {getattr(run, name)} needs a trained model; add --init_from DIR")
-    else:
-        if run.codes != "shuffle":
-            problems.append(f"--codes {run.codes} would change the tokens of --init_from; leave it out")
-        if run.tokenizer != "bpe":
-            problems.append(f"--tokenizer {run.tokenizer} beside --init_from, which has its own; leave it out")
     for engine in ("FSDP", "DeepSpeed"):
         if run.lora is not None and os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
             problems.append(f"--lora does not run with {engine} here; use configs/accelerate/ddp.yaml")

@@ -29,8 +29,6 @@ def check_initialisation(run: Any, model_options: dict[str, Any]) -> list[str]:
         )
     if run.embedding_init != "distributional":
         return problems
-    if run.init_from is not None:
-        problems.append("--embedding_init distributional would replace vectors of --init_from; leave it out")
     if run.streaming:
         problems.append(
             "--embedding_init distributional reads the training text before training, which --streaming does not "

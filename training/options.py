@@ -136,6 +136,9 @@ def parse_options(
     parser.set_defaults(**defaults | options)
     if parser.parse_known_args(arguments)[0].init_from is not None:  # what a recipe says of tokens gives way, too
         parser.set_defaults(**{name: getattr(RunOptions, name) for name in OF_THE_TOKENS})
+        for flag in (f"--{name}" for name in OF_THE_TOKENS if name != "bpe_vocab_size"):  # which is read of bpe only
+            if any(each == flag or each.startswith(f"{flag}=") for each in arguments):
+                parser.error(f"{flag} is decided by the folder of --init_from; leave {flag} out")
     run, training, extra, unknown = _parsed(parser, kinds, arguments)
     if unknown:
         flag = unknown[0]

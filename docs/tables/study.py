@@ -16,7 +16,11 @@ from prime_v2.studies.compare.config import number
 from prime_v2.studies.compare.differences import paired
 from prime_v2.studies.compare.report import SAMPLED, notes, sampler_table, with_interval
 
-BUDGETS = ("study_1e12", "study_1e13_seeds", "study_3e13_seeds")  # the records with three seeds
+BUDGETS = (
+    "study_1e12",
+    "study_1e13_seeds",
+    "study_3e13_seeds",
+)  # of the protocol's three budgets, the records with three seeds
 ALL_ARMS = "study_1e12"  # the largest of these that has every arm
 SETTINGS = (
     "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13",
@@ -112,8 +116,8 @@ def families_table(results: Path) -> str:
 def verdict_table(results: Path) -> str:
     """A line an arm that diffuses digits and a number, a column a budget: its distance to the best over whole tokens.
 
-    That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands. "–"
-    where a record lacks the arm.
+    That is the baseline of the records, and must be the one with the lower dev bound, as the protocol demands, where a
+    record has both. "–" where a record lacks the arm.
     """
     records = [read_record(results / f"compare_{name}.json") for name in BUDGETS]
     lines: dict[tuple[str, str], list[str]] = {}

@@ -99,13 +99,17 @@ class Children:
     def run(self, tasks: Sequence[Task]) -> dict[str, str]:
         """Run all; what failed, as sentences by the names of tasks. A failure does not keep the others from running.
 
-        A signal is passed on to the running children, which save a checkpoint; then `Stopped` is raised.
+        A signal is passed on to the running children, which save a checkpoint; then `Stopped` is raised. A ValueError
+        of a start is raised when those that run have ended; no other is begun.
         """
-        waiting = list(tasks)
+        waiting, refused = list(tasks), None
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.jobs:
-                    self._start(waiting.pop(0))
+                    try:
+                        self._start(waiting.pop(0))
+                    except ValueError as error:
+                        waiting, refused = [], error
                 time.sleep(POLL_SECONDS)
                 for child in [each for each in self.running if each.process.poll() is not None]:
                     self._end(child)
@@ -115,6 +119,8 @@ class Children:
             raise
         finally:
             self._clear()
+        if refused is not None:
+            raise refused
         return self.failures
 
     def _start(self, task: Task) -> None:

@@ -25,7 +25,7 @@ TRAINING_FIELDS = (
 
 
 def check_one_experiment(trained: Sequence[Trained], allow_mixed: bool) -> None:
-    """ValueError unless the records are of one commit (or allow_mixed) and those of a seed of one text and order."""
+    """ValueError unless the records are of one code (or allow_mixed) and those of a seed of one text and order."""
     first_run, first = trained[0]
     firsts: dict[int, Trained] = {}
     for run, record in trained:

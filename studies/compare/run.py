@@ -186,7 +186,7 @@ def prepare(runs: Sequence[Run], out: Path) -> None:
 
 
 def check_code(finished: Sequence[Trained]) -> None:
-    """ValueError where the finished runs are of another commit than the code that would train the others."""
+    """ValueError where the finished runs are of other code (commit, uncommitted changes) than the others would be."""
     code = code_version()
     for run, record in finished:
         if code_of(record) != code_of(code):

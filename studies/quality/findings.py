@@ -126,7 +126,7 @@ def frontiers(cells: Rows, reference: dict[str, Any] | None, units: np.ndarray) 
 
     `at_real_entropy`: generative perplexity there, log-linear in entropy between the two temperatures around it; None
     where no two of the temperatures are around it. `interval_95`: samples and real texts are both resampled, the texts
-    by the units (N,) that they are of; None where more than a twentieth of the resamples have no such temperatures.
+    by the units (N,) that they are of; None too where over a twentieth of the resamples have no such temperatures.
     """
     if reference is None:
         return []

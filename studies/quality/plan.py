@@ -9,7 +9,6 @@ from typing import Any
 from prime_v2.eval.samplers import named_config
 from prime_v2.eval.samplers import parsed as parsed_sampler
 from prime_v2.families import FAMILY_OF_TYPE, bound_method
-from prime_v2.output.records import code_of, code_version
 from prime_v2.sampler_families_prime_v2 import FAMILY_SAMPLERS
 from prime_v2.studies.quality.statistics import COPIED, FEWEST
 
@@ -162,11 +161,10 @@ def key_of(cell: Cell, plan: Plan, about: dict[str, Any]) -> str:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What a model's numbers depend on beside its weights, which are hashed: its options, the code, the device."""
+    """What of a model its numbers depend on: its weights, which are hashed, its options, its device."""
     settings = {"config": model.config.to_dict(), "generation": model.generation_config.to_dict()}
     settings = {name: _plain({**each, "_name_or_path": None}) for name, each in settings.items()}
-    place = {"device": model.device.type, "dtype": str(model.dtype), "code": code_of(code_version())}
-    return {"weights": weights_sha256(model), **settings, **place}
+    return {"weights": weights_sha256(model), **settings, "device": model.device.type, "dtype": str(model.dtype)}
 
 
 def _plain(settings: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ class Bench:
     training: NgramIndex | None
     mauve: bool
     folder: Path
-    about: dict[str, Any]  # what decides on the numbers beside plan, cell and model: judge, training text
+    about: dict[str, Any]  # what decides on the numbers beside plan, cell and model: judge, training text, code
     bar: Bar = progress_bar
     say: Callable[[str], None] = say
 

@@ -15,7 +15,7 @@ from prime_v2.studies.scaling.fit import LEVELS, percentile_interval, resample
 
 SAME_BUDGET = 0.1  # of log C: runs within it of the smallest of a budget are of that budget
 MIN_SIZES = 3  # of a parabola
-MIN_SIZES_FOR_INTERVALS = 7  # of fewer, samples are nearly interpolations: 95% intervals cover 53% with 4, 82% with 5
+MIN_SIZES_FOR_INTERVALS = 7  # of fewer, samples are nearly interpolations: 95% intervals of four sizes cover 53%
 REACH = 10.0  # how far outside its sizes, as a factor, a budget's minimum may lie
 NO_SAMPLES = np.empty((0, 2))
 POWER_LAWS = {"parameters": "N*", "tokens": "D*", "loss": "L*"}
@@ -235,11 +235,6 @@ def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
     for i, name in enumerate(POWER_LAWS):
         values = np.log([getattr(each, name) for each, _ in kept])
         exponent, start = np.polyfit(log_flops, values, 1)
-        columns = [
-            np.log(drawn[:, i]) if len(drawn) else np.full(rows, values[j]) for j, (_, drawn) in enumerate(kept)
-        ]
-        drawn = np.stack(columns)  # (budgets, R)
-        drawn = drawn[:, np.isfinite(drawn).all(0)]
         replicates = NO_SAMPLES
         if not all(len(each) for _, each in kept):
             if rows:
@@ -247,7 +242,11 @@ def _fit_power_laws(found: IsoFlop, samples: list[np.ndarray]) -> None:
                     f"no interval for the power law of {POWER_LAWS[name]}: a budget has fewer than "
                     f"{MIN_SIZES_FOR_INTERVALS} sizes"
                 )
-        elif drawn.shape[1] and drawn.shape[1] >= (1 - LEVELS[0]) * rows:
+            found.power_laws[name] = PowerLaw(float(start), float(exponent), replicates)
+            continue
+        drawn = np.stack([np.log(each[:, i]) for _, each in kept])  # (budgets, R)
+        drawn = drawn[:, np.isfinite(drawn).all(0)]
+        if drawn.shape[1] and drawn.shape[1] >= (1 - LEVELS[0]) * rows:
             replicates = np.polyfit(log_flops, drawn, 1).T[:, ::-1]
         elif rows:
             found.notes.append(f"no interval for the power law of {POWER_LAWS[name]}: samples without a minimum")

@@ -82,7 +82,7 @@ def test_held_out_is_a_side_of_what_the_model_was_trained_on(tmp_path, side):
     path.write_text("".join(json.dumps({"text": each}) + "\n" for each in [*texts, texts[0]]))
     shares = {"seed": 3, "dev_share": 0.3, "test_share": 0.3}
     (tmp_path / "run.json").write_text(json.dumps({"data": str(path), "text_field": "text", **shares}))
-    study = Study([str(tmp_path)], None, None, side == "dev", None, False, tmp_path, None, None)
+    study = Study([str(tmp_path)], None, None, side == "dev", None, False, tmp_path, None, None, "code")
     held, training, about = study._texts()
     assert held == [each for each in texts if split_of(each, **shares) == side] and len(held) > 5
     assert training == [each for each in texts if split_of(each, **shares) == "train"]

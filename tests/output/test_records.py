@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_record_says_what_made_the_numbers(tmp_path):
 
 def test_a_package_in_another_repository_is_its_release_and_not_that_repositorys_commit(tmp_path):
     """An environment inside somebody's project: their commits say nothing about this code."""
-    place = tmp_path / "project" / ".venv" / "output"
+    place = tmp_path / "project" / ".venv" / "site-packages" / "output"
     place.mkdir(parents=True)
     (tmp_path / "project" / ".gitignore").write_text(".venv\n")
     for command in (
@@ -44,8 +45,20 @@ def test_a_package_in_another_repository_is_its_release_and_not_that_repositorys
     done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=True)
     release = {"commit": f"release {version('prime-v2')}", "uncommitted_changes": False}
     assert json.loads(done.stdout) == release
-    assert code_of(release) == release["commit"]
+    assert code_of(release, 12) == release["commit"], "only a hash is cut"
     assert code_of({"commit": "a" * 40, "uncommitted_changes": True}, 12) == f"{'a' * 12} with uncommitted changes"
+
+
+def test_a_git_that_fails_is_no_clean_code(monkeypatch):
+    """As where it takes too long: neither another commit nor "no changes" would be true."""
+    real = records.git
+    for fails in ("status", "rev-parse"):
+        monkeypatch.setattr(records, "git", lambda *a, folder, f=fails: None if a[0] == f else real(*a, folder=folder))
+        if real("ls-files", "records.py", folder=Path(records.__file__).parent):
+            with pytest.raises(ValueError, match="git does not say which commit"):
+                code_version()
+    monkeypatch.setattr(records, "git", lambda *a, folder: None)
+    assert code_version()["commit"] in ("not a git checkout", f"release {version('prime-v2')}")
 
 
 @pytest.mark.parametrize(

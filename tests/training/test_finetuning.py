@@ -289,8 +289,15 @@ def test_a_stopped_lora_run_continues_to_the_same_adapter(adapted, base, sums, t
         (["--prompt_field", "q", "--answer_field", "a"], "--prompt_field q needs a trained model"),
         (["--init_from", "x", "--prompt_field", "q"], "--prompt_field and --answer_field belong together; give both"),
         (["--init_from", "x", "--lora", "0"], "--lora 0 must be at least 1; use 8"),
-        (["--init_from", "x", "--tokenizer", "gpt2"], "--tokenizer gpt2 beside --init_from, which has its own"),
-        (["--init_from", "x", "--codes", "frequency"], "--codes frequency would change the tokens of --init_from"),
+        (["--init_from", "x", "--tokenizer", "gpt2"], "--tokenizer is decided by the folder of --init_from; leave"),
+        (
+            ["--init_from", "x", "--codes=shuffle"],
+            "--codes is decided by the folder of --init_from; leave",
+        ),
+        (
+            ["--init_from", "x", "--embedding_init", "random"],
+            "--embedding_init is decided by the folder of",
+        ),
         (["--score_padding"], "--score_padding is of questions with answers"),
         (["--init_from", "x", *SUMS[:4], "--short_share", "0.1"], "are not for questions with answers; leave out"),
         (["--init_from", "x", *SUMS[:4], "--example_template", "{prompt}"], "must hold {prompt} before one {answer}"),

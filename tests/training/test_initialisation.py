@@ -233,7 +233,7 @@ def test_damaged_vectors_are_refused_by_the_name_of_the_file(text, tmp_path, cap
 @pytest.mark.parametrize(
     "more, why",
     [
-        ([*INIT, "--init_from", "somewhere"], "--embedding_init distributional would replace vectors of --init_from"),
+        ([*INIT, "--init_from", "somewhere"], "--embedding_init is decided by the folder of --init_from"),
         ([*INIT, "--streaming", "true"], "--embedding_init distributional reads the training text before training"),
         ([*CODES, "--streaming", "true"], "--codes similarity reads the training text before training"),
         (["--embedding_init", "ppmi"], "--embedding_init ppmi is not one of random, distributional"),

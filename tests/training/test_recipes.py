@@ -52,7 +52,7 @@ def recipes_of_runs():
 
 @pytest.mark.parametrize("recipe", list(recipes_of_runs()))
 def test_a_recipe_goes_with_a_trained_folder(recipe, tmp_path):
-    """What it says of tokens, codes, vectors and sizes gives way; a flag that says so is refused elsewhere."""
+    """What it says of tokens, codes, vectors and sizes gives way; flags that do are refused (test_finetuning.py)."""
     run, _, fields = parse_options(
         ["--config", recipe, "--init_from", str(tmp_path), "--output_dir", str(tmp_path / "run")], None, RaisingParser
     )

@@ -26,6 +26,25 @@ def test_a_signal_that_comes_while_a_child_is_begun_stops_that_child_too(tmp_pat
     assert begun[0].returncode == -signal.SIGTERM and not children.running
 
 
+def test_what_runs_ends_when_no_other_may_be_begun(tmp_path):
+    """As where the code has changed: the work of the others is not lost."""
+    ended = []
+
+    def on_start(task):
+        if task.name == "c":
+            raise ValueError("the code is another one")
+
+    def task(name, seconds):
+        record = tmp_path / f"{name}.json"
+        program = f"import time; time.sleep({seconds}); open({str(record)!r}, 'w').close()"
+        return Task(name, [sys.executable, "-c", program], tmp_path / name, record)
+
+    children = Children(2, -1, on_start, lambda task, seconds: ended.append(task.name))
+    with pytest.raises(ValueError, match="the code is another one"):
+        children.run([task("a", 0), task("b", 1), task("c", 0), task("d", 0)])
+    assert sorted(ended) == ["a", "b"]
+
+
 def test_signals_stop_unless_they_are_ignored_as_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -318,12 +318,14 @@ def test_no_run_is_trained_beside_those_of_another_commit(finished, content, for
 
 
 def test_no_run_is_begun_when_the_code_has_become_another_one(content, forked, tmp_path, monkeypatch):
-    versions = iter(["a" * 40, "a" * 40, "a" * 40])
-    monkeypatch.setattr(
-        compare, "code_version", lambda: {"commit": next(versions, "b" * 40), "uncommitted_changes": False}
-    )
+    def version():
+        return {"commit": ("b" if forked else "a") * 40, "uncommitted_changes": False}
+
+    monkeypatch.setattr(compare, "code_version", version)
     sentence = refused(write(tmp_path, content), "--out", tmp_path / "out")
-    assert f"the code is that of commit {'b' * 40} now" in sentence and len(forked) < 3
+    assert f"the code is that of commit {'b' * 40} now" in sentence and len(forked) == 1
+    (folder,) = [each.parent.parent for each in (tmp_path / "out").glob("*/results/train.json")]
+    assert folder.name.startswith("MDM"), "what ran has ended"
 
 
 def test_a_quoted_number_in_a_recipe_is_the_number(content, tmp_path):
