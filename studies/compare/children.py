@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,13 @@ def stopping_on_signals() -> Iterator[None]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Signals that come within this block are handled at its end: what it begins, it also notes."""
+    """Signals that come within this block are handled at its end: what it begins, it also notes.
+
+    Only the main thread has signals to handle.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
     before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
     before = {number: handler for number, handler in before.items() if callable(handler)}

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_a_signal_that_comes_while_a_child_is_begun_stops_that_child_too(tmp_pat
     with pytest.raises(Stopped), stopping_on_signals():
         children.run([Task("a", sleep, tmp_path / "log", tmp_path / "record")])
     assert begun[0].returncode == -signal.SIGTERM and not children.running
+
+
+def test_children_may_be_run_in_a_thread(tmp_path):
+    record = tmp_path / "record"
+    task = Task("a", [sys.executable, "-c", f"open({str(record)!r}, 'w').close()"], tmp_path / "log", record)
+    children = Children(1, -1, lambda task: None, lambda task, seconds: None)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(children.run, [task]).result() == {} and record.exists()
 
 
 def test_what_runs_ends_when_no_other_may_be_begun(tmp_path):
