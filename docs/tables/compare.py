@@ -18,7 +18,7 @@ from prime_v2.training.recipes import recipe_names
 
 RECORDS = (
     "families", "isoflop", "levers", "levers_seeds", "winners", "study_1e12_first", "study_orders", "study_levers",
-    "study_gpt2", "study_3e13",
+    "study_gpt2", "study_3e13", "largest_1e14",
 )  # fmt: skip
 
 
