@@ -30,7 +30,7 @@ def step_table(results: Path, name: str = "training_step") -> str:
                 f"{step['time_ratio']:.2f} [{low:.2f}, {high:.2f}]",
                 of_mdm,
                 f"{step['peak_mib']['prime']:,.0f} / {step['peak_mib']['causal']:,.0f} MiB",
-                f"{step['memory_ratio']:.2f}",
+                f"{step['memory_ratio']:.3f}",
                 *(
                     f"{step['share_of_matrix_rate'][name]:.1%} of {step['matrix_rate'][name] / 1e9:,.0f} GFLOP/s"
                     for name in ("width", "square")
