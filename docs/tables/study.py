@@ -24,7 +24,7 @@ BUDGETS = (
 ALL_ARMS = "study_1e12"  # the largest of these that has every arm
 SETTINGS = (
     "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13",
-    "study_1e13_seeds", "study_3e13_seeds", "study_parts", "arm_subtokens", "largest",
+    "study_1e13_seeds", "study_3e13_seeds", "study_3e13_rates", "study_parts", "arm_subtokens", "largest",
 )  # fmt: skip
 # Whose question the paper answers by its loss: a column more.
 OF_THE_PAPERS_LOSS = ("granularity", "shuffle_ratio", "shuffle_seeds")
