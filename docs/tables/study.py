@@ -23,7 +23,7 @@ BUDGETS = (
 )  # of the protocol's three budgets, the records with three seeds
 ALL_ARMS = "study_1e12"  # the largest of these that has every arm
 SETTINGS = (
-    "tuning", "tuning_arm", "study_left_to_right", "study_trees", "study_1e12", "study_1e13",
+    "tuning", "tuning_arm", "study_left_to_right", "study_permuted", "study_trees", "study_1e12", "study_1e13",
     "study_1e13_seeds", "study_3e13_seeds", "study_3e13_rates", "study_parts", "arm_subtokens", "largest",
 )  # fmt: skip
 # Whose question the paper answers by its loss: a column more.
